@@ -1,0 +1,35 @@
+"""The one quantising formula: `x / scale` in fp32, round to nearest even, saturate, NaN kept (int8: 0)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pagewire.types import QUANT_MAX
+
+
+def quantise(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    """`x` as `dtype`. fp8 and int8 divide by `scale` (broadcast) and saturate; float dtypes are a plain cast."""
+    if dtype not in QUANT_MAX:
+        return x.to(dtype)
+    limit = QUANT_MAX[dtype]
+    y = x.float()
+    if scale is not None:
+        y = y / scale
+    if dtype == torch.int8:
+        return y.nan_to_num(nan=0.0, posinf=limit, neginf=-limit).round().clamp(-limit, limit).to(torch.int8)
+    return y.clamp(-limit, limit).to(dtype)
+
+
+def dequantise(x: Tensor, scale: Tensor | float | None) -> Tensor:
+    """`stored * scale` in fp32."""
+    y = x.float()
+    return y if scale is None else y * scale
+
+
+def token_head_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 scale per row of the last dim: amax over the finite values / largest stored value; 1 where that is 0."""
+    magnitude = x.float().abs()
+    amax = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(-1)
+    scale = amax / QUANT_MAX[dtype]
+    return torch.where(scale == 0, 1.0, scale)

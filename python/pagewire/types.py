@@ -1,0 +1,66 @@
+"""Words shared by every layer: dtypes, scales, the modifiers of attention, the facts a backend may refuse on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Layout = Literal["NHD", "HND"]
+LAYOUTS: tuple[str, ...] = ("NHD", "HND")
+
+ScaleKind = Literal["none", "tensor", "head", "batch_head", "token_head"]
+Scale = float | Tensor | None
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# largest finite stored value; int8 is symmetric
+QUANT_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
+KV_DTYPES = FLOAT_DTYPES + tuple(QUANT_MAX)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def scale_kind(scale: Scale) -> ScaleKind:
+    """Which of the accepted forms a scale has; its shape has been checked before."""
+    if scale is None:
+        return "none"
+    if not isinstance(scale, Tensor):
+        return "tensor"
+    return ("tensor", "head", "batch_head", "token_head")[scale.dim()]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Modifiers:
+    """What attention does besides softmax(q k^T) v; field names and meaning as in the public functions."""
+
+    softmax_scale: float
+    causal: bool = False
+    window_left: int = -1  # < 0: unbounded
+    window_right: int = -1
+    softcap: float = 0.0  # 0: off
+    alibi_slopes: Tensor | None = None  # fp32 [num_qo_heads] or [batch_size, num_qo_heads]
+    sinks: Tensor | None = None  # fp32 [num_qo_heads]
+    k_scale: Scale = None  # float, fp32 [], [num_kv_heads], [batch_size, num_kv_heads] or
+    v_scale: Scale = None  # [num_pages, page_size, num_kv_heads]
+    split_size: int | None = None  # tokens; None: the backend's choice
+    max_q_len: int | None = None  # None: num_tokens
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The facts a backend may refuse on. Hashable, so that a choice is made once per kind of problem."""
+
+    op: str
+    device: str  # "cpu", "cuda"
+    dtype: torch.dtype  # of q, k or out
+    kv_dtype: torch.dtype
+    head_dim: int
+    head_dim_v: int
+    page_size: int = 1
+    group_size: int = 1
+    max_q_len: int | None = None
+    device_index: int | None = None
