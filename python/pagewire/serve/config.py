@@ -1,0 +1,57 @@
+"""What a model process is told at its start. Neither torch nor a model is needed to check it.
+
+The front runs
+
+    python -m pagewire.serve.worker --role prefill|decode|colocated --config-json JSON
+                                    --control-fd N [--peer-fd M]
+
+with JSON a `WorkerConfig`. Both descriptors are ends of AF_UNIX SOCK_STREAM pairs handed over with
+`pass_fds`: control-fd leads to the front, peer-fd joins P and D. A config that cannot work ends the
+process with one sentence on stderr and exit code 2, before `Ready`.
+"""
+
+import msgspec
+
+DTYPES = ("float32", "bfloat16", "float16")
+EXIT_BAD_CONFIG = 2  # the config, the model files or the descriptors: restarting will not help
+EXIT_PEER_LOST = 3  # P or D lost the other one: restart the pair
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str  # a Hugging Face directory or a GGUF file
+    dtype: str = "float32"  # of weights, activations and KV cache
+    page_size: int = 16
+    pool_tokens: int = 8192  # KV tokens of this process's pool; rounded down to whole pages
+    max_batch_size: int = 16  # requests decoded in one step
+    max_waiting: int = 256  # requests queued for pages; one more is Failed at once
+    prefill_chunk: int = 512  # prompt tokens in one forward
+    num_threads: int = 1
+    kv_wire_dtype: str | None = None  # None: the cache's dtype
+    backend: str | None = None  # PAGEWIRE_BACKEND of the process
+    staging_bytes: int = 64 << 20  # D's shared memory that P writes into
+    handoff_timeout_ms: int = 300_000  # D's patience from RESERVE to COMMIT
+    record_dir: str | None = None  # write every request's logits here; never set from HTTP
+    verify_kv: bool = False  # compare SHA-256 of P's and D's KV after every handoff
+
+    @property
+    def num_pages(self) -> int:
+        return self.pool_tokens // self.page_size
+
+    def check(self) -> None:
+        """Raises ValueError with one sentence naming the field, what it must be and what came."""
+        for name in ("page_size", "max_batch_size", "max_waiting", "prefill_chunk", "num_threads",
+                     "staging_bytes", "handoff_timeout_ms"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_pages < 1:
+            raise ValueError(
+                f"pool_tokens: expected at least one page of {self.page_size} tokens, "
+                f"got {self.pool_tokens}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.kv_wire_dtype not in (None, *DTYPES):
+            raise ValueError(
+                f"kv_wire_dtype: expected null or one of {', '.join(DTYPES)}, "
+                f"got {self.kv_wire_dtype!r}"
+            )
