@@ -1,0 +1,207 @@
+"""The caller's paged cache, described: one K and one V tensor per layer of a group, and their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, dtype_name
+
+CacheScale = Literal["none", "tensor", "head", "token_head"]
+CACHE_SCALES: tuple[str, ...] = ("none", "tensor", "head", "token_head")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything about a cache but its contents."""
+
+    num_layers: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    layout: Layout
+    scale: CacheScale
+    shares_kv: bool  # V is a view of K (MLA): one copy on the wire
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_pages * self.page_size
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V bytes of one token over all layers, scales not counted."""
+        width = self.head_dim + (0 if self.shares_kv else self.head_dim_v)
+        return self.num_layers * self.num_kv_heads * width * self.dtype.itemsize
+
+
+class PagedKVCache:
+    """One group of layers with the same heads, widths, dtype and page table. Wraps tensors, owns none.
+
+    Args:
+        k_caches, v_caches: per layer, `[num_pages, page_size, num_kv_heads, head_dim(_v)]` ("NHD") or
+            `[num_pages, num_kv_heads, page_size, head_dim(_v)]` ("HND"); only the last dim must be contiguous.
+            `v_caches` may be views of `k_caches` starting at the same element (MLA).
+        k_scales, v_scales: per layer fp32 `[]`, `[num_kv_heads]` or `[num_pages, page_size, num_kv_heads]` (in either
+            layout); needed exactly when the dtype is fp8 or int8.
+    Raises:
+        ValueError, TypeError: lists of different lengths, layers of different shape or dtype, missing scales.
+    """
+
+    def __init__(
+        self,
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
+        *,
+        layout: Layout = "NHD",
+        k_scales: Sequence[Tensor] | None = None,
+        v_scales: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.k, self.v = tuple(k_caches), tuple(v_caches)
+        self.layout: Layout = layout
+        self.k_scale: tuple[Tensor | None, ...] = tuple(k_scales) if k_scales is not None else (None,) * len(self.k)
+        self.v_scale: tuple[Tensor | None, ...] = tuple(v_scales) if v_scales is not None else (None,) * len(self.v)
+        self.geometry = _geometry(self)
+
+    @property
+    def page_size(self) -> int:
+        return self.geometry.page_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.geometry.num_layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.k[0].device
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        layout: Layout = "NHD",
+        head_dim_v: int | None = None,
+        scale: CacheScale = "none",
+    ) -> PagedKVCache:
+        """A zero-filled cache with tensors of its own; scales start at 1.
+
+        Raises:
+            ValueError: a count below 1, an unknown layout or scale, or fp8/int8 without a scale (or a scale without).
+        """
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        for name, value in (
+            ("num_layers", num_layers), ("num_pages", num_pages), ("page_size", page_size),
+            ("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("head_dim_v", head_dim_v),
+        ):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{name}: expected >= 1, got {value}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+        if scale not in CACHE_SCALES:
+            raise ValueError(f"scale: expected one of {CACHE_SCALES}, got {scale!r}")
+        rows = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
+
+        def stored(width: int) -> list[Tensor]:
+            shape = (num_pages, *rows, width)
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+        def scales() -> list[Tensor] | None:
+            if scale == "none":
+                return None
+            shape = {"tensor": (), "head": (num_kv_heads,), "token_head": (num_pages, page_size, num_kv_heads)}[scale]
+            return [torch.ones(shape, dtype=torch.float32, device=device) for _ in range(num_layers)]
+
+        return cls(stored(head_dim), stored(head_dim_v), layout=layout, k_scales=scales(), v_scales=scales())
+
+
+def nhd(cache: Tensor, layout: Layout) -> Tensor:
+    """A view in NHD order, `[num_pages, page_size, num_kv_heads, head_dim]`: below the API, layout is strides."""
+    return cache if layout == "NHD" else cache.transpose(1, 2)
+
+
+def _geometry(cache: PagedKVCache) -> Geometry:
+    num_layers = len(cache.k)
+    if num_layers == 0:
+        raise ValueError("k_caches: expected at least one layer, got none")
+    for name, tensors in (("v_caches", cache.v), ("k_scales", cache.k_scale), ("v_scales", cache.v_scale)):
+        if len(tensors) != num_layers:
+            raise ValueError(f"{name}: expected {num_layers} layers (from k_caches), got {len(tensors)}")
+    if cache.layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {LAYOUTS}, got {cache.layout!r}")
+    k0, v0 = cache.k[0], cache.v[0]
+    names = "[num_pages, page_size, num_kv_heads, head_dim]"
+    if cache.layout == "HND":
+        names = "[num_pages, num_kv_heads, page_size, head_dim]"
+    for kind, tensors, first in (("k", cache.k, k0), ("v", cache.v, v0)):
+        for i, t in enumerate(tensors):
+            where = f"{kind}_caches[{i}]"
+            if t.dim() != 4:
+                raise ValueError(f"{where}: expected {names}, got shape {tuple(t.shape)}")
+            if t.dtype not in KV_DTYPES:
+                accepted = ", ".join(map(dtype_name, KV_DTYPES))
+                raise TypeError(f"{where}: expected one of {accepted}, got {dtype_name(t.dtype)}")
+            if t.shape != first.shape or t.dtype != k0.dtype or t.device != k0.device:
+                raise ValueError(
+                    f"{where}: expected {tuple(first.shape)} {dtype_name(k0.dtype)} on {k0.device} (from layer 0), "
+                    f"got {tuple(t.shape)} {dtype_name(t.dtype)} on {t.device}"
+                )
+            if t.stride(-1) != 1 and t.shape[-1] > 1:
+                raise ValueError(f"{where}: expected a contiguous last dim (stride 1), got stride {t.stride(-1)}")
+    if v0.shape[:3] != k0.shape[:3]:
+        raise ValueError(f"v_caches[0]: expected {names} = {tuple(k0.shape[:3])} + (head_dim_v,), got {tuple(v0.shape)}")
+    k_nhd = nhd(k0, cache.layout)
+    num_pages, page_size, num_kv_heads, head_dim = k_nhd.shape
+    return Geometry(
+        num_layers, num_pages, page_size, num_kv_heads, head_dim, v0.shape[-1], k0.dtype, cache.layout,
+        _cache_scale(cache, num_pages, page_size, num_kv_heads),
+        all(_same_memory(k, v) for k, v in zip(cache.k, cache.v, strict=True)),
+    )  # fmt: skip
+
+
+def _same_memory(k: Tensor, v: Tensor) -> bool:
+    """V is a prefix view of K: the MLA layout."""
+    return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[-1] <= k.shape[-1] and k.numel() > 0
+
+
+def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_heads: int) -> CacheScale:
+    quantised = cache.k[0].dtype in QUANT_MAX
+    kinds: set[str] = set()
+    shapes = {(): "tensor", (num_kv_heads,): "head", (num_pages, page_size, num_kv_heads): "token_head"}
+    for kind, scales in (("k", cache.k_scale), ("v", cache.v_scale)):
+        for i, s in enumerate(scales):
+            if s is None:
+                kinds.add("none")
+                continue
+            where = f"{kind}_scales[{i}]"
+            if s.dtype != torch.float32:
+                raise TypeError(f"{where}: expected float32, got {dtype_name(s.dtype)}")
+            if s.device != cache.k[0].device:
+                raise ValueError(f"{where}: expected device {cache.k[0].device} (from k_caches), got {s.device}")
+            if tuple(s.shape) not in shapes:
+                raise ValueError(
+                    f"{where}: expected [], [{num_kv_heads}] (num_kv_heads) or [{num_pages}, {page_size}, "
+                    f"{num_kv_heads}] (num_pages, page_size, num_kv_heads), got {tuple(s.shape)}"
+                )
+            kinds.add(shapes[tuple(s.shape)])
+    if len(kinds) != 1:
+        raise ValueError(f"k_scales, v_scales: expected one kind for all layers and for K and V, got {sorted(kinds)}")
+    (found,) = kinds
+    if quantised != (found != "none"):
+        expected = "k_scales and v_scales (1.0 for none)" if quantised else "no scales"
+        raise ValueError(
+            f"scale: a {dtype_name(cache.k[0].dtype)} cache needs {expected}, got scale kind {found!r}"
+        )
+    return found  # type: ignore[return-value]

@@ -1,0 +1,122 @@
+"""PackedKV: the tokens of one range, converted and gathered into one contiguous buffer, ready for a wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pagewire.types import dtype_name
+
+_ALIGN = 16  # bytes; the scales behind the payload start on this boundary
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """What a packed buffer holds; sender and receiver derive the same byte layout from it.
+
+    The buffer is, per layer: K `[num_heads, num_tokens, head_dim]`, then V `[num_heads, num_tokens, head_dim_v]`
+    (absent when V is a view of K); behind all layers, on a 16-byte boundary, the fp32 scales of K, then of V.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_tokens: int
+    head_dim: int
+    head_dim_v: int  # 0: V is a view of K and is not packed
+    dtype: torch.dtype
+    scale_kind: str  # "none" "tensor" "head" "token_head"
+
+    @property
+    def payload_bytes(self) -> int:
+        width = self.head_dim + self.head_dim_v
+        return self.num_layers * self.num_heads * self.num_tokens * width * self.dtype.itemsize
+
+    @property
+    def scale_shape(self) -> tuple[int, ...] | None:
+        return {
+            "none": None,
+            "tensor": (self.num_layers,),
+            "head": (self.num_layers, self.num_heads),
+            "token_head": (self.num_layers, self.num_heads, self.num_tokens),
+        }[self.scale_kind]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole buffer, scales included."""
+        if self.scale_shape is None:
+            return self.payload_bytes
+        num_scales = torch.Size(self.scale_shape).numel() * (2 if self.head_dim_v else 1)
+        return -(-self.payload_bytes // _ALIGN) * _ALIGN + 4 * num_scales
+
+
+@dataclass(frozen=True, eq=False)
+class PackedKV:
+    """One contiguous buffer and its views; see `PackedShape` for the byte layout.
+
+    buffer: uint8 [shape.num_bytes]. k: [L, H, T, head_dim]. v: [L, H, T, head_dim_v], or None when V is a view of K.
+    k_scale, v_scale: fp32 None, [L], [L, H] or [L, H, T], as `scale_kind` says.
+    """
+
+    buffer: Tensor
+    shape: PackedShape
+    k: Tensor
+    v: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    @property
+    def scale_kind(self) -> str:
+        return self.shape.scale_kind
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.num_bytes
+
+    @classmethod
+    def wrap(cls, buffer: Tensor, shape: PackedShape) -> PackedKV:
+        """Views over the first `shape.num_bytes` bytes of `buffer` (uint8, 1-d, contiguous, 16-byte aligned).
+
+        Raises:
+            ValueError, TypeError: the buffer is of another dtype, not contiguous, not aligned, or too small.
+        """
+        if buffer.dtype != torch.uint8:
+            raise TypeError(f"packed buffer: expected uint8, got {dtype_name(buffer.dtype)}")
+        if buffer.dim() != 1 or not buffer.is_contiguous():
+            raise ValueError(
+                f"packed buffer: expected 1-d contiguous, got shape {tuple(buffer.shape)} stride {buffer.stride()}"
+            )
+        if buffer.shape[0] < shape.num_bytes:
+            raise ValueError(f"packed buffer: expected at least {shape.num_bytes} bytes, got {buffer.shape[0]}")
+        if buffer.storage_offset() % _ALIGN:
+            raise ValueError(f"packed buffer: expected a {_ALIGN}-byte aligned start, got byte {buffer.storage_offset()}")
+        buffer = buffer[: shape.num_bytes]
+        k, v = _payload_views(buffer, shape)
+        k_scale, v_scale = _scale_views(buffer, shape)
+        return cls(buffer, shape, k, v, k_scale, v_scale)
+
+    @classmethod
+    def empty(cls, shape: PackedShape, device: torch.device | str) -> PackedKV:
+        return cls.wrap(torch.empty(shape.num_bytes, dtype=torch.uint8, device=device), shape)
+
+
+def _payload_views(buffer: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor | None]:
+    L, H, T, D, Dv = shape.num_layers, shape.num_heads, shape.num_tokens, shape.head_dim, shape.head_dim_v
+    layer = H * T * (D + Dv)
+    flat = buffer[: shape.payload_bytes].view(shape.dtype)
+    base = flat.storage_offset()
+    k = flat.as_strided((L, H, T, D), (layer, T * D, D, 1), base)
+    v = flat.as_strided((L, H, T, Dv), (layer, T * Dv, Dv, 1), base + H * T * D) if Dv else None
+    return k, v
+
+
+def _scale_views(buffer: Tensor, shape: PackedShape) -> tuple[Tensor | None, Tensor | None]:
+    if shape.scale_shape is None:
+        return None, None
+    start = -(-shape.payload_bytes // _ALIGN) * _ALIGN
+    scales = buffer[start:].view(torch.float32)
+    half = torch.Size(shape.scale_shape).numel()
+    k_scale = scales[:half].view(shape.scale_shape)
+    v_scale = scales[half : 2 * half].view(shape.scale_shape) if shape.head_dim_v else None
+    return k_scale, v_scale

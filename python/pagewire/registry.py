@@ -1,0 +1,205 @@
+"""Which backend takes a call: an explicit name is obeyed or refused with its reason, else the first that fits."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+from pagewire.errors import BackendError
+from pagewire.types import FLOAT_DTYPES, KV_DTYPES, Problem, dtype_name
+
+OPS = ("append_kv", "decode", "prefill", "merge_state", "merge_states", "pack_kv", "unpack_kv")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops. `module` has a function per op and is imported on first use."""
+
+    name: str
+    module: str
+    ops: frozenset[str]
+    unavailable: Callable[[str], str | None]  # device type -> why it cannot run there on this machine, or None
+    limits: Mapping[str, frozenset] = field(default_factory=dict)  # Problem field -> accepted values
+    max_head_dim: int | None = None
+    special: Callable[[Problem], str | None] = lambda problem: None
+
+    def refuses(self, problem: Problem) -> str | None:
+        """None = takes it; else one line a user can act on."""
+        if problem.op not in self.ops:
+            return f"does not have {problem.op}"
+        reason = self.unavailable(problem.device)
+        if reason is not None:
+            return reason
+        for name, accepted in self.limits.items():
+            value = getattr(problem, name)
+            if value not in accepted:
+                return f"{name} = {_show(value)} is not one of {', '.join(sorted(map(_show, accepted)))}"
+        widest = max(problem.head_dim, problem.head_dim_v)
+        if self.max_head_dim is not None and widest > self.max_head_dim:
+            return f"head_dim = {widest} is above {self.max_head_dim}"
+        return self.special(problem)
+
+    def load(self) -> ModuleType:
+        return _load(self.module)
+
+
+def _show(value: object) -> str:
+    return dtype_name(value) if isinstance(value, torch.dtype) else repr(value)
+
+
+@functools.cache
+def _load(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+def interpreting() -> bool:
+    """TRITON_INTERPRET is read by Triton when it is imported; we read the same variable."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if "triton" in sys.modules or importlib.util.find_spec("triton") is not None:
+        return None
+    return "triton is not installed (pip install 'triton>=3.5')"
+
+
+def _triton_unavailable(device: str) -> str | None:
+    missing = _triton_missing()
+    if missing is not None:
+        return missing
+    if device == "cpu" and not interpreting():
+        return "runs on CPU tensors only under TRITON_INTERPRET=1"
+    if device not in ("cpu", "cuda"):
+        return f"device {device!r} is not one of 'cpu', 'cuda'"
+    return None
+
+
+def _triton_special(problem: Problem) -> str | None:
+    if problem.device != "cuda" or problem.kv_dtype != torch.float8_e4m3fn:
+        return None
+    major, minor = torch.cuda.get_device_capability(problem.device_index)
+    if (major, minor) < (8, 9):
+        return f"Triton has no float8_e4m3fn on sm_{major}{minor} (sm_89 and newer); use float8_e5m2 or int8"
+    return None
+
+
+BACKENDS: tuple[Backend, ...] = (  # best first; adding one is an entry here and a file in backends/
+    Backend(
+        "triton",
+        "pagewire.backends.triton",
+        frozenset(OPS),
+        _triton_unavailable,
+        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
+        max_head_dim=256,
+        special=_triton_special,
+    ),
+    Backend(
+        "reference",
+        "pagewire.backends.reference",
+        frozenset(OPS),
+        lambda device: None,
+        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
+    ),
+)
+_BY_NAME = {b.name: b for b in BACKENDS}
+_warned: set[tuple[str, str]] = set()
+
+
+def choose(problem: Problem, backend: str | None) -> ModuleType:
+    """The module that runs `problem`.
+
+    Raises:
+        BackendError: `backend` (or PAGEWIRE_BACKEND) refuses it or does not exist, or nothing takes it.
+    """
+    return _choose(problem, backend, os.environ.get("PAGEWIRE_BACKEND") or None, interpreting())
+
+
+@functools.cache
+def _choose(problem: Problem, argument: str | None, environment: str | None, interpret: bool) -> ModuleType:
+    name, source = (argument, "backend=") if argument is not None else (environment, "PAGEWIRE_BACKEND=")
+    if name is not None:
+        if name not in _BY_NAME:
+            raise BackendError(f"{source}{name!r}: expected one of {', '.join(_BY_NAME)}")
+        reason = _BY_NAME[name].refuses(problem)
+        if reason is not None:
+            raise BackendError(f"{source}{name!r} refuses this {problem.op}: {reason}")
+        return _BY_NAME[name].load()
+    for candidate in BACKENDS:
+        if candidate.refuses(problem) is None:
+            if candidate.name == "reference":
+                _warn_slow(problem)
+            return candidate.load()
+    raise BackendError(f"no backend takes this {problem.op}:\n" + _table(problem))
+
+
+def _warn_slow(problem: Problem) -> None:
+    """A silent slow path is a bug report waiting to be written. Once per op and device."""
+    if (problem.op, problem.device) not in _warned:
+        _warned.add((problem.op, problem.device))
+        warnings.warn(
+            f"pagewire.{problem.op} runs on the reference backend (plain PyTorch, slow) on {problem.device}; "
+            "pagewire.explain() says why, backend='reference' asks for it explicitly",
+            stacklevel=5,
+        )
+
+
+def _table(problem: Problem) -> str:
+    width = max(len(b.name) for b in BACKENDS)
+    return "\n".join(f"  {b.name:<{width}}  {b.refuses(problem) or 'takes it'}" for b in BACKENDS)
+
+
+def backends(device: str | None = None) -> dict[str, str | None]:
+    """Every backend, in order of preference, with None if it can run here or the reason why not.
+
+    Args:
+        device: "cpu" or "cuda"; default: cuda if this machine has one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {b.name: b.unavailable(device) for b in BACKENDS}
+
+
+def explain(
+    op: str,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype | None = None,
+    head_dim: int = 128,
+    head_dim_v: int | None = None,
+    page_size: int = 16,
+    group_size: int = 1,
+    max_q_len: int | None = None,
+) -> str:
+    """Why each backend would or would not take a problem, one line each, the one taken marked with `->`.
+
+    >>> print(explain("decode", device="cpu", dtype=torch.int8))  # doctest: +SKIP
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if op in ("decode", "prefill") and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype_name(dtype)}")
+    problem = Problem(
+        op, device, dtype, kv_dtype or dtype, head_dim, head_dim_v or head_dim, page_size, group_size, max_q_len,
+        torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else None,
+    )  # fmt: skip
+    try:
+        taken = choose(problem, None).__name__.rsplit(".", 1)[-1]
+    except BackendError:
+        taken = ""
+    lines = [f"{op} on {device}, {dtype_name(dtype)} q, {dtype_name(problem.kv_dtype)} kv, head_dim {head_dim}:"]
+    width = max(len(b.name) for b in BACKENDS)
+    for b in BACKENDS:
+        mark = "->" if b.name == taken else "  "
+        lines.append(f"{mark} {b.name:<{width}}  {b.refuses(problem) or 'takes it'}")
+    return "\n".join(lines)
