@@ -1,6 +1,6 @@
 """A tiny random Llama as a Hugging Face directory: what every model and server test serves.
 
-Two calls with the same arguments write the same bytes, so two processes (or two tests) that make "the same" model
+Two calls with the same arguments write the same bytes: two processes that make "the same" model
 agree on its weights, its tokenizer and its fingerprint.
 """
 
@@ -21,11 +21,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# Enough merges that a word is sometimes one token and sometimes several. "Ġ" is the byte-level space.
+# Enough merges that a word is sometimes one token and sometimes several. "Ġ" is a space.
 MERGES = [
-    ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("Ġ", "a"), ("r", "e"), ("o", "n"), ("e", "r"),
-    ("Ġ", "w"), ("l", "l"), ("Ġa", "n"), ("Ġan", "d"), ("o", "u"), ("Ġ", "s"), ("he", "ll"), ("hell", "o"),
-    ("o", "r"), ("l", "d"), ("Ġw", "or"), ("Ġwor", "ld"),
+    ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("Ġ", "a"), ("r", "e"), ("o", "n"),
+    ("e", "r"), ("Ġ", "w"), ("l", "l"), ("Ġa", "n"), ("Ġan", "d"), ("o", "u"), ("Ġ", "s"),
+    ("he", "ll"), ("hell", "o"), ("o", "r"), ("l", "d"), ("Ġw", "or"), ("Ġwor", "ld"),
 ]  # fmt: skip
 
 MIN_VOCAB = len(SPECIAL_TOKENS) + 256 + len(MERGES)
@@ -33,18 +33,27 @@ MIN_VOCAB = len(SPECIAL_TOKENS) + 256 + len(MERGES)
 
 def tiny_tokenizer() -> Tokenizer:
     """Byte-level BPE with the three special tokens first, then the 256 bytes, then `MERGES`."""
-    pieces = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in MERGES)]
+    pieces = [
+        *SPECIAL_TOKENS,
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(a + b for a, b in MERGES),
+    ]
     tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
+    )
     return tokenizer
 
 
 def tiny_state_dict(config: dict, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random fp32 weights under Hugging Face's names, scaled so that the logits spread over several units."""
+    """Random fp32 weights under Hugging Face's names; the logits spread over several units."""
     generator = torch.Generator().manual_seed(seed)
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     q_size = config["num_attention_heads"] * config["head_dim"]
@@ -72,7 +81,9 @@ def tiny_state_dict(config: dict, *, seed: int = 0) -> dict[str, torch.Tensor]:
         }
         if config["attention_bias"]:
             for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size), ("o", hidden)):
-                state[f"{layer}self_attn.{name}_proj.bias"] = 0.3 * torch.randn(size, generator=generator)
+                state[f"{layer}self_attn.{name}_proj.bias"] = 0.3 * torch.randn(
+                    size, generator=generator
+                )
         if config["mlp_bias"]:
             for name, size in (("gate", inner), ("up", inner), ("down", hidden)):
                 state[f"{layer}mlp.{name}_proj.bias"] = 0.3 * torch.randn(size, generator=generator)
@@ -102,14 +113,16 @@ def make_tiny_llama(
     num_shards: int = 1,
     seed: int = 0,
 ) -> Path:
-    """Write config.json, safetensors weights, tokenizer.json and a chat template to `path`; return it as a Path.
+    """Write config.json, safetensors weights, tokenizer.json and a chat template to `path`.
 
     `eos_token_id=None` makes a model that only ends at max_tokens. `num_shards > 1` writes
-    model-0000i-of-0000n.safetensors and model.safetensors.index.json. `vocab >= MIN_VOCAB`; ids the tokenizer does
-    not know decode to nothing.
+    model-0000i-of-0000n.safetensors and model.safetensors.index.json. `vocab >= MIN_VOCAB`; ids the
+    tokenizer does not know decode to nothing. Returns `path` as a Path.
     """
     if vocab < MIN_VOCAB:
-        raise ValueError(f"vocab: expected at least {MIN_VOCAB} (the tokenizer's size), got {vocab}")
+        raise ValueError(
+            f"vocab: expected at least {MIN_VOCAB} (the tokenizer's size), got {vocab}"
+        )
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {
@@ -135,7 +148,9 @@ def make_tiny_llama(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     (path / "config.json").write_text(json.dumps(config, indent=2))
-    _write_weights(path, {k: v.to(dtype) for k, v in tiny_state_dict(config, seed=seed).items()}, num_shards)
+    _write_weights(
+        path, {k: v.to(dtype) for k, v in tiny_state_dict(config, seed=seed).items()}, num_shards
+    )
     tiny_tokenizer().save(str(path / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -159,5 +174,8 @@ def _write_weights(path: Path, state: dict[str, torch.Tensor], num_shards: int) 
         mine = names[shard::num_shards]
         save_file({n: state[n] for n in mine}, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(mine, file)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in state.values())},
+        "weight_map": weight_map,
+    }
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

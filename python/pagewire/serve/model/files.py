@@ -1,0 +1,34 @@
+"""A model path is a Hugging Face directory or a GGUF file; anything else is refused."""
+
+from pathlib import Path
+
+from pagewire.serve.model import gguf, hf
+from pagewire.serve.model.config import ModelConfig, ModelError
+from pagewire.serve.model.weights import Weights
+
+
+def is_gguf(path: Path) -> bool:
+    """True for a GGUF file, False for a directory; raises ModelError for anything else."""
+    if path.is_dir():
+        return False
+    if not path.exists():
+        raise ModelError(
+            f"{path}: expected a Hugging Face directory or a .gguf file, got no such file"
+        )
+    if path.is_file() and path.suffix == ".gguf":
+        return True
+    raise ModelError(
+        f"{path}: expected a Hugging Face directory or a .gguf file, got another kind of file"
+    )
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The config of the model at `path`. Raises ModelError. Loads no torch and no weights."""
+    path = Path(path)
+    return gguf.read_config(path) if is_gguf(path) else hf.read_config(path)
+
+
+def open_weights(path: str | Path) -> Weights:
+    """The model at `path`, with every tensor's name, shape and dtype checked. Raises ModelError."""
+    path = Path(path)
+    return gguf.GGUFWeights(path) if is_gguf(path) else hf.HFWeights(path)

@@ -1,0 +1,179 @@
+"""Llama over a paged KV cache: attention and KV by pagewire ops, the rest in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pagewire as pw
+from pagewire.serve.model.files import open_weights
+from pagewire.serve.model.rope import inverse_frequencies, rotate, rotation
+from pagewire.serve.model.weights import EMBED, FINAL_NORM, LM_HEAD, Weights
+from pagewire.types import Layout
+
+RUN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Described(TypedDict):
+    """What the cache says of one layer's K and V, as every op takes it."""
+
+    layout: Layout
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: Tensor  # [out_features, in_features]
+    bias: Tensor | None  # [out_features]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    attention_norm: Tensor  # [hidden_size]
+    qkv: Linear  # [(num_qo_heads + 2 * num_kv_heads) * head_dim, hidden_size]
+    out: Linear  # [hidden_size, num_qo_heads * head_dim]
+    mlp_norm: Tensor  # [hidden_size]
+    gate_up: Linear  # [2 * intermediate_size, hidden_size]
+    down: Linear  # [hidden_size, intermediate_size]
+
+
+class Llama:
+    """The weights of one model in one dtype on one device. Build it with `Llama.load`."""
+
+    def __init__(
+        self, weights: Weights, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        if dtype not in RUN_DTYPES:
+            raise ValueError(
+                f"dtype: expected one of {', '.join(map(str, RUN_DTYPES))}, got {dtype}"
+            )
+        self.config, self.dtype, self.device = weights.config, dtype, torch.device(device)
+        load = _Loader(weights, dtype, self.device)
+        self._embedding = load.stacked(EMBED)  # [vocab_size, hidden_size]
+        self._layers = [load.layer(i) for i in range(self.config.num_layers)]
+        self._norm = load.stacked(FINAL_NORM)
+        self._lm_head = (
+            self._embedding if self.config.tie_word_embeddings else load.stacked(LM_HEAD)
+        )
+        self._frequencies = inverse_frequencies(self.config).to(self.device)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Llama:
+        """Read a Hugging Face directory or a GGUF file.
+
+        Args:
+            dtype: of weights and activations: fp32, bf16 or fp16. Stored weights are converted.
+        Raises:
+            ModelError: a file is missing, damaged, or of a model that this class does not compute.
+        """
+        return cls(open_weights(path), dtype, device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: pw.PagedKVCache,
+        *,
+        slot_mapping: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        cu_seqlens_q: Tensor | None,
+        logit_rows: Tensor,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Run the tokens of a batch, writing their KV into `cache`; return the logits asked for.
+
+        Args:
+            token_ids, positions: int64 [num_tokens]; a position is an index in its own request.
+            cache: one layer of `cache` per layer of the model, in the model's dtype or quantised.
+            slot_mapping: int64 [num_tokens], where each token's K and V go.
+            page_table: int32 [batch_size, max_pages_per_seq].
+            seq_lens: int32 [batch_size], KV tokens of each request, these included.
+            cu_seqlens_q: int32 [batch_size + 1], or None for exactly one token per request.
+            logit_rows: int64 [num_rows], rows of `token_ids` whose logits are wanted; may be empty.
+            on_layer: called with i once the KV of layer i is in the cache, before its attention.
+        Returns:
+            fp32 [num_rows, vocab_size].
+        """
+        config = self.config
+        if cache.num_layers != config.num_layers:
+            raise ValueError(
+                f"cache: expected {config.num_layers} layers (the model's), got {cache.num_layers}"
+            )
+        heads = [config.num_qo_heads, config.num_kv_heads, config.num_kv_heads]
+        cos, sin = rotation(positions, self._frequencies)
+        x = F.embedding(token_ids, self._embedding)  # [num_tokens, hidden_size]
+        attended = x.new_empty(x.shape[0], config.num_qo_heads, config.head_dim)
+        for i, layer in enumerate(self._layers):
+            qkv = layer.qkv(self._rms_norm(x, layer.attention_norm))
+            q, k, v = qkv.unflatten(1, (sum(heads), config.head_dim)).split(heads, dim=1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            described = _Described(
+                layout=cache.layout, k_scale=cache.k_scale[i], v_scale=cache.v_scale[i]
+            )
+            pw.append_kv(k, v, cache.k[i], cache.v[i], slot_mapping, **described)
+            if on_layer is not None:
+                on_layer(i)
+            paged = (q, cache.k[i], cache.v[i], page_table, seq_lens)
+            if cu_seqlens_q is None:
+                pw.decode(*paged, out=attended, **described)
+            else:
+                pw.prefill(*paged, cu_seqlens_q, out=attended, **described)
+            x = x + layer.out(attended.flatten(1))
+            gate, up = layer.gate_up(self._rms_norm(x, layer.mlp_norm)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        x = self._rms_norm(x[logit_rows], self._norm)
+        return F.linear(x, self._lm_head).float()
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+
+
+class _Loader:
+    """Copies stored tensors into final ones, one at a time: never two whole models in memory."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+        self._weights, self._dtype, self._device = weights, dtype, device
+
+    def stacked(self, *names: str) -> Tensor:
+        """The named tensors one below the other, in the run dtype."""
+        parts = [self._weights.read(name) for name in names]
+        rows = sum(part.shape[0] for part in parts)
+        whole = torch.empty((rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
+        for row, part in zip(whole.split([part.shape[0] for part in parts]), parts, strict=True):
+            row.copy_(part)
+        return whole
+
+    def layer(self, i: int) -> Layer:
+        prefix = f"model.layers.{i}."
+        attention_bias, mlp_bias = (
+            self._weights.config.attention_bias,
+            self._weights.config.mlp_bias,
+        )
+
+        def linear(has_bias: bool, *modules: str) -> Linear:
+            weight = self.stacked(*(f"{prefix}{m}_proj.weight" for m in modules))
+            bias = self.stacked(*(f"{prefix}{m}_proj.bias" for m in modules)) if has_bias else None
+            return Linear(weight, bias)
+
+        return Layer(
+            attention_norm=self.stacked(prefix + "input_layernorm.weight"),
+            qkv=linear(attention_bias, "self_attn.q", "self_attn.k", "self_attn.v"),
+            out=linear(attention_bias, "self_attn.o"),
+            mlp_norm=self.stacked(prefix + "post_attention_layernorm.weight"),
+            gate_up=linear(mlp_bias, "mlp.gate", "mlp.up"),
+            down=linear(mlp_bias, "mlp.down"),
+        )

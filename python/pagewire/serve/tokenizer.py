@@ -1,0 +1,360 @@
+"""Text to token ids and back, and the chat template. Loads no torch: the front process works here.
+
+The `tokenizers` library encodes. Decoding is ours: a table from id to bytes behind an incremental
+UTF-8 decoder gives each token's text in constant time, whatever came before.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+
+from pagewire.serve.model.config import ModelError
+from pagewire.serve.model.files import is_gguf, load_config
+from pagewire.serve.model.gguf import GGUFFile, config_of
+from pagewire.serve.model.hf import read_json
+
+# tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED = 3, 4
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    Attributes:
+        vocab_size: ids below it may come from the model; those without a piece decode to "".
+        eos_token_ids: the ids that end a text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        chat_template: str | None,
+        template_variables: Mapping[str, str],
+        where: str,
+    ) -> None:
+        """
+        Args:
+            template_variables: what the template may use besides messages, such as bos_token.
+            where: named in errors.
+        Raises:
+            ModelError: ids past vocab_size, an unknown decoder, or a template that does not parse.
+        """
+        self._tokenizer = tokenizer
+        self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
+        num_pieces = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if not 0 < num_pieces <= vocab_size:
+            raise ModelError(
+                f"{where}: expected token ids from 0 to at most {vocab_size - 1} (vocab_size), "
+                f"got {num_pieces} ids"
+            )
+        self._pieces, self._strips_first_space = _piece_bytes(tokenizer, vocab_size, where)
+        self._template = _compile(chat_template, where) if chat_template is not None else None
+        self._template_variables = dict(template_variables)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face directory or a GGUF file. Raises ModelError."""
+        path = Path(path)
+        return _load_gguf(path) if is_gguf(path) else _load_directory(path)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`. Special tokens written out in the text become their ids.
+
+        Args:
+            add_special_tokens: put the model's own start (often one BOS) first. False for a
+                rendered chat: its template writes the start.
+        """
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text = b"".join(map(self.piece, token_ids)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._strips_first_space else text
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes one token adds to a text: none for a special token or an id without a piece."""
+        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The model's chat template over `messages`; encode it with add_special_tokens=False.
+
+        Raises:
+            ValueError: there is no template, or it does not take these messages; it says why.
+        """
+        if self._template is None:
+            raise ValueError("this model has no chat template: use plain completions")
+        try:
+            return self._template.render(
+                **self._template_variables,
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+            )
+        # A template is a program of the model's author: it may fail in any way.
+        except Exception as error:
+            raise ValueError(
+                f"the model's chat template does not take these messages: {error}"
+            ) from error
+
+
+class Detokenizer:
+    """Turns the ids of one output into text as they come; the pushes and `finish` are all of it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now: bytes of an unfinished character wait for more."""
+        return self._decoder.decode(self._tokenizer.piece(token_id))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if the output ended inside a character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _load_directory(path: Path) -> Tokenizer:
+    config = load_config(path)
+    file = path / "tokenizer.json"
+    try:
+        # from_str, not from_file: an unreadable file should say so as a missing one does
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file}: expected the model's tokenizer, got no such file") from None
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(
+            f"{file}: expected a tokenizer of the tokenizers library, got {error}"
+        ) from error
+    # Neither a maximum length nor padding may change what a prompt encodes to.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings_file = path / "tokenizer_config.json"
+    settings = read_json(settings_file) if settings_file.exists() else {}
+    template_file = path / "chat_template.jinja"
+    if template_file.exists():
+        chat_template: str | None = template_file.read_text(encoding="utf-8")
+    else:
+        chat_template = _default_template(settings.get("chat_template"), settings_file)
+    return Tokenizer(
+        tokenizer,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        chat_template=chat_template,
+        template_variables=_special_tokens(settings),
+        where=str(path),
+    )
+
+
+def _default_template(value: Any, file: Path) -> str | None:
+    """chat_template is a string, or a list of named ones of which "default" is ours."""
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise ModelError(f"{file}: chat_template: expected text, got {type(value).__name__}")
+    return value
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and their like: each a string, or an object with one as content."""
+    tokens = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = value.get("content")
+        if key in ("bos_token", "eos_token", "unk_token", "pad_token") and isinstance(value, str):
+            tokens[key] = value
+    return tokens
+
+
+def _load_gguf(path: Path) -> Tokenizer:
+    file = GGUFFile(path)
+    config = config_of(file)
+    pieces, token_types = (
+        file.texts("tokenizer.ggml.tokens"),
+        file.integers("tokenizer.ggml.token_type"),
+    )
+    if len(token_types) != len(pieces):
+        raise ModelError(
+            f"{path}: tokenizer.ggml.token_type: expected {len(pieces)} entries (one per token), "
+            f"got {len(token_types)}"
+        )
+    tokenizer, adds_bos = _byte_level_bpe(file, pieces)
+    special = [p for p, t in zip(pieces, token_types, strict=True) if t == _CONTROL]
+    user = [p for p, t in zip(pieces, token_types, strict=True) if t == _USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in special])
+    tokenizer.add_tokens([AddedToken(p, special=False, normalized=False) for p in user])
+    variables = {}
+    for name in ("bos", "eos", "padding", "unknown"):
+        token_id = file.integer(f"tokenizer.ggml.{name}_token_id", None)
+        if token_id is not None:
+            if not 0 <= token_id < len(pieces):
+                raise ModelError(
+                    f"{path}: tokenizer.ggml.{name}_token_id: "
+                    f"expected 0 to {len(pieces) - 1}, got {token_id}"
+                )
+            variables[
+                {"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token")
+            ] = pieces[token_id]
+    if file.flag("tokenizer.ggml.add_bos_token", adds_bos):
+        if config.bos_token_id is None:
+            raise ModelError(
+                f"{path}: tokenizer.ggml.add_bos_token: expected a bos_token_id with it, got none"
+            )
+        bos = variables["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, config.bos_token_id)]
+        )
+    return Tokenizer(
+        tokenizer,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        chat_template=file.text("tokenizer.chat_template", None),
+        template_variables=variables,
+        where=str(path),
+    )
+
+
+def _byte_level_bpe(file: GGUFFile, pieces: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
+    """(tokenizer, whether this kind puts BOS first if the file does not say)."""
+    kind = file.text("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE), got {kind!r}; "
+            "serve the model from its Hugging Face directory"
+        )
+    splits = {
+        "gpt-2": ([_byte_level(use_regex=True)], False),
+        "smollm": (
+            [pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)],
+            False,
+        ),
+        "llama-bpe": (
+            [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), _byte_level(use_regex=False)],
+            True,
+        ),
+    }
+    pre = file.text("tokenizer.ggml.pre", "gpt-2")
+    if pre not in splits:
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.pre: expected one of {', '.join(splits)}, got {pre!r}"
+        )
+    merges = [tuple(merge.split(" ")) for merge in file.texts("tokenizer.ggml.merges")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.tokens: expected no piece twice, "
+            f"got {len(pieces) - len(vocab)} repeated"
+        )
+    try:
+        # Llama 3 takes a whole word that is a token as that token, before any merge.
+        model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")  # type: ignore[arg-type]
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.merges: expected pairs of pieces, got {error}"
+        ) from error
+    tokenizer = tokenizers.Tokenizer(model)
+    steps, adds_bos = splits[pre]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, adds_bos
+
+
+def _byte_level(*, use_regex: bool) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _piece_bytes(
+    tokenizer: tokenizers.Tokenizer, vocab_size: int, where: str
+) -> tuple[list[bytes], bool]:
+    """(bytes of each id, whether decoding a whole text drops its first space)."""
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    steps = decoder.get("decoders", [decoder])
+    kinds = {step.get("type") for step in steps}
+    if kinds == {"ByteLevel"}:
+        to_bytes = _byte_level_piece
+    elif {"Replace", "ByteFallback"} <= kinds <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
+        to_bytes = _byte_fallback_piece
+    else:
+        found = ", ".join(sorted(map(str, kinds)))
+        raise ModelError(
+            f"{where}: tokenizer decoder: expected ByteLevel, or ByteFallback with Replace, "
+            f"got {found}"
+        )
+    pieces = [b""] * vocab_size
+    for piece, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
+        pieces[token_id] = to_bytes(piece)
+    for token_id, added in tokenizer.get_added_tokens_decoder().items():
+        pieces[token_id] = b"" if added.special else added.content.encode()
+    return pieces, "Strip" in kinds
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 onwards."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def _byte_level_piece(piece: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF_CHAR[char] for char in piece)
+    except KeyError:  # not written in the alphabet: it is literal text
+        return piece.encode()
+
+
+def _byte_fallback_piece(piece: str) -> bytes:
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+def _compile(source: str, where: str) -> jinja2.Template:
+    """The template in a sandbox: it is data of the model's author, not our code."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelError(
+            f"{where}: chat template: expected a jinja2 template, got {error}"
+        ) from error
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    """Plain JSON: jinja2's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
