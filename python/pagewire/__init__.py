@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pagewire._api import *
 
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "BackendError",

@@ -60,7 +60,9 @@ class PageAllocator:
         if num_pages < 0:
             raise ValueError(f"alloc: expected num_pages >= 0, got {num_pages}")
         if num_pages > self.num_free:
-            raise OutOfPages(f"alloc: {num_pages} pages asked for, {self.num_free} of {self.num_pages} free")
+            raise OutOfPages(
+                f"alloc: {num_pages} pages asked for, {self.num_free} of {self.num_pages} free"
+            )
         pages = [self._free.popleft() for _ in range(num_pages)]
         for page in pages:
             self._refs[page] = 1
@@ -80,7 +82,9 @@ class PageAllocator:
         pages = self._check(pages, "active", "free")
         for page, times in Counter(pages).items():
             if times > self._refs[page]:
-                raise ValueError(f"free: page {page} has {self._refs[page]} references, {times} were to be dropped")
+                raise ValueError(
+                    f"free: page {page} has {self._refs[page]} references, {times} were to be dropped"
+                )
         for page in pages:
             self._refs[page] -= 1
             if self._refs[page] == 0:

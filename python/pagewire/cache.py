@@ -65,8 +65,12 @@ class PagedKVCache:
     ) -> None:
         self.k, self.v = tuple(k_caches), tuple(v_caches)
         self.layout: Layout = layout
-        self.k_scale: tuple[Tensor | None, ...] = tuple(k_scales) if k_scales is not None else (None,) * len(self.k)
-        self.v_scale: tuple[Tensor | None, ...] = tuple(v_scales) if v_scales is not None else (None,) * len(self.v)
+        self.k_scale: tuple[Tensor | None, ...] = (
+            tuple(k_scales) if k_scales is not None else (None,) * len(self.k)
+        )
+        self.v_scale: tuple[Tensor | None, ...] = (
+            tuple(v_scales) if v_scales is not None else (None,) * len(self.v)
+        )
         self.geometry = _geometry(self)
 
     @property
@@ -121,10 +125,22 @@ class PagedKVCache:
         def scales() -> list[Tensor] | None:
             if scale == "none":
                 return None
-            shape = {"tensor": (), "head": (num_kv_heads,), "token_head": (num_pages, page_size, num_kv_heads)}[scale]
-            return [torch.ones(shape, dtype=torch.float32, device=device) for _ in range(num_layers)]
+            shape = {
+                "tensor": (),
+                "head": (num_kv_heads,),
+                "token_head": (num_pages, page_size, num_kv_heads),
+            }[scale]
+            return [
+                torch.ones(shape, dtype=torch.float32, device=device) for _ in range(num_layers)
+            ]
 
-        return cls(stored(head_dim), stored(head_dim_v), layout=layout, k_scales=scales(), v_scales=scales())
+        return cls(
+            stored(head_dim),
+            stored(head_dim_v),
+            layout=layout,
+            k_scales=scales(),
+            v_scales=scales(),
+        )
 
 
 def nhd(cache: Tensor, layout: Layout) -> Tensor:
@@ -136,9 +152,15 @@ def _geometry(cache: PagedKVCache) -> Geometry:
     num_layers = len(cache.k)
     if num_layers == 0:
         raise ValueError("k_caches: expected at least one layer, got none")
-    for name, tensors in (("v_caches", cache.v), ("k_scales", cache.k_scale), ("v_scales", cache.v_scale)):
+    for name, tensors in (
+        ("v_caches", cache.v),
+        ("k_scales", cache.k_scale),
+        ("v_scales", cache.v_scale),
+    ):
         if len(tensors) != num_layers:
-            raise ValueError(f"{name}: expected {num_layers} layers (from k_caches), got {len(tensors)}")
+            raise ValueError(
+                f"{name}: expected {num_layers} layers (from k_caches), got {len(tensors)}"
+            )
     if cache.layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {cache.layout!r}")
     k0, v0 = cache.k[0], cache.v[0]
@@ -159,9 +181,13 @@ def _geometry(cache: PagedKVCache) -> Geometry:
                     f"got {tuple(t.shape)} {dtype_name(t.dtype)} on {t.device}"
                 )
             if t.stride(-1) != 1 and t.shape[-1] > 1:
-                raise ValueError(f"{where}: expected a contiguous last dim (stride 1), got stride {t.stride(-1)}")
+                raise ValueError(
+                    f"{where}: expected a contiguous last dim (stride 1), got stride {t.stride(-1)}"
+                )
     if v0.shape[:3] != k0.shape[:3]:
-        raise ValueError(f"v_caches[0]: expected {names} = {tuple(k0.shape[:3])} + (head_dim_v,), got {tuple(v0.shape)}")
+        raise ValueError(
+            f"v_caches[0]: expected {names} = {tuple(k0.shape[:3])} + (head_dim_v,), got {tuple(v0.shape)}"
+        )
     k_nhd = nhd(k0, cache.layout)
     num_pages, page_size, num_kv_heads, head_dim = k_nhd.shape
     return Geometry(
@@ -173,13 +199,24 @@ def _geometry(cache: PagedKVCache) -> Geometry:
 
 def _same_memory(k: Tensor, v: Tensor) -> bool:
     """V is a prefix view of K: the MLA layout."""
-    return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[-1] <= k.shape[-1] and k.numel() > 0
+    return (
+        k.data_ptr() == v.data_ptr()
+        and k.stride() == v.stride()
+        and v.shape[-1] <= k.shape[-1]
+        and k.numel() > 0
+    )
 
 
-def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_heads: int) -> CacheScale:
+def _cache_scale(
+    cache: PagedKVCache, num_pages: int, page_size: int, num_kv_heads: int
+) -> CacheScale:
     quantised = cache.k[0].dtype in QUANT_MAX
     kinds: set[str] = set()
-    shapes = {(): "tensor", (num_kv_heads,): "head", (num_pages, page_size, num_kv_heads): "token_head"}
+    shapes = {
+        (): "tensor",
+        (num_kv_heads,): "head",
+        (num_pages, page_size, num_kv_heads): "token_head",
+    }
     for kind, scales in (("k", cache.k_scale), ("v", cache.v_scale)):
         for i, s in enumerate(scales):
             if s is None:
@@ -189,7 +226,9 @@ def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_hea
             if s.dtype != torch.float32:
                 raise TypeError(f"{where}: expected float32, got {dtype_name(s.dtype)}")
             if s.device != cache.k[0].device:
-                raise ValueError(f"{where}: expected device {cache.k[0].device} (from k_caches), got {s.device}")
+                raise ValueError(
+                    f"{where}: expected device {cache.k[0].device} (from k_caches), got {s.device}"
+                )
             if tuple(s.shape) not in shapes:
                 raise ValueError(
                     f"{where}: expected [], [{num_kv_heads}] (num_kv_heads) or [{num_pages}, {page_size}, "
@@ -197,7 +236,9 @@ def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_hea
                 )
             kinds.add(shapes[tuple(s.shape)])
     if len(kinds) != 1:
-        raise ValueError(f"k_scales, v_scales: expected one kind for all layers and for K and V, got {sorted(kinds)}")
+        raise ValueError(
+            f"k_scales, v_scales: expected one kind for all layers and for K and V, got {sorted(kinds)}"
+        )
     (found,) = kinds
     if quantised != (found != "none"):
         expected = "k_scales and v_scales (1.0 for none)" if quantised else "no scales"

@@ -33,7 +33,9 @@ class Dims:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         words = pattern.split()
         if tensor.dim() != len(words):
-            raise ValueError(f"{name}: expected [{', '.join(words)}], got shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name}: expected [{', '.join(words)}], got shape {tuple(tensor.shape)}"
+            )
         for axis, word in enumerate(words):
             extent, at_most = tensor.shape[axis], word.startswith("<=")
             word = word.removeprefix("<=")
@@ -57,13 +59,17 @@ def dtype(name: str, tensor: Tensor, accepted: Sequence[torch.dtype], source: st
 def device(reference: str, expected: torch.device, **tensors: Tensor | Scale) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device != expected:
-            raise ValueError(f"{name}: expected device {expected} (from {reference}), got {tensor.device}")
+            raise ValueError(
+                f"{name}: expected device {expected} (from {reference}), got {tensor.device}"
+            )
 
 
 def last_dim_contiguous(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: expected a contiguous last dim (stride 1), got stride {tensor.stride(-1)}")
+            raise ValueError(
+                f"{name}: expected a contiguous last dim (stride 1), got stride {tensor.stride(-1)}"
+            )
 
 
 def layout(value: str) -> None:
@@ -97,11 +103,15 @@ def scale(dims: Dims, name: str, value: Scale, kv_dtype: torch.dtype, *, per_req
     """A scale is needed for fp8 and int8; for a float cache only an explicit one is checked."""
     if value is None:
         if kv_dtype in QUANT_MAX:
-            raise ValueError(f"{name}: a {dtype_name(kv_dtype)} cache needs a scale (pass 1.0 for none), got None")
+            raise ValueError(
+                f"{name}: a {dtype_name(kv_dtype)} cache needs a scale (pass 1.0 for none), got None"
+            )
         return
     if not isinstance(value, Tensor):
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name}: expected a finite float > 0 or a float32 tensor, got {value!r}")
+            raise ValueError(
+                f"{name}: expected a finite float > 0 or a float32 tensor, got {value!r}"
+            )
         return
     dtype(name, value, (torch.float32,))
     heads, pages, page_size = dims["num_kv_heads"], dims["num_pages"], dims["page_size"]
@@ -121,7 +131,9 @@ def no_float_scale(kv_dtype: torch.dtype, **scales: Scale) -> None:
     """Appending never divides by the scale of a float cache, so one is refused rather than ignored."""
     for name, value in scales.items():
         if value is not None and kv_dtype not in QUANT_MAX:
-            raise ValueError(f"{name}: a {dtype_name(kv_dtype)} cache stores real values, expected None")
+            raise ValueError(
+                f"{name}: a {dtype_name(kv_dtype)} cache stores real values, expected None"
+            )
 
 
 def offsets(dims: Dims, cu_seqlens_q: Tensor, expected: torch.device) -> None:
@@ -155,11 +167,24 @@ def modifiers(dims: Dims, q: Tensor, kv_dtype: torch.dtype, m: Modifiers) -> Non
         dtype("sinks", m.sinks, (torch.float32,))
     scale(dims, "k_scale", m.k_scale, kv_dtype, per_request=True)
     scale(dims, "v_scale", m.v_scale, kv_dtype, per_request=True)
-    device("q", q.device, alibi_slopes=m.alibi_slopes, sinks=m.sinks, k_scale=m.k_scale, v_scale=m.v_scale)
+    device(
+        "q",
+        q.device,
+        alibi_slopes=m.alibi_slopes,
+        sinks=m.sinks,
+        k_scale=m.k_scale,
+        v_scale=m.v_scale,
+    )
 
 
 def attention(
-    dims: Dims, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, layout_name: str
+    dims: Dims,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    layout_name: str,
 ) -> None:
     """Everything but q's own shape and the modifiers, which differ between decode and prefill."""
     caches(dims, k_cache, v_cache, layout_name)
@@ -170,7 +195,9 @@ def attention(
     dtype("page_table", page_table, (torch.int32,))
     dtype("seq_lens", seq_lens, (torch.int32,))
     last_dim_contiguous(page_table=page_table)
-    device("q", q.device, k_cache=k_cache, v_cache=v_cache, page_table=page_table, seq_lens=seq_lens)
+    device(
+        "q", q.device, k_cache=k_cache, v_cache=v_cache, page_table=page_table, seq_lens=seq_lens
+    )
     group_size(dims["num_qo_heads"], dims["num_kv_heads"])
 
 
@@ -182,7 +209,13 @@ def group_size(num_qo_heads: int, num_kv_heads: int) -> None:
 
 
 def out_and_lse(
-    dims: Dims, q: Tensor, out: Tensor | None, lse: Tensor | None, rows: str, *, width: str = "head_dim_v"
+    dims: Dims,
+    q: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    rows: str,
+    *,
+    width: str = "head_dim_v",
 ) -> None:
     """Caller-provided results: `out [rows, num_qo_heads, width]` in q's dtype or fp32, `lse [rows, num_qo_heads]` fp32."""
     if out is not None:

@@ -12,7 +12,16 @@ from pagewire import check, library, registry
 from pagewire.cache import PagedKVCache, nhd
 from pagewire.errors import check_after_call
 from pagewire.packed import PackedKV, PackedShape
-from pagewire.types import FLOAT_DTYPES, KV_DTYPES, QUANT_MAX, Layout, Modifiers, Problem, Scale, dtype_name
+from pagewire.types import (
+    FLOAT_DTYPES,
+    KV_DTYPES,
+    QUANT_MAX,
+    Layout,
+    Modifiers,
+    Problem,
+    Scale,
+    dtype_name,
+)
 
 
 def append_kv(
@@ -58,10 +67,19 @@ def append_kv(
     check.scale(dims, "v_scale", v_scale, k_cache.dtype, per_request=False)
     check.no_float_scale(k_cache.dtype, k_scale=k_scale, v_scale=v_scale)
     check.device(
-        "k", k.device, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
+        "k",
+        k.device,
+        v=v,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        slot_mapping=slot_mapping,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     module = registry.choose(_problem("append_kv", k, dims, k_cache.dtype), backend)
-    module.append_kv(k, v, nhd(k_cache, layout), nhd(v_cache, layout), slot_mapping, k_scale, v_scale)
+    module.append_kv(
+        k, v, nhd(k_cache, layout), nhd(v_cache, layout), slot_mapping, k_scale, v_scale
+    )
     check_after_call(k.device)
 
 
@@ -119,7 +137,9 @@ def decode(
         alibi_slopes, sinks, k_scale, v_scale, split_size,
     )  # fmt: skip
     if library.traced(q):
-        result = library.decode(q, k_cache, v_cache, page_table, seq_lens, layout, m, backend, out, lse, return_lse)
+        result = library.decode(
+            q, k_cache, v_cache, page_table, seq_lens, layout, m, backend, out, lse, return_lse
+        )
         return result if return_lse else result[0]
     dims = check.Dims()
     dims.check("q", q, "batch_size num_qo_heads head_dim")
@@ -177,7 +197,18 @@ def prefill(
     )  # fmt: skip
     if library.traced(q):
         result = library.prefill(
-            q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, layout, m, backend, out, lse, return_lse
+            q,
+            k_cache,
+            v_cache,
+            page_table,
+            seq_lens,
+            cu_seqlens_q,
+            layout,
+            m,
+            backend,
+            out,
+            lse,
+            return_lse,
         )
         return result if return_lse else result[0]
     dims = check.Dims()
@@ -188,7 +219,17 @@ def prefill(
     check.out_and_lse(dims, q, out, lse, "num_tokens")
     out, lse = _results(q, dims["head_dim_v"], out, lse, return_lse)
     module = registry.choose(_problem("prefill", q, dims, k_cache.dtype, max_q_len), backend)
-    module.prefill(q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse)
+    module.prefill(
+        q,
+        nhd(k_cache, layout),
+        nhd(v_cache, layout),
+        page_table,
+        seq_lens,
+        cu_seqlens_q,
+        m,
+        out,
+        lse,
+    )
     check_after_call(q.device)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
@@ -290,7 +331,9 @@ def pack_kv(
     """
     layers, heads = _ranges(cache, layers, heads)
     dtype = dtype or cache.geometry.dtype
-    shape = packed_shape(cache, slots.shape[0] if slots.dim() else 0, layers=layers, heads=heads, dtype=dtype)
+    shape = packed_shape(
+        cache, slots.shape[0] if slots.dim() else 0, layers=layers, heads=heads, dtype=dtype
+    )
     if not library.traced(slots):
         _check_slots(cache, slots)
     packed = _packed_out(out, shape, cache.device)
@@ -342,17 +385,27 @@ def packed_shape(
     g = cache.geometry
     dtype = dtype or g.dtype
     if dtype not in KV_DTYPES:
-        raise TypeError(f"dtype: expected one of {', '.join(map(dtype_name, KV_DTYPES))}, got {dtype_name(dtype)}")
+        raise TypeError(
+            f"dtype: expected one of {', '.join(map(dtype_name, KV_DTYPES))}, got {dtype_name(dtype)}"
+        )
     scale_kind = g.scale if dtype == g.dtype else "token_head" if dtype in QUANT_MAX else "none"
     head_dim_v = 0 if g.shares_kv else g.head_dim_v
     return PackedShape(
-        layers[1] - layers[0], heads[1] - heads[0], num_tokens, g.head_dim, head_dim_v, dtype, scale_kind
+        layers[1] - layers[0],
+        heads[1] - heads[0],
+        num_tokens,
+        g.head_dim,
+        head_dim_v,
+        dtype,
+        scale_kind,
     )
 
 
 # ------------------------------------------------------------------------------- shared by ops and torch ops
 
-LayerViews = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # NHD k, v and scales k, v; lists may be empty
+LayerViews = tuple[
+    list[Tensor], list[Tensor], list[Tensor], list[Tensor]
+]  # NHD k, v and scales k, v; lists may be empty
 
 
 def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
@@ -419,12 +472,16 @@ def _ranges(
     for name, given, extent in (("layers", layers, g.num_layers), ("heads", heads, g.num_kv_heads)):
         start, stop = (0, extent) if given is None else given
         if not 0 <= start < stop <= extent:
-            raise ValueError(f"{name}: expected (start, stop) with 0 <= start < stop <= {extent}, got {given}")
+            raise ValueError(
+                f"{name}: expected (start, stop) with 0 <= start < stop <= {extent}, got {given}"
+            )
         result.append((start, stop))
     return result[0], result[1]
 
 
-def _layer_views(cache: PagedKVCache, layers: tuple[int, int], heads: tuple[int, int]) -> LayerViews:
+def _layer_views(
+    cache: PagedKVCache, layers: tuple[int, int], heads: tuple[int, int]
+) -> LayerViews:
     which, columns = slice(*layers), slice(*heads)
 
     def views(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -444,12 +501,18 @@ def _layer_views(cache: PagedKVCache, layers: tuple[int, int], heads: tuple[int,
 
 def _check_slots(cache: PagedKVCache, slots: Tensor) -> None:
     if slots.dim() != 1 or slots.dtype != torch.int64:
-        raise ValueError(f"slots: expected [num_tokens] int64, got {tuple(slots.shape)} {dtype_name(slots.dtype)}")
+        raise ValueError(
+            f"slots: expected [num_tokens] int64, got {tuple(slots.shape)} {dtype_name(slots.dtype)}"
+        )
     if slots.device != cache.device:
-        raise ValueError(f"slots: expected device {cache.device} (from the cache), got {slots.device}")
+        raise ValueError(
+            f"slots: expected device {cache.device} (from the cache), got {slots.device}"
+        )
 
 
-def _packed_out(out: PackedKV | Tensor | None, shape: PackedShape, device: torch.device) -> PackedKV:
+def _packed_out(
+    out: PackedKV | Tensor | None, shape: PackedShape, device: torch.device
+) -> PackedKV:
     if out is None:
         return PackedKV.empty(shape, device)
     if isinstance(out, PackedKV):
@@ -459,12 +522,18 @@ def _packed_out(out: PackedKV | Tensor | None, shape: PackedShape, device: torch
     else:
         buffer = out
     if buffer.device != device and not (device.type == "cuda" and buffer.is_pinned()):
-        raise ValueError(f"out: expected device {device} (from the cache) or pinned memory, got {buffer.device}")
+        raise ValueError(
+            f"out: expected device {device} (from the cache) or pinned memory, got {buffer.device}"
+        )
     return out if isinstance(out, PackedKV) else PackedKV.wrap(buffer, shape)
 
 
 def _check_packed(
-    packed: PackedKV, cache: PagedKVCache, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int]
+    packed: PackedKV,
+    cache: PagedKVCache,
+    slots: Tensor,
+    layers: tuple[int, int],
+    heads: tuple[int, int],
 ) -> None:
     g, shape = cache.geometry, packed.shape
     head_dim_v = 0 if g.shares_kv else g.head_dim_v
@@ -478,8 +547,12 @@ def _check_packed(
         if expected != got:
             raise ValueError(f"packed: expected {name}={expected} (from {source}), got {got}")
     if (shape.dtype in QUANT_MAX) != (shape.scale_kind != "none"):
-        raise ValueError(f"packed: scale kind {shape.scale_kind!r} does not go with {dtype_name(shape.dtype)}")
-    if packed.buffer.device != cache.device and not (cache.device.type == "cuda" and packed.buffer.is_pinned()):
+        raise ValueError(
+            f"packed: scale kind {shape.scale_kind!r} does not go with {dtype_name(shape.dtype)}"
+        )
+    if packed.buffer.device != cache.device and not (
+        cache.device.type == "cuda" and packed.buffer.is_pinned()
+    ):
         raise ValueError(
             f"packed: expected device {cache.device} (from the cache) or pinned memory, got {packed.buffer.device}"
         )

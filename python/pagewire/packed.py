@@ -88,9 +88,13 @@ class PackedKV:
                 f"packed buffer: expected 1-d contiguous, got shape {tuple(buffer.shape)} stride {buffer.stride()}"
             )
         if buffer.shape[0] < shape.num_bytes:
-            raise ValueError(f"packed buffer: expected at least {shape.num_bytes} bytes, got {buffer.shape[0]}")
+            raise ValueError(
+                f"packed buffer: expected at least {shape.num_bytes} bytes, got {buffer.shape[0]}"
+            )
         if buffer.storage_offset() % _ALIGN:
-            raise ValueError(f"packed buffer: expected a {_ALIGN}-byte aligned start, got byte {buffer.storage_offset()}")
+            raise ValueError(
+                f"packed buffer: expected a {_ALIGN}-byte aligned start, got byte {buffer.storage_offset()}"
+            )
         buffer = buffer[: shape.num_bytes]
         k, v = _payload_views(buffer, shape)
         k_scale, v_scale = _scale_views(buffer, shape)
@@ -102,7 +106,13 @@ class PackedKV:
 
 
 def _payload_views(buffer: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor | None]:
-    L, H, T, D, Dv = shape.num_layers, shape.num_heads, shape.num_tokens, shape.head_dim, shape.head_dim_v
+    L, H, T, D, Dv = (
+        shape.num_layers,
+        shape.num_heads,
+        shape.num_tokens,
+        shape.head_dim,
+        shape.head_dim_v,
+    )
     layer = H * T * (D + Dv)
     flat = buffer[: shape.payload_bytes].view(shape.dtype)
     base = flat.storage_offset()

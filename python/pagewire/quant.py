@@ -17,7 +17,12 @@ def quantise(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Ten
     if scale is not None:
         y = y / scale
     if dtype == torch.int8:
-        return y.nan_to_num(nan=0.0, posinf=limit, neginf=-limit).round().clamp(-limit, limit).to(torch.int8)
+        return (
+            y.nan_to_num(nan=0.0, posinf=limit, neginf=-limit)
+            .round()
+            .clamp(-limit, limit)
+            .to(torch.int8)
+        )
     return y.clamp(-limit, limit).to(dtype)
 
 

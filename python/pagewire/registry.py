@@ -27,8 +27,12 @@ class Backend:
     name: str
     module: str
     ops: frozenset[str]
-    unavailable: Callable[[str], str | None]  # device type -> why it cannot run there on this machine, or None
-    limits: Mapping[str, frozenset] = field(default_factory=dict)  # Problem field -> accepted values
+    unavailable: Callable[
+        [str], str | None
+    ]  # device type -> why it cannot run there on this machine, or None
+    limits: Mapping[str, frozenset] = field(
+        default_factory=dict
+    )  # Problem field -> accepted values
     max_head_dim: int | None = None
     special: Callable[[Problem], str | None] = lambda problem: None
 
@@ -125,8 +129,12 @@ def choose(problem: Problem, backend: str | None) -> ModuleType:
 
 
 @functools.cache
-def _choose(problem: Problem, argument: str | None, environment: str | None, interpret: bool) -> ModuleType:
-    name, source = (argument, "backend=") if argument is not None else (environment, "PAGEWIRE_BACKEND=")
+def _choose(
+    problem: Problem, argument: str | None, environment: str | None, interpret: bool
+) -> ModuleType:
+    name, source = (
+        (argument, "backend=") if argument is not None else (environment, "PAGEWIRE_BACKEND=")
+    )
     if name is not None:
         if name not in _BY_NAME:
             raise BackendError(f"{source}{name!r}: expected one of {', '.join(_BY_NAME)}")
@@ -197,7 +205,9 @@ def explain(
         taken = choose(problem, None).__name__.rsplit(".", 1)[-1]
     except BackendError:
         taken = ""
-    lines = [f"{op} on {device}, {dtype_name(dtype)} q, {dtype_name(problem.kv_dtype)} kv, head_dim {head_dim}:"]
+    lines = [
+        f"{op} on {device}, {dtype_name(dtype)} q, {dtype_name(problem.kv_dtype)} kv, head_dim {head_dim}:"
+    ]
     width = max(len(b.name) for b in BACKENDS)
     for b in BACKENDS:
         mark = "->" if b.name == taken else "  "

@@ -27,22 +27,37 @@ def _keywords(flat: tuple[Any, ...], *, prefill: bool) -> dict[str, Any]:
     return f
 
 
-def _append_kv(k, v, k_cache, v_cache, slot_mapping, layout, k_scale, k_value, v_scale, v_value, backend) -> None:  # type: ignore[no-untyped-def]
+def _append_kv(
+    k, v, k_cache, v_cache, slot_mapping, layout, k_scale, k_value, v_scale, v_value, backend
+) -> None:  # type: ignore[no-untyped-def]
     ops.append_kv(
         k, v, k_cache, v_cache, slot_mapping, layout=layout, k_scale=library.join_scale(k_scale, k_value),
         v_scale=library.join_scale(v_scale, v_value), backend=backend,
     )  # fmt: skip
 
 
-def _decode(q, k_cache, v_cache, page_table, seq_lens, *flat, out=None, lse=None) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _decode(
+    q, k_cache, v_cache, page_table, seq_lens, *flat, out=None, lse=None
+) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     keywords = _keywords(flat, prefill=False)
-    return ops.decode(q, k_cache, v_cache, page_table, seq_lens, out=out, lse=lse, return_lse=True, **keywords)  # type: ignore[return-value]
+    return ops.decode(
+        q, k_cache, v_cache, page_table, seq_lens, out=out, lse=lse, return_lse=True, **keywords
+    )  # type: ignore[return-value]
 
 
 def _prefill(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, *flat, out=None, lse=None):  # type: ignore[no-untyped-def]
     keywords = _keywords(flat, prefill=True)
     return ops.prefill(
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, out=out, lse=lse, return_lse=True, **keywords
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        cu_seqlens_q,
+        out=out,
+        lse=lse,
+        return_lse=True,
+        **keywords,
     )
 
 
@@ -54,7 +69,9 @@ def _merge_states(outs, lses, backend, out=None, lse=None):  # type: ignore[no-u
     return ops.merge_states(outs, lses, out=out, lse=lse, backend=backend)
 
 
-def _pack_kv(k_caches, v_caches, k_scales, v_scales, slots, *shape_and_backend, buffer=None) -> Tensor:  # type: ignore[no-untyped-def]
+def _pack_kv(
+    k_caches, v_caches, k_scales, v_scales, slots, *shape_and_backend, buffer=None
+) -> Tensor:  # type: ignore[no-untyped-def]
     *flat, backend = shape_and_backend
     shape = library.packed_shape(k_caches, *flat)
     packed = PackedKV.empty(shape, slots.device) if buffer is None else PackedKV.wrap(buffer, shape)

@@ -35,7 +35,19 @@ def decode(
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     rows = range(q.shape[0] + 1)
-    _attention("decode", q, k_cache, v_cache, page_table, seq_lens, rows, modifiers, out, lse, compute_dtype)
+    _attention(
+        "decode",
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        rows,
+        modifiers,
+        out,
+        lse,
+        compute_dtype,
+    )
 
 
 def prefill(
@@ -53,7 +65,19 @@ def prefill(
 ) -> None:
     rows = cu_seqlens_q.tolist()
     _check_rows(rows, q.shape[0], modifiers.max_q_len)
-    _attention("prefill", q, k_cache, v_cache, page_table, seq_lens, rows, modifiers, out, lse, compute_dtype)
+    _attention(
+        "prefill",
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        rows,
+        modifiers,
+        out,
+        lse,
+        compute_dtype,
+    )
 
 
 def _attention(
@@ -70,7 +94,9 @@ def _attention(
     compute_dtype: torch.dtype,
 ) -> None:
     lengths = seq_lens.tolist()
-    first_keys = [_first_key(n, rows[b + 1] - rows[b], m.window_left) for b, n in enumerate(lengths)]
+    first_keys = [
+        _first_key(n, rows[b + 1] - rows[b], m.window_left) for b, n in enumerate(lengths)
+    ]
     _check_pages(op, page_table, lengths, rows, first_keys, k_cache)
     out.zero_()  # rows without a visible key stay so
     if lse is not None:
@@ -129,7 +155,9 @@ def _attend(
     return torch.einsum("hqk,khd->qhd", weights, v), lse.transpose(0, 1)
 
 
-def _gather(cache: Tensor, slots: Tensor, scale: Scale, request: int, compute_dtype: torch.dtype) -> Tensor:
+def _gather(
+    cache: Tensor, slots: Tensor, scale: Scale, request: int, compute_dtype: torch.dtype
+) -> Tensor:
     """Real values of the given slots, `[len(slots), num_kv_heads, width]`."""
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
     values = cache[page, offset].to(compute_dtype)
@@ -173,7 +201,12 @@ def _check_rows(rows: Sequence[int], num_tokens: int, max_q_len: int | None) -> 
 
 
 def _check_pages(
-    op: str, page_table: Tensor, lengths: list[int], rows: Sequence[int], first_keys: list[int], k_cache: Tensor
+    op: str,
+    page_table: Tensor,
+    lengths: list[int],
+    rows: Sequence[int],
+    first_keys: list[int],
+    k_cache: Tensor,
 ) -> None:
     num_pages, page_size = k_cache.shape[:2]
     capacity = page_table.shape[1] * page_size
@@ -251,7 +284,9 @@ def _check_slots(op: str, name: str, checked: Tensor, slots: Tensor, num_slots: 
 # ---------------------------------------------------------------------------------------------- merge
 
 
-def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
+) -> None:
     merge_states(torch.stack([out_a.float(), out_b.float()]), torch.stack([lse_a, lse_b]), out, lse)
 
 
@@ -279,7 +314,9 @@ def merge_states(
 def pack_kv(
     k_caches: Sequence[Tensor],  # per layer, NHD view of the heads to pack
     v_caches: Sequence[Tensor],  # empty when V is a view of K
-    k_scales: Sequence[Tensor],  # per layer [], [num_heads] or [num_pages, page_size, num_heads]; empty for none
+    k_scales: Sequence[
+        Tensor
+    ],  # per layer [], [num_heads] or [num_pages, page_size, num_heads]; empty for none
     v_scales: Sequence[Tensor],
     slots: Tensor,  # [num_tokens] int64
     packed: PackedKV,
@@ -297,7 +334,9 @@ def pack_kv(
             _pack_layer(cache, scale, slots, target[layer], stored_scale)
 
 
-def _pack_layer(cache: Tensor, scale: Tensor | None, slots: Tensor, target: Tensor, target_scale: Tensor | None) -> None:
+def _pack_layer(
+    cache: Tensor, scale: Tensor | None, slots: Tensor, target: Tensor, target_scale: Tensor | None
+) -> None:
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
     stored = cache[page, offset].transpose(0, 1)  # [num_heads, num_tokens, width]
     row_scale = _per_head_token(scale, page, offset)
@@ -335,11 +374,15 @@ def unpack_kv(
             _unpack_layer(source[layer], stored_scale, cache, scale, slots)
 
 
-def _unpack_layer(source: Tensor, source_scale: Tensor | None, cache: Tensor, scale: Tensor | None, slots: Tensor) -> None:
+def _unpack_layer(
+    source: Tensor, source_scale: Tensor | None, cache: Tensor, scale: Tensor | None, slots: Tensor
+) -> None:
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
     source_per_token = source_scale is not None and source_scale.dim() == 2
     cache_per_token = scale is not None and scale.dim() == 3
-    if source.dtype == cache.dtype and (source_scale is None or (source_per_token and cache_per_token)):
+    if source.dtype == cache.dtype and (
+        source_scale is None or (source_per_token and cache_per_token)
+    ):
         _put(cache, page, offset, source.transpose(0, 1))
         if cache_per_token:
             assert scale is not None and source_scale is not None
@@ -355,4 +398,6 @@ def _per_head_token(scale: Tensor | None, page: Tensor, offset: Tensor) -> Tenso
     """A cache scale broadcast against `[num_heads, num_tokens, width]`."""
     if scale is None or scale.dim() == 0:
         return scale
-    return scale[:, None, None] if scale.dim() == 1 else scale[page, offset].transpose(0, 1)[..., None]
+    return (
+        scale[:, None, None] if scale.dim() == 1 else scale[page, offset].transpose(0, 1)[..., None]
+    )
