@@ -4,16 +4,19 @@ Where torch is already imported the whole API is there at once, `torch.ops.pagew
 the first use of one of its names: the server's front process imports only `pagewire.serve` and stays without torch.
 """
 
-# ruff: noqa: F403, F405
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import pagewire.backends  # noqa: F401
+from pagewire.version import __version__
+
+del backends  # noqa: F821  the package, already imported, gives its name up to the function
+
 if TYPE_CHECKING:
-    from pagewire._api import *
+    from pagewire._api import *  # noqa: F403
 
-
-__all__ = [
+__all__ = [  # noqa: F405
+    "__version__",
     "BackendError",
     "BadIndexError",
     "Geometry",
@@ -38,18 +41,10 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # importing the package pagewire.backends must not replace the function of that name
-        if name != "backends" or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
 def _load() -> None:
     from pagewire import _api
 
-    for name in __all__:
-        globals()[name] = getattr(_api, name)
+    globals().update({name: getattr(_api, name) for name in __all__ if name != "__version__"})
 
 
 def __getattr__(name: str) -> Any:
@@ -63,6 +58,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-sys.modules[__name__].__class__ = _Package
 if "torch" in sys.modules:
     _load()

@@ -204,7 +204,8 @@ def attention(
 def group_size(num_qo_heads: int, num_kv_heads: int) -> None:
     if num_kv_heads < 1 or num_qo_heads % num_kv_heads:
         raise ValueError(
-            f"q: expected num_qo_heads to be a multiple of num_kv_heads={num_kv_heads} (from k_cache), got {num_qo_heads}"
+            f"q: expected num_qo_heads to be a multiple of num_kv_heads={num_kv_heads} (from k_cache), "
+            f"got {num_qo_heads}"
         )
 
 
@@ -217,7 +218,7 @@ def out_and_lse(
     *,
     width: str = "head_dim_v",
 ) -> None:
-    """Caller-provided results: `out [rows, num_qo_heads, width]` in q's dtype or fp32, `lse [rows, num_qo_heads]` fp32."""
+    """Results given by the caller: `out [rows, num_qo_heads, width]` in q's dtype or fp32, `lse [rows, num_qo_heads]`."""
     if out is not None:
         dims.check("out", out, f"{rows} num_qo_heads {width}")
         dtype("out", out, tuple(dict.fromkeys((q.dtype, torch.float32))), " (q's dtype or float32)")

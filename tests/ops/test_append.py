@@ -1,11 +1,11 @@
 """append_kv: bitwise equal to the reference, nothing else touched."""
 
-import cases
 import pytest
 import torch
-from cases import bf16, e4m3, e5m2, fp16, fp32, int8
 
+import cases
 import pagewire as pw
+from cases import bf16, e4m3, e5m2, fp16, fp32, int8
 
 CASES = [
     # dtype, kv_dtype, scale, layout, page_size, head_dim, head_dim_v

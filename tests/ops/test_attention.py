@@ -2,10 +2,11 @@
 
 import dataclasses
 
-import cases
 import pytest
-import tolerance
 import torch
+
+import cases
+import tolerance
 
 QUICK = cases.DECODE + cases.PREFILL
 

@@ -1,11 +1,11 @@
 """merge_state and merge_states against the fp64 formula."""
 
-import cases
 import pytest
 import torch
-from cases import bf16, fp16, fp32
 
+import cases
 import pagewire as pw
+from cases import bf16, fp16, fp32
 
 
 def states(n, dtype, device, head_dim=64, tokens=7, heads=3):

@@ -2,12 +2,12 @@
 
 import itertools
 
-import cases
 import pytest
 import torch
-from cases import bf16, e4m3, e5m2, fp16, fp32, int8
 
+import cases
 import pagewire as pw
+from cases import bf16, e4m3, e5m2, fp16, fp32, int8
 
 CACHES = {
     # name: dtype, scale, layout, page_size
@@ -37,7 +37,8 @@ def make(name, device, *, seed=0, num_layers=2, heads=4, head_dim=32, head_dim_v
             (*shape[:-1], num_layers, head_dim + head_dim_v), dtype=dtype, device=device
         )
         cache = pw.PagedKVCache(
-            [fused[..., i, :head_dim] for i in range(num_layers)], [fused[..., i, head_dim:] for i in range(num_layers)],
+            [fused[..., i, :head_dim] for i in range(num_layers)],
+            [fused[..., i, head_dim:] for i in range(num_layers)],
             layout=layout, k_scales=cache.k_scale if scale != "none" else None,
             v_scales=cache.v_scale if scale != "none" else None,
         )  # fmt: skip

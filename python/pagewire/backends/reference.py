@@ -213,8 +213,8 @@ def _check_pages(
     for b, seq_len in enumerate(lengths):
         if not 0 <= seq_len <= capacity:
             raise BadIndexError(
-                f"{op}: seq_lens[{b}]: expected a value in [0, {capacity}] ({page_table.shape[1]} pages of {page_size}, "
-                f"from page_table and k_cache), got {seq_len}"
+                f"{op}: seq_lens[{b}]: expected a value in [0, {capacity}] ({page_table.shape[1]} pages of "
+                f"{page_size}, from page_table and k_cache), got {seq_len}"
             )
         if first_keys[b] >= seq_len:
             continue
@@ -277,7 +277,8 @@ def _check_slots(op: str, name: str, checked: Tensor, slots: Tensor, num_slots: 
     if bad.numel():
         entry = int(bad[0])
         raise BadIndexError(
-            f"{op}: {name}[{entry}]: expected a slot in [0, {num_slots}) (num_pages * page_size), got {int(slots[entry])}"
+            f"{op}: {name}[{entry}]: expected a slot in [0, {num_slots}) (num_pages * page_size), "
+            f"got {int(slots[entry])}"
         )
 
 
