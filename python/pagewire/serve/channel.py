@@ -25,6 +25,10 @@ MAX_FDS = 4
 class ChannelClosed(Exception):
     """The other end is gone, or what it sent cannot be a frame; nothing more will arrive."""
 
+    def __init__(self, message: str, channel: "Channel | None" = None) -> None:
+        super().__init__(message)
+        self.channel = channel
+
 
 class Codec(NamedTuple):
     encode: Callable[[Any], bytes]
@@ -77,7 +81,7 @@ class Channel:
         if fds:
             # a handshake step: the frame is small and nothing is queued before it
             if self._outbox or socket.send_fds(self._sock, [data], list(fds)) != len(data):
-                raise ChannelClosed(f"{self.name}: the socket is full, no descriptor was passed")
+                raise ChannelClosed(f"{self.name}: the socket is full, no fd was passed", self)
             return
         self._outbox += data
         self.flush()
@@ -89,7 +93,7 @@ class Channel:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                raise ChannelClosed(f"{self.name}: {error.strerror}") from error
+                raise ChannelClosed(f"{self.name}: {error.strerror}", self) from error
             del self._outbox[:sent]
 
     def poll(self, max_messages: int = 1 << 30) -> list[Any]:
@@ -104,7 +108,7 @@ class Channel:
             del self._inbox[:end]
             messages.append(self._codec.decode(body))
         if closed and not messages:
-            raise ChannelClosed(f"{self.name}: the other end closed")
+            raise ChannelClosed(f"{self.name}: the other end closed", self)
         return messages
 
     def _fill(self) -> bool:
@@ -122,6 +126,15 @@ class Channel:
             if not data:
                 return True
             self._inbox += data
+
+    def drain(self, timeout_s: float) -> None:
+        """Waits until everything queued was taken, or gives up."""
+        self._sock.settimeout(timeout_s)
+        try:
+            self._sock.sendall(self._outbox)
+        except OSError:
+            return  # nobody is left to read it
+        self._outbox.clear()
 
     def close(self) -> None:
         self._sock.close()

@@ -1,0 +1,201 @@
+"""P: prefills what D has granted, pushes each layer's KV at once, sends the first token."""
+
+from collections import deque
+from typing import Any
+
+from pagewire.serve.channel import Channel, ChannelClosed
+from pagewire.serve.engine import Engine, PromptChunk, Request, next_chunks
+from pagewire.serve.messages import Submit
+from pagewire.serve.role import Role, describe
+from pagewire.serve.timeline import now_us
+from pagewire.transfer.frames import Abort, Ack, Credit, Reserve, crc32c
+from pagewire.transfer.handoff import (
+    Action,
+    Begin,
+    Cancelled,
+    Dropped,
+    Failed,
+    Push,
+    Refused,
+    Send,
+    Sender,
+)
+from pagewire.transfer.packing import Packing
+from pagewire.transfer.shm import Arena
+
+
+class PrefillRole(Role):
+    name = "prefill"
+
+    def __init__(
+        self, engine: Engine, front: Channel, peer: Channel, packing: Packing, arena: Arena
+    ) -> None:
+        """Raises ValueError when the arena's slots are too small for this model."""
+        super().__init__(engine, front)
+        self._peer = peer
+        self._packing = packing
+        self._arena = arena
+        self._sender = Sender(
+            engine.allocator, engine.config.page_size, packing.wire, arena.num_slots,
+            arena.slot_bytes,
+        )  # fmt: skip
+        self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
+        self._requests: dict[str, Request] = {}  # that own pages, the unacknowledged included
+        self._prefilling: list[Request] = []
+        self._frames: deque[Any] = deque()  # arrived during a forward, for after it
+
+    def submit(self, submit: Submit) -> None:
+        self._submits[submit.request_id] = (submit, now_us())
+        problem = self.engine.problem(submit)
+        self._do(self._sender.submit(submit.request_id, tuple(submit.token_ids), problem))
+        if submit.request_id not in self._sender.request_ids():
+            self._submits.pop(submit.request_id, None)
+
+    def cancel(self, request_id: str) -> None:
+        self._do(self._sender.cancel(request_id))
+
+    def on_peer(self, frame: Any) -> None:
+        match frame:
+            case Reserve():
+                self._do(self._sender.reserve(frame))
+            case Credit():
+                self._do(self._sender.credit(frame))
+            case Ack():
+                self._acked(self._requests.get(frame.request_id))
+                self._do(self._sender.ack(frame))
+            case Abort():
+                self._do(self._sender.abort(frame))
+            case Refused():
+                self._do([frame])
+            case _:
+                self._do([Refused(f"D sent {type(frame).__name__}, which only P sends")])
+        self._push()
+
+    def step(self) -> bool:
+        while self._frames:
+            self.on_peer(self._frames.popleft())
+        chunks = next_chunks(self._prefilling, self.config.prefill_chunk)
+        if not chunks:
+            return False
+        start_us = now_us()
+        for chunk in chunks:
+            request = chunk.request
+            if not request.started_us:
+                request.started_us = start_us
+                self.timeline.add("queue_p", request.submitted_us, start_us, request.id)
+        try:
+            first_tokens = self.engine.prefill(chunks, lambda layer: self._on_layer(layer, chunks))
+        except ChannelClosed:
+            raise
+        except Exception as error:
+            for chunk in chunks:
+                self._do(self._sender.fail(chunk.request.id, describe(error)))
+            return True
+        for chunk in chunks:
+            args = {"start": chunk.start, "stop": chunk.stop}
+            self.timeline.add("prefill_chunk", start_us, None, chunk.request.id, **args)
+        for request, token_id in first_tokens.items():
+            if request.id in self._requests:
+                self._computed(request, token_id)
+        self._push()
+        return True
+
+    def num_running_waiting(self) -> tuple[int, int]:
+        return len(self._prefilling), self._sender.num_waiting
+
+    def request_ids(self) -> list[str]:
+        return self._sender.request_ids()
+
+    def _on_layer(self, layer: int, chunks: list[PromptChunk]) -> None:
+        for chunk in chunks:
+            if chunk.request.id in self._requests:
+                self._sender.layer_ready(chunk.request.id, layer, chunk.start, chunk.stop)
+        self._peer.flush()
+        for frame in self._peer.poll():
+            # what ends or begins a request waits until no forward touches its pages
+            if isinstance(frame, Credit | Ack):
+                self.on_peer(frame)
+            else:
+                self._frames.append(frame)
+        self._push()
+
+    def _computed(self, request: Request, token_id: int | None) -> None:
+        request.computed_us = now_us()
+        self._prefilling.remove(request)
+        self.timeline.add("prefill", request.started_us, request.computed_us, request.id,
+                          tokens=request.prompt_len)  # fmt: skip
+        if token_id is None:
+            self._do(self._sender.fail(request.id, "the model gave NaN"))
+            return
+        reason = self.emit(request, token_id)
+        if reason:
+            self.send_finished(request.id, reason, len(request.output))
+            self._do(self._sender.finished(request.id))
+            self._forget(request.id)
+            return
+        digests: tuple[bytes, ...] = ()
+        if self.config.verify_kv:
+            digests = self._packing.digests(request.pages, request.prompt_len)
+        self._do(self._sender.prefilled(request.id, token_id, digests))
+
+    def _push(self) -> None:
+        while (send := self._sender.next_send()) is not None:
+            if isinstance(send, Send):
+                self._peer.send(send.frame)
+                continue
+            try:
+                self._push_one(send)
+            except ChannelClosed:
+                raise
+            except Exception as error:
+                self._do(self._sender.not_pushed(send, describe(error)))
+
+    def _push_one(self, push: Push) -> None:
+        start_us = now_us()
+        slot = self._arena.slot(push.slot)
+        num_bytes = self._packing.pack(push.pages, push.layer, push.start, push.stop, slot)
+        checksum = crc32c(self._arena.read(push.slot, num_bytes))
+        self._peer.send(self._sender.chunk_frame(push, num_bytes, checksum))
+        request = self._requests[push.request_id]
+        request.pushed_us = request.pushed_us or start_us
+        request.pushed_bytes += num_bytes
+        request.pack_us += now_us() - start_us
+        self.timeline.add("push", start_us, None, request.id, layer=push.layer, bytes=num_bytes)
+
+    def _acked(self, request: Request | None) -> None:
+        if request is None or not request.computed_us:
+            return
+        end_us = now_us()
+        self.timeline.add("exposed", request.computed_us, end_us, request.id)
+        self.timeline.add("transfer_total", request.pushed_us, end_us, request.id,
+                          bytes=request.pushed_bytes, pack_us=request.pack_us)  # fmt: skip
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(frame):
+                    self._peer.send(frame)
+                case Begin(request_id, pages):
+                    submit, submitted_us = self._submits[request_id]
+                    request = Request(submit, pages, submitted_us)
+                    self._requests[request_id] = request
+                    self._prefilling.append(request)
+                case Failed(request_id, message):
+                    self._forget(request_id)
+                    self.send_failed(request_id, message)
+                case Cancelled(request_id):
+                    self.send_finished(request_id, "cancelled", self._num_output(request_id))
+                    self._forget(request_id)
+                case Dropped(request_id):
+                    self._forget(request_id)
+                case Refused(reason):
+                    self.timeline.add("refused", now_us(), reason=reason)
+
+    def _num_output(self, request_id: str) -> int:
+        return len(self._requests[request_id].output) if request_id in self._requests else 0
+
+    def _forget(self, request_id: str) -> None:
+        self._submits.pop(request_id, None)
+        request = self._requests.pop(request_id, None)
+        if request in self._prefilling:
+            self._prefilling.remove(request)

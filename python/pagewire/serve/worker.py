@@ -1,0 +1,180 @@
+"""The entry point of a model process: `python -m pagewire.serve.worker`; see `serve/config.py`."""
+
+import argparse
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pagewire.serve.channel import WORKER_CODEC, Channel, ChannelClosed, Codec, receive, wait
+from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
+from pagewire.serve.messages import Shutdown
+from pagewire.transfer import frames
+from pagewire.transfer.handoff import HELLO_FIELDS, Refused, Wire
+
+if TYPE_CHECKING:
+    from pagewire.serve.role import Role
+    from pagewire.transfer.packing import Packing
+    from pagewire.transfer.shm import Arena
+
+HELLO_TIMEOUT_S = 600.0  # the other side may still be loading its model
+LAST_WORD_S = 0.5  # when the peer goes, how long the front may take to say that this was intended
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="pagewire.serve.worker")
+    parser.add_argument("--role", required=True, choices=("prefill", "decode", "colocated"))
+    parser.add_argument("--config-json", required=True)
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--peer-fd", type=int)
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's; it tells us
+    try:
+        role, front, peer = _start(args)
+    except ChannelClosed as closed:
+        print(f"{args.role}: {closed}", file=sys.stderr)
+        return EXIT_PEER_LOST
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"{args.role}: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    return serve(role, front, peer)
+
+
+def serve(role: "Role", front: Channel, peer: Channel | None) -> int:
+    """The process's loop; returns its exit code."""
+    channels = [front] if peer is None else [front, peer]
+    try:
+        while True:
+            for message in front.poll():
+                if isinstance(message, Shutdown):
+                    front.drain(LAST_WORD_S)
+                    return 0
+                role.on_front(message)
+            for frame in peer.poll() if peer else ():
+                role.on_peer(frame)
+            worked = role.step()
+            timeout_s = role.report()
+            wait(channels, 0 if worked else timeout_s)
+    except ChannelClosed as closed:
+        if closed.channel is front or _stop_intended(front):
+            print(f"{role.name}: the front closed, exiting", file=sys.stderr)
+            return 0
+        role.fail_all(f"the {role.name} process lost its peer")
+        front.drain(LAST_WORD_S)
+        print(f"{role.name}: {closed}, exiting", file=sys.stderr)
+        return EXIT_PEER_LOST
+
+
+def _stop_intended(front: Channel) -> bool:
+    """Whether the front, too, says that this is the end."""
+    deadline = time.monotonic() + LAST_WORD_S
+    try:
+        while (left_s := deadline - time.monotonic()) > 0:
+            wait([front], left_s)
+            if any(isinstance(message, Shutdown) for message in front.poll()):
+                return True
+    except ChannelClosed:
+        return True
+    return False
+
+
+def _start(args: argparse.Namespace) -> tuple["Role", Channel, Channel | None]:
+    """Raises ValueError, TypeError, OSError or RuntimeError when the config cannot work."""
+    if (args.peer_fd is None) != (args.role == "colocated"):
+        raise ValueError("--peer-fd: expected for prefill and decode, and only for them")
+    config = msgspec.json.decode(args.config_json, type=WorkerConfig)
+    config.check()
+    front = Channel(_unix_socket(args.control_fd, "--control-fd"), WORKER_CODEC, name="the front")
+    if config.backend:
+        os.environ["PAGEWIRE_BACKEND"] = config.backend
+    from pagewire.serve.engine import Engine  # the model is not needed to refuse a config
+
+    engine = Engine(config)
+    if args.role == "colocated":
+        from pagewire.serve.colocated import ColocatedRole
+
+        role: Role = ColocatedRole(engine, front)
+        role.send_ready(os.getpid())
+        return role, front, None
+
+    import torch
+
+    from pagewire.serve.decode import DecodeRole
+    from pagewire.serve.model.fingerprint import fingerprint
+    from pagewire.serve.prefill import PrefillRole
+    from pagewire.transfer.packing import Packing
+
+    peer = Channel(
+        _unix_socket(args.peer_fd, "--peer-fd"),
+        Codec(frames.encode, _decode_frame),
+        name="D" if args.role == "prefill" else "P",
+        accept_fds=args.role == "prefill",
+    )
+    digest = bytes.fromhex(fingerprint(config.model, engine.model.config))
+    wire_dtype = getattr(torch, config.kv_wire_dtype) if config.kv_wire_dtype else None
+    packing = Packing(engine.cache, digest, wire_dtype)
+    sides = {"prefill": (PrefillRole, _attach_arena), "decode": (DecodeRole, _create_arena)}
+    new_role, handshake = sides[args.role]
+    role = new_role(engine, front, peer, packing, handshake(config, peer, packing))
+    role.send_ready(os.getpid())
+    return role, front, peer
+
+
+def _create_arena(config: WorkerConfig, peer: Channel, packing: "Packing") -> "Arena":
+    """D's side of the handshake: every slot is P's from here on."""
+    from pagewire.transfer.shm import Arena
+
+    arena = Arena.create(*packing.staging(config.staging_bytes, config.prefill_chunk))
+    peer.send(_hello("decode", packing.wire, arena.num_slots, arena.slot_bytes), fds=[arena.fd])
+    _expect_hello(receive(peer, HELLO_TIMEOUT_S), "prefill", packing.wire)
+    return arena
+
+
+def _attach_arena(config: WorkerConfig, peer: Channel, packing: "Packing") -> "Arena":
+    from pagewire.transfer.shm import Arena
+
+    peer.send(_hello("prefill", packing.wire, 0, 0))
+    hello = _expect_hello(receive(peer, HELLO_TIMEOUT_S), "decode", packing.wire)
+    if len(peer.fds) != 1:
+        raise ValueError(f"HELLO: expected the staging arena's descriptor, got {len(peer.fds)}")
+    return Arena(peer.fds.popleft(), hello.num_slots, hello.slot_bytes)
+
+
+def _hello(role: str, wire: Wire, num_slots: int, slot_bytes: int) -> frames.Hello:
+    fields = {name: getattr(wire, name) for name in HELLO_FIELDS}
+    return frames.Hello(role=role, num_slots=num_slots, slot_bytes=slot_bytes,
+                        incarnation=secrets.token_bytes(16), **fields)  # fmt: skip
+
+
+def _expect_hello(frame: object, role: str, wire: Wire) -> frames.Hello:
+    if isinstance(frame, Refused):
+        raise ValueError(f"HELLO: {frame.reason}")
+    if not isinstance(frame, frames.Hello) or frame.role != role:
+        raise ValueError(f"HELLO: expected one from {role}, got {frame}")
+    if problem := wire.mismatch(frame, HELLO_FIELDS):
+        raise ValueError(f"the {role} process has another model or wire: {problem}")
+    return frame
+
+
+def _decode_frame(data: bytes) -> frames.Frame | Refused:
+    try:
+        return frames.decode(data)
+    except frames.FrameError as error:
+        return Refused(f"frame: {error}")
+
+
+def _unix_socket(fd: int, option: str) -> socket.socket:
+    sock = socket.socket(fileno=fd)
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"{option}: expected an AF_UNIX stream socket, got {sock.family!r}")
+    os.set_inheritable(fd, False)
+    return sock
+
+
+if __name__ == "__main__":
+    sys.exit(main())
