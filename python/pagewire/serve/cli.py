@@ -1,0 +1,214 @@
+"""`pagewire serve`: arguments, the listening socket, signals, and one sentence for whatever cannot work."""
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from pagewire.serve.config import DTYPES, WorkerConfig
+from pagewire.serve.front import Front, make_app
+from pagewire.serve.limits import Limits
+from pagewire.serve.model import ModelError, default_model_path
+from pagewire.serve.supervisor import Supervisor
+from pagewire.serve.tokenizer import Detokenizer, Tokenizer
+
+
+class ServeError(Exception):
+    """One sentence for stderr; the server does not start."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Defaults that the model processes also know come from WorkerConfig."""
+    config, limits = WorkerConfig(model=""), Limits()
+    p = argparse.ArgumentParser(
+        prog="pagewire serve", description="Serve a model from two processes, P and D."
+    )
+    p.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is required")
+    p.add_argument("--port", type=int, default=8000, help="0: any free port, printed on stdout")
+    p.add_argument(
+        "--model", help="a Hugging Face directory or a .gguf file; default: SmolLM2-135M-Instruct"
+    )
+    p.add_argument(
+        "--served-model-name", help="the name clients use; default: the file's or folder's"
+    )
+    p.add_argument(
+        "--colocated", action="store_true", help="one process instead of two: the baseline"
+    )
+    p.add_argument(
+        "--api-key",
+        help="clients must send it as a bearer token; PAGEWIRE_API_KEY hides it from ps",
+    )
+    p.add_argument("--dtype", choices=DTYPES, default=config.dtype, help="of weights and KV cache")
+    p.add_argument("--page-size", type=int, default=config.page_size, help="tokens")
+    p.add_argument(
+        "--pool-tokens",
+        type=int,
+        default=config.pool_tokens,
+        help="KV tokens of each process's pool",
+    )
+    p.add_argument(
+        "--max-batch-size", type=int, default=config.max_batch_size, help="requests decoded at once"
+    )
+    p.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=config.prefill_chunk,
+        help="prompt tokens in one forward",
+    )
+    p.add_argument(
+        "--kv-wire-dtype", choices=DTYPES, help="of KV between P and D; default: --dtype"
+    )
+    p.add_argument("--threads", type=int, default=config.num_threads, help="of each model process")
+    p.add_argument(
+        "--backend",
+        help="pagewire backend of the model processes; default: the best that runs here",
+    )
+    p.add_argument(
+        "--max-queue",
+        type=int,
+        default=limits.max_inflight,
+        help="choices in flight; more get a 429",
+    )
+    p.add_argument(
+        "--request-timeout", type=float, default=limits.request_timeout_s, help="seconds"
+    )
+    p.add_argument("--record-dir", help="write each request's logits here (tests, debugging)")
+    p.add_argument(
+        "--verify-kv", action="store_true", help="compare digests of P's and D's KV at each handoff"
+    )
+    return p
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of `host` is loopback. Raises ServeError if it has none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ServeError(
+            f"--host: {host!r} is not an address of this machine: {error.strerror}"
+        ) from None
+    return all(ipaddress.ip_address(str(entry[4][0]).split("%")[0]).is_loopback for entry in found)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise ServeError(f"--port: expected 0 to 65535, got {port}")
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    # asyncio sets TCP_NODELAY only where the protocol is named; without it a stream stutters by 40 ms
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise ServeError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    return sock
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # ours: see _serve
+
+
+async def _serve(
+    front: Front, supervisor: Supervisor, sock: socket.socket, api_key: str | None
+) -> str:
+    """Until a signal or the pair's end for good; returns the sentence that explains the latter, or ""."""
+    app = make_app(front, api_key)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=5,
+    )
+    server = _Server(config)
+
+    def stop() -> None:
+        if server.should_exit:
+            server.force_exit = True
+        server.should_exit = True
+        supervisor.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    pair = asyncio.ensure_future(supervisor.run())
+    pair.add_done_callback(lambda _: setattr(server, "should_exit", True))
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        supervisor.stop()
+    return await pair
+
+
+def main(argv: list[str]) -> int:
+    try:
+        return _main(argv)
+    except (ServeError, ModelError) as error:
+        print(f"pagewire serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    api_key = args.api_key or os.environ.get("PAGEWIRE_API_KEY") or None
+    if not is_loopback(args.host) and api_key is None:
+        raise ServeError(
+            f"--host {args.host} is reachable from other machines: give --api-key or set "
+            "PAGEWIRE_API_KEY"
+        )
+    path = Path(args.model) if args.model else default_model_path()
+    config = WorkerConfig(
+        model=str(path),
+        dtype=args.dtype,
+        page_size=args.page_size,
+        pool_tokens=args.pool_tokens,
+        max_batch_size=args.max_batch_size,
+        max_waiting=2 * args.max_queue,
+        prefill_chunk=args.prefill_chunk,
+        num_threads=args.threads,
+        kv_wire_dtype=args.kv_wire_dtype,
+        backend=args.backend,
+        record_dir=args.record_dir,
+        verify_kv=args.verify_kv,
+    )
+    try:
+        config.check()
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+    name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
+    limits = Limits(max_inflight=args.max_queue, request_timeout_s=args.request_timeout)
+    tokenizer = Tokenizer.load(path)
+    with listen(args.host, args.port) as sock:
+        front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits)
+        host, port = sock.getsockname()[:2]
+        print(
+            f"pagewire: http://{f'[{host}]' if ':' in host else host}:{port} serves {name} "
+            f"from {'one process' if args.colocated else 'two processes, P and D'}",
+            flush=True,
+        )
+
+        async def run() -> str:
+            front.supervisor = Supervisor(
+                config,
+                colocated=args.colocated,
+                on_events=front.on_events,
+                on_gauges=front.on_gauges,
+            )
+            return await _serve(front, front.supervisor, sock, api_key)
+
+        reason = asyncio.run(run())
+    if reason:
+        raise ServeError(reason)
+    return 0
