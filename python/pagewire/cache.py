@@ -47,7 +47,8 @@ class PagedKVCache:
     Args:
         k_caches, v_caches: per layer, `[num_pages, page_size, num_kv_heads, head_dim(_v)]` ("NHD") or
             `[num_pages, num_kv_heads, page_size, head_dim(_v)]` ("HND"); only the last dim must be contiguous.
-            `v_caches` may be views of `k_caches` starting at the same element (MLA).
+            `v_caches` may be views of `k_caches` starting at the same element (MLA): then V is not packed.
+        shares_kv: whether V is such a view; None looks at the pointers (under torch.compile: False).
         k_scales, v_scales: per layer fp32 `[]`, `[num_kv_heads]` or `[num_pages, page_size, num_kv_heads]` (in either
             layout); needed exactly when the dtype is fp8 or int8.
     Raises:
@@ -62,6 +63,7 @@ class PagedKVCache:
         layout: Layout = "NHD",
         k_scales: Sequence[Tensor] | None = None,
         v_scales: Sequence[Tensor] | None = None,
+        shares_kv: bool | None = None,
     ) -> None:
         self.k, self.v = tuple(k_caches), tuple(v_caches)
         self.layout: Layout = layout
@@ -71,7 +73,7 @@ class PagedKVCache:
         self.v_scale: tuple[Tensor | None, ...] = (
             tuple(v_scales) if v_scales is not None else (None,) * len(self.v)
         )
-        self.geometry = _geometry(self)
+        self.geometry = _geometry(self, shares_kv)
 
     @property
     def page_size(self) -> int:
@@ -148,7 +150,7 @@ def nhd(cache: Tensor, layout: Layout) -> Tensor:
     return cache if layout == "NHD" else cache.transpose(1, 2)
 
 
-def _geometry(cache: PagedKVCache) -> Geometry:
+def _geometry(cache: PagedKVCache, shares_kv: bool | None) -> Geometry:
     num_layers = len(cache.k)
     if num_layers == 0:
         raise ValueError("k_caches: expected at least one layer, got none")
@@ -193,17 +195,20 @@ def _geometry(cache: PagedKVCache) -> Geometry:
     return Geometry(
         num_layers, num_pages, page_size, num_kv_heads, head_dim, v0.shape[-1], k0.dtype, cache.layout,
         _cache_scale(cache, num_pages, page_size, num_kv_heads),
-        all(_same_memory(k, v) for k, v in zip(cache.k, cache.v, strict=True)),
+        _shares_kv(cache) if shares_kv is None else shares_kv,
     )  # fmt: skip
 
 
-def _same_memory(k: Tensor, v: Tensor) -> bool:
-    """V is a prefix view of K: the MLA layout."""
-    return (
+def _shares_kv(cache: PagedKVCache) -> bool:
+    """Every V is a prefix view of its K: the MLA layout."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(
         k.data_ptr() == v.data_ptr()
         and k.stride() == v.stride()
         and v.shape[-1] <= k.shape[-1]
         and k.numel() > 0
+        for k, v in zip(cache.k, cache.v, strict=True)
     )
 
 

@@ -91,7 +91,7 @@ class PackedKV:
             raise ValueError(
                 f"packed buffer: expected at least {shape.num_bytes} bytes, got {buffer.shape[0]}"
             )
-        if buffer.storage_offset() % _ALIGN:
+        if not torch.compiler.is_compiling() and buffer.storage_offset() % _ALIGN:
             raise ValueError(
                 f"packed buffer: expected a {_ALIGN}-byte aligned start, got byte {buffer.storage_offset()}"
             )
@@ -113,11 +113,9 @@ def _payload_views(buffer: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor |
         shape.head_dim,
         shape.head_dim_v,
     )
-    layer = H * T * (D + Dv)
-    flat = buffer[: shape.payload_bytes].view(shape.dtype)
-    base = flat.storage_offset()
-    k = flat.as_strided((L, H, T, D), (layer, T * D, D, 1), base)
-    v = flat.as_strided((L, H, T, Dv), (layer, T * Dv, Dv, 1), base + H * T * D) if Dv else None
+    layers = buffer[: shape.payload_bytes].view(shape.dtype).view(L, H * T * (D + Dv))
+    k = layers[:, : H * T * D].unflatten(1, (H, T, D))
+    v = layers[:, H * T * D :].unflatten(1, (H, T, Dv)) if Dv else None
     return k, v
 
 

@@ -132,6 +132,13 @@ def choose(problem: Problem, backend: str | None) -> ModuleType:
 def _choose(
     problem: Problem, argument: str | None, environment: str | None, interpret: bool
 ) -> ModuleType:
+    taken = _select(problem, argument, environment)
+    if taken.name == "reference" and argument is None and environment is None:
+        _warn_slow(problem)
+    return taken.load()
+
+
+def _select(problem: Problem, argument: str | None, environment: str | None) -> Backend:
     name, source = (
         (argument, "backend=") if argument is not None else (environment, "PAGEWIRE_BACKEND=")
     )
@@ -141,12 +148,10 @@ def _choose(
         reason = _BY_NAME[name].refuses(problem)
         if reason is not None:
             raise BackendError(f"{source}{name!r} refuses this {problem.op}: {reason}")
-        return _BY_NAME[name].load()
+        return _BY_NAME[name]
     for candidate in BACKENDS:
         if candidate.refuses(problem) is None:
-            if candidate.name == "reference":
-                _warn_slow(problem)
-            return candidate.load()
+            return candidate
     raise BackendError(f"no backend takes this {problem.op}:\n" + _table(problem))
 
 
@@ -202,7 +207,7 @@ def explain(
         torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else None,
     )  # fmt: skip
     try:
-        taken = choose(problem, None).__name__.rsplit(".", 1)[-1]
+        taken = _select(problem, None, os.environ.get("PAGEWIRE_BACKEND") or None).name
     except BackendError:
         taken = ""
     lines = [

@@ -1,0 +1,103 @@
+"""Lower layers never import higher ones: the imports and includes, walked."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "python" / "pagewire"
+
+# lowest first; a module may import its own layer and those before it
+LAYERS = [
+    {"kernels", "version"},
+    {"types", "errors"},
+    {"quant", "packed", "pages", "allocator", "cache"},
+    {"check", "registry"},
+    {"backends"},  # reached by name only, from the registry
+    {"library"},
+    {"ops"},
+    {"torch_ops"},
+    {"_api"},
+    {"flash_attn"},
+    {"transfer"},
+    {"serve"},
+    {"__init__", "__main__"},
+]
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level parts of pagewire that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.startswith("pagewire.")]
+            found |= {n.split(".")[1] for n in names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pagewire":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+    return found
+
+
+def layer_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0].removesuffix(".py")
+
+
+def test_python_layers_only_look_down():
+    files = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE]
+    assert len(files) > 20
+    wrong = []
+    for path in files:
+        me = layer_of(path)
+        assert me in LEVEL, f"{path}: give {me} a layer"
+        for name in imported(path):
+            if name in LEVEL and LEVEL[name] > LEVEL[me]:
+                wrong.append(f"{path.relative_to(ROOT)} imports pagewire.{name}")
+    assert not wrong, wrong
+
+
+def test_kernels_import_only_torch_triton_and_siblings():
+    allowed = {
+        "torch",
+        "triton",
+        "pagewire",
+        "typing",
+        "functools",
+        "math",
+        "dataclasses",
+        "collections",
+        "__future__",
+        "os",
+    }
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            roots = []
+            if isinstance(node, ast.Import):
+                roots = [a.name.split(".")[0] for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                roots = [(node.module or "").split(".")[0]]
+            assert set(roots) <= allowed, f"{path.name}: {roots}"
+        assert imported(path) <= {"kernels"}, path.name
+
+
+def test_includes_only_look_down():
+    """csrc/pagewire knows neither backend nor binding; cpu, cuda and emulation do not know the bindings; no torch."""
+    above = {
+        "pagewire": ("cpu/", "cuda/", "emulation/", "bindings/"),
+        "cpu": ("cuda/", "bindings/"),
+        "cuda": ("cpu/", "bindings/"),
+    }
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix not in (".h", ".cpp", ".cu", ".cuh"):
+            continue
+        includes = re.findall(r'#include\s+[<"]([^>"]+)[>"]', path.read_text())
+        folder = path.relative_to(ROOT / "csrc").parts[0]
+        for include in includes:
+            assert not include.startswith(("torch/", "ATen/", "c10/")), f"{path}: {include}"
+            assert not include.startswith(above.get(folder, ())), f"{path}: {include}"
+
+
+def test_no_package_named_kernels_and_the_link_is_there():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"

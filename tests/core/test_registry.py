@@ -1,0 +1,102 @@
+"""Backends: an explicit name is obeyed or refused with its reason; explain() tells why."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cases
+import pagewire as pw
+from pagewire import registry
+
+
+def test_unknown_name():
+    with pytest.raises(pw.BackendError, match="backend='cudnn': expected one of .*reference"):
+        cases.build(cases.Attention((3,))).run("cudnn")
+
+
+def test_environment_chooses(monkeypatch):
+    call = cases.build(cases.Attention((3,)))
+    monkeypatch.setenv("PAGEWIRE_BACKEND", "nonsense")
+    with pytest.raises(pw.BackendError, match="PAGEWIRE_BACKEND='nonsense': expected one of"):
+        call.run(None)
+    call.run("reference")  # the argument wins
+    monkeypatch.setenv("PAGEWIRE_BACKEND", "reference")
+    call.run(None)
+
+
+def test_explicit_name_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        pw.BackendError, match="backend='triton' refuses this decode: .*TRITON_INTERPRET=1"
+    ):
+        cases.build(cases.Attention((3,))).run("triton")
+
+
+def test_head_dim_limit():
+    problem = pw.explain("decode", device="cpu", head_dim=512)
+    assert "head_dim = 512 is above 256" in problem and "-> reference" in problem
+
+
+def test_explain_marks_the_choice(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    text = pw.explain("pack_kv", device="cpu", dtype=torch.int8)
+    lines = {
+        line.split()[0 if not line.startswith("->") else 1]: line for line in text.splitlines()[1:]
+    }
+    assert set(lines) == {b.name for b in registry.BACKENDS}
+    assert "runs on CPU tensors only under TRITON_INTERPRET=1" in lines["triton"]
+    assert sum(line.startswith("->") for line in lines.values()) == 1
+    with pytest.raises(ValueError, match="op: expected one of append_kv"):
+        pw.explain("attend")
+
+
+def run(code: str, **env: str) -> str:
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return process.stdout
+
+
+def test_import_loads_no_kernel_and_touches_no_device():
+    code = (
+        "import sys, torch; before = set(sys.modules); import pagewire\n"
+        "new = set(sys.modules) - before\n"
+        "print([m for m in new if m.startswith(('triton', 'pagewire._', 'pagewire.kernels.')) "
+        "and m not in ('pagewire._api', 'pagewire.kernels.error_codes')])\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    assert run(code).split("\n")[:2] == ["[]", "False"]
+
+
+def test_import_is_quick():
+    """< 50 ms of CPU time beyond torch; the fastest of five processes, since the machine may be busy."""
+    code = "import torch, time; t = time.process_time(); import pagewire; print(time.process_time() - t)"
+    assert min(float(run(code)) for _ in range(5)) < 0.05
+
+
+def test_server_package_needs_no_torch():
+    assert (
+        run("import sys, pagewire.serve.messages; print('torch' in sys.modules)").strip() == "False"
+    )
+
+
+def test_slow_path_warns_once(monkeypatch):
+    code = (
+        "import warnings, torch, pagewire as pw; warnings.simplefilter('always')\n"
+        "o, s = torch.ones(1, 1, 512), torch.ones(1, 1)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(3): pw.merge_state(o, s, o, s)\n"
+        "print(len([w for w in caught if 'reference backend' in str(w.message)]))"
+    )
+    expected = (
+        "1" if "-> reference" in pw.explain("merge_state", device="cpu", head_dim=512) else "0"
+    )
+    assert run(code).strip() == expected
