@@ -5,12 +5,12 @@ Only backends that guard on the device; the CPU and reference backends raise at 
 
 import re
 
-import cases
 import pytest
-import tolerance
 import torch
 
+import cases
 import pagewire as pw
+import tolerance
 
 GUARDED = ("cuda", "triton")
 
