@@ -218,7 +218,7 @@ def out_and_lse(
     *,
     width: str = "head_dim_v",
 ) -> None:
-    """Results given by the caller: `out [rows, num_qo_heads, width]` in q's dtype or fp32, `lse [rows, num_qo_heads]`."""
+    """Results of the caller: `out [rows, num_qo_heads, width]` in q's dtype or fp32, `lse [rows, num_qo_heads]`."""
     if out is not None:
         dims.check("out", out, f"{rows} num_qo_heads {width}")
         dtype("out", out, tuple(dict.fromkeys((q.dtype, torch.float32))), " (q's dtype or float32)")

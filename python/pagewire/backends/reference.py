@@ -115,7 +115,7 @@ def _attention(
             o, row_lse = _attend(q[start:stop].to(compute_dtype), k, v, position, key, b, m)
             out[start:stop] = o.to(out.dtype)
             if lse is not None:
-                lse[start:stop] = row_lse.float()
+                lse[start:stop] = row_lse.to(lse.dtype)
 
 
 def _attend(
