@@ -24,12 +24,9 @@ WITH_FAKE = (
 
 
 def environment(**extra: str) -> dict[str, str]:
-    python_path = f"{ROOT / 'python'}:{os.environ.get('PYTHONPATH', '')}"
-    return (
-        {k: v for k, v in os.environ.items() if k != "PAGEWIRE_API_KEY"}
-        | {"PYTHONPATH": python_path}
-        | extra
-    )
+    """The server chooses its backend by itself, whatever the tests around it set."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("PAGEWIRE_", "TRITON_"))}
+    return ours | {"PYTHONPATH": f"{ROOT / 'python'}:{os.environ.get('PYTHONPATH', '')}"} | extra
 
 
 def command(*args: str, fake: bool = False) -> list[str]:
@@ -88,10 +85,14 @@ class Server:
             assert (response.getheader("content-type") or "").startswith("text/event-stream")
             return list(events(response))
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that carry these labels."""
+    def metrics(self) -> str:
         status, text = self.request("GET", "/metrics")
         assert status == 200
+        return text
+
+    def metric(self, name: str, scrape: str | None = None, **labels: str) -> float:
+        """The sum of a metric's samples that carry these labels, now or in one `metrics()`."""
+        text = self.metrics() if scrape is None else scrape
         total = 0.0
         for line in text.splitlines():
             found = re.fullmatch(rf"{name}(?:{{(.*)}})? (\S+)", line)
@@ -103,7 +104,13 @@ class Server:
         return {w["role"]: w["pid"] for w in self.request("GET", "/debug/requests")[1]["workers"]}
 
     def wait_healthy(self, timeout: float = 60) -> None:
-        wait_for(lambda: self.request("GET", "/health")[0] == 200, timeout, self)
+        def healthy() -> bool:
+            try:
+                return self.request("GET", "/health")[0] == 200
+            except OSError:
+                return False  # it just ended: wait_for says why
+
+        wait_for(healthy, timeout, self)
 
 
 def error_of(status: int, body: Any) -> tuple[int, str | None, str | None, str]:
@@ -124,6 +131,7 @@ def wait_for(condition: Any, timeout: float, server: Server | None = None) -> No
     deadline = time.monotonic() + timeout
     while not condition():
         if server is not None and server.process.poll() is not None:
+            time.sleep(0.2)  # for its last words
             raise AssertionError(f"the server ended: {''.join(server.stderr)}")
         if time.monotonic() > deadline:
             raise AssertionError(

@@ -28,7 +28,7 @@ from pagewire.serve.openai import server_error
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.serve.worker")
 START_TIMEOUT_S = 600.0  # from spawn to Ready; the first Triton compilations are in it
-EXIT_TIMEOUT_S = 3.0  # from Shutdown to the process's end
+EXIT_TIMEOUT_S = 3.0  # from Shutdown, or from a start that failed, to the process's end
 LINGER_S = 0.5  # from one process's end to the other's, which has nothing left to do
 MAX_RESTARTS = 5  # in a row; a pair that was up for STABLE_S starts the count again
 STABLE_S = 30.0
@@ -148,7 +148,7 @@ class Supervisor:
                 worker.channel.send(Shutdown())
             exits = [asyncio.ensure_future(worker.process.wait()) for worker in self.workers]
             tasks += exits
-            await asyncio.wait(exits, timeout=EXIT_TIMEOUT_S if not gone else LINGER_S)
+            await asyncio.wait(exits, timeout=LINGER_S if gone and was_ready else EXIT_TIMEOUT_S)
             # one that left because its peer was gone is not to blame
             to_blame = min(
                 gone or self.workers,
