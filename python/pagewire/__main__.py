@@ -25,17 +25,9 @@ def serve(argv: list[str]) -> int:
 
 
 def info(argv: list[str]) -> int:
-    import platform
+    from pagewire.info import report
 
-    import torch
-
-    import pagewire
-
-    print(
-        f"pagewire {pagewire.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    for line in pagewire.backends():
-        print(f"  {line}")
+    print(report())
     return 0
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"ops"},
     {"torch_ops"},
     {"_api"},
-    {"flash_attn"},
+    {"flash_attn", "info"},
     {"transfer"},
     {"serve"},
     {"__init__", "__main__"},
