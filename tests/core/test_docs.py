@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,12 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_block_runs(block):
-    subprocess.run([sys.executable, "-W", "ignore", "-c", block], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", block],
+        check=True,
+        timeout=120,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
 
 
 @pytest.mark.parametrize("name", ["allocator", "check", "ops", "pages", "registry"])
