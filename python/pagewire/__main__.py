@@ -14,6 +14,8 @@ pagewire COMMAND --help shows a command's options."""
 def serve(argv: list[str]) -> int:
     try:
         from pagewire.serve.cli import main
+
+        return main(argv)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pagewire"):
             raise
@@ -21,7 +23,6 @@ def serve(argv: list[str]) -> int:
             f"pagewire serve: it needs {error.name}: pip install 'pagewire[serve]'", file=sys.stderr
         )
         return 1
-    return main(argv)
 
 
 def info(argv: list[str]) -> int:

@@ -87,26 +87,24 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def is_loopback(host: str) -> bool:
-    """Whether every address of `host` is loopback. Raises ServeError if it has none."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ServeError(
-            f"--host: {host!r} is not an address of this machine: {error.strerror}"
-        ) from None
-    return all(ipaddress.ip_address(str(entry[4][0]).split("%")[0]).is_loopback for entry in found)
-
-
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, api_key: str | None) -> socket.socket:
+    """A listening socket, IPv4 if the name has such an address. Raises ServeError."""
     if not 0 <= port <= 65535:
         raise ServeError(f"--port: expected 0 to 65535, got {port}")
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ServeError(f"--host: {host!r} is not an address: {error.strerror}") from None
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    if api_key is None and not ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback:
+        raise ServeError(
+            f"--host {host} can be reached from other machines: give --api-key or set PAGEWIRE_API_KEY"
+        )
     # asyncio sets TCP_NODELAY only where the protocol is named; without it a stream stutters by 40 ms
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((host, port))
+        sock.bind(address)
         sock.listen(1024)
     except OSError as error:
         sock.close()
@@ -158,16 +156,13 @@ def main(argv: list[str]) -> int:
     except (ServeError, ModelError) as error:
         print(f"pagewire serve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the event loop took the signal over
+        return 130
 
 
 def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     api_key = args.api_key or os.environ.get("PAGEWIRE_API_KEY") or None
-    if not is_loopback(args.host) and api_key is None:
-        raise ServeError(
-            f"--host {args.host} is reachable from other machines: give --api-key or set "
-            "PAGEWIRE_API_KEY"
-        )
     path = Path(args.model) if args.model else default_model_path()
     config = WorkerConfig(
         model=str(path),
@@ -184,13 +179,15 @@ def _main(argv: list[str]) -> int:
         verify_kv=args.verify_kv,
     )
     try:
+        if args.max_queue < 1 or not args.request_timeout > 0:
+            raise ValueError("--max-queue and --request-timeout: expected more than 0")
         config.check()
     except ValueError as error:
         raise ServeError(str(error)) from None
     name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
     limits = Limits(max_inflight=args.max_queue, request_timeout_s=args.request_timeout)
-    tokenizer = Tokenizer.load(path)
-    with listen(args.host, args.port) as sock:
+    with listen(args.host, args.port, api_key) as sock:
+        tokenizer = Tokenizer.load(path)
         front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits)
         host, port = sock.getsockname()[:2]
         print(

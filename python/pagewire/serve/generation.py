@@ -1,126 +1,239 @@
-"""From a worker's tokens to a client's text: order, detokenise, watch for stop strings, end exactly once."""
+"""One HTTP request between admission and its end: its places in the queue, its choices, its record."""
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
 
-from pagewire.serve.messages import Submit
-from pagewire.serve.openai import ApiError, server_error
+import msgspec
 
-
-class Detokenizer(Protocol):
-    def push(self, token_id: int) -> str: ...
-    def finish(self) -> str: ...
-
-
-class Delta(NamedTuple):
-    """A piece of one choice; the one with a `reason` is its last."""
-
-    choice: int
-    text: str
-    reason: str | None  # "stop" | "length"
+from pagewire.serve import openai
+from pagewire.serve.limits import Limits
+from pagewire.serve.messages import Event, Events, Gauges, Ready, Submit
+from pagewire.serve.metrics import Metrics
+from pagewire.serve.openai import Answer, ApiError, GenerationRequest, Usage
+from pagewire.serve.output import Delta, Detokenizer, Output
+from pagewire.serve.supervisor import Supervisor
+from pagewire.serve.trace import EventLog
 
 
-class StopText:
-    """Holds back text that may be the beginning of a stop string."""
+class Tokenizer(Protocol):
+    eos_token_ids: Any
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that may be sent now, and whether a stop string was met (it and what follows is dropped)."""
-        held = self._held + text
-        ends = [at for stop in self._stops if (at := held.find(stop)) >= 0]
-        if ends:
-            self._held = ""
-            return held[: min(ends)], True
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep], False
-
-    def finish(self) -> str:
-        held, self._held = self._held, ""
-        return held
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def render_chat(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str: ...
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that `stop` begins with; `stop` itself is not in `text`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+class Front:
+    """What the handlers share. `supervisor` is set once it exists: it reports events to this object."""
 
-
-class Output:
-    """One choice of an answer, fed by the supervisor, drained by the HTTP handler through `sink`."""
+    supervisor: Supervisor
 
     def __init__(
         self,
-        submit: Submit,
-        choice: int,
-        stops: tuple[str, ...],
-        detokenizer: Detokenizer,
-        sink: "asyncio.Queue[Delta | ApiError]",
-        cancel: Callable[[str], None],
+        model: str,
+        tokenizer: Tokenizer,
+        detokenizer: Callable[[], Detokenizer],
+        limits: Limits,
     ) -> None:
-        self.submit = submit
-        self.choice = choice
-        self.outcome = ""  # "stop" | "length" | "cancelled" | "failed", once it ended
-        self.created = time.monotonic()
-        self.token_times: list[float] = []  # one per token taken in order, CLOCK_MONOTONIC seconds
-        self._sink = sink
-        self._cancel = cancel
-        self._stop = StopText(stops)
-        self._detokenizer = detokenizer
-        self._early: dict[int, int] = {}  # tokens that overtook an earlier one, by index
-        self._last: tuple[str, int] | None = None  # (reason, num_tokens) of Finished
+        self.model = model
+        self.tokenizer = tokenizer
+        self.detokenizer = detokenizer
+        self.limits = limits
+        self.metrics = Metrics()
+        self.events = EventLog()
+        self.num_inflight = 0
+        self.created = int(time.time())
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_times)
+    def on_events(self, events: Events) -> None:
+        for event in events.events:
+            self.metrics.on_event(event)
+            self.events.add(event)
 
-    def on_token(self, index: int, token_id: int) -> None:
-        """Tokens come from two processes: they may overtake each other; a repeated index is dropped."""
-        if self.outcome or index < self.num_tokens or index in self._early:
-            return
-        self._early[index] = token_id
-        while not self.outcome and self.num_tokens in self._early:
-            token = self._early.pop(self.num_tokens)
-            self.token_times.append(time.monotonic())
-            text, matched = self._stop.push(self._detokenizer.push(token))
-            if matched:
-                self._end("stop", text)
-                self._cancel(self.submit.request_id)
-            elif text:
-                self._sink.put_nowait(Delta(self.choice, text, None))
-        self._maybe_finish()
+    def on_gauges(self, gauges: Gauges) -> None:
+        self.metrics.on_gauges(gauges)
 
-    def on_finished(self, reason: str, num_tokens: int) -> None:
-        if reason not in ("stop", "length"):
-            return self.fail(server_error(f"the request was {reason} by the model process"))
-        self._last = (reason, num_tokens)
-        self._maybe_finish()
 
-    def _maybe_finish(self) -> None:
-        """Finished may come from D before P's first token was read: wait for every token it counted."""
-        if self.outcome or self._last is None or self.num_tokens < self._last[1]:
-            return
-        text, matched = self._stop.push(self._detokenizer.finish())
-        self._end(
-            "stop" if matched else self._last[0], text if matched else text + self._stop.finish()
+class Generation:
+    """Every choice of one request. Holds its places in the queue from `admit` to `close`."""
+
+    def __init__(self, front: Front, request: GenerationRequest, arrived: float) -> None:
+        self.front = front
+        self.request = request
+        self.arrived = arrived  # CLOCK_MONOTONIC seconds
+        self.answer = Answer(bool(request.messages), front.model, request.include_usage)
+        self.outputs: list[Output] = []
+        self._sink: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
+        self._places = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def admit(self) -> None:
+        wanted, most = self.request.num_outputs, self.front.limits.max_inflight
+        if self.front.num_inflight + wanted > most:
+            raise ApiError(
+                429,
+                f"the queue is full: {self.front.num_inflight} of {most} places are taken and "
+                f"this request needs {wanted}; try again later",
+                type="rate_limit_error",
+                code="queue_full",
+            )
+        self._places = wanted
+        self.front.num_inflight += wanted
+
+    async def submit(self) -> None:
+        """Tokenises, checks the lengths, and hands every choice to the pair."""
+        pair = self.front.supervisor.pair
+        if pair is None:
+            raise openai.server_error(self.front.supervisor.reason)
+        prompts = await self._tokenise(pair)
+        max_tokens = [self._max_tokens(prompt, pair) for prompt in prompts]
+        for prompt in prompts:
+            if max(prompt) >= pair.vocab_size:
+                raise ApiError(
+                    400,
+                    f"prompt: expected token ids below {pair.vocab_size}, the vocabulary's size, "
+                    f"got {max(prompt)}",
+                    param="prompt",
+                )
+        stop_ids = [] if self.request.ignore_eos else sorted(self.front.tokenizer.eos_token_ids)
+        self._timer = asyncio.get_running_loop().call_later(
+            self.front.limits.request_timeout_s, self._expire
+        )
+        sampling = self.request.sampling
+        for i, prompt in enumerate(prompts):
+            for j in range(self.request.n):
+                choice = len(self.outputs)
+                seeded = msgspec.structs.replace(
+                    sampling, seed=(sampling.seed + j) & openai.MAX_SEED
+                )
+                submit = Submit(
+                    f"{self.answer.id}-{choice}", prompt, max_tokens[i], stop_ids, seeded
+                )
+                output = Output(
+                    submit,
+                    choice,
+                    self.request.stop,
+                    self.front.detokenizer(),
+                    self._sink,
+                    self.front.supervisor.cancel,
+                )
+                self.front.supervisor.submit(output)
+                self.outputs.append(output)
+
+    async def _tokenise(self, pair: Ready) -> list[list[int]]:
+        tokenizer, request = self.front.tokenizer, self.request
+        most_chars = pair.max_context * self.front.limits.max_chars_per_context_token
+        chars = sum(len(m["content"]) for m in request.messages) or max(
+            (len(p) for p in request.prompts if isinstance(p, str)), default=0
+        )
+        if chars > most_chars:
+            raise _too_long(
+                f"this model's context is {pair.max_context} tokens, at most {most_chars} characters "
+                f"of text; the prompt has {chars}"
+            )
+        if request.messages:
+
+            def render() -> list[list[int]]:
+                text = tokenizer.render_chat(request.messages, add_generation_prompt=True)
+                return [tokenizer.encode(text, add_special_tokens=False)]
+
+            try:
+                return await asyncio.to_thread(render)
+            except ValueError as error:  # the template refuses these messages
+                raise ApiError(400, str(error), param="messages") from None
+        if isinstance(request.prompts[0], str):
+            texts = request.prompts
+            return await asyncio.to_thread(
+                lambda: [tokenizer.encode(str(text), add_special_tokens=True) for text in texts]
+            )
+        return request.prompts  # type: ignore[return-value]
+
+    def _max_tokens(self, prompt: list[int], pair: Ready) -> int:
+        """Output tokens to reserve for. Raises ApiError when prompt and output can never fit."""
+        if not prompt:
+            raise ApiError(
+                400,
+                "prompt: expected at least one token, got an empty prompt",
+                param="messages" if self.answer.chat else "prompt",
+            )
+        what, most = "context", pair.max_context
+        if pair.pool_tokens < most:
+            what, most = "KV pool", pair.pool_tokens
+        room = most - len(prompt)
+        if room < 1:
+            raise _too_long(
+                f"this model's {what} holds {most} tokens; the prompt has {len(prompt)} and at least "
+                "one more must fit"
+            )
+        limits = self.front.limits
+        default = limits.default_max_chat_tokens if self.answer.chat else limits.default_max_tokens
+        wanted = self.request.max_tokens or min(default, room)
+        if wanted > room:
+            raise _too_long(
+                f"this model's {what} holds {most} tokens; the request needs {len(prompt) + wanted} "
+                f"({len(prompt)} in the prompt, {wanted} to generate)"
+            )
+        return wanted
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Until the last choice ended. Raises ApiError if one failed."""
+        left = len(self.outputs)
+        while left:
+            item = await self._sink.get()
+            if isinstance(item, ApiError):
+                raise item
+            left -= item.reason is not None
+            yield item
+
+    def usage(self) -> Usage:
+        prompt = sum(len(output.submit.token_ids) for output in self.outputs[:: self.request.n])
+        completion = sum(output.num_tokens for output in self.outputs)
+        return Usage(prompt, completion, prompt + completion)
+
+    def _expire(self) -> None:
+        timeout_s = self.front.limits.request_timeout_s
+        for output in self.outputs:
+            output.fail(
+                openai.server_error(
+                    f"the request did not end within {timeout_s:g} s", status=504, code="timeout"
+                )
+            )
+            self.front.supervisor.cancel(output.submit.request_id)
+
+    def close(self) -> None:
+        """Cancels what still runs, gives the places back, and records what happened."""
+        self.front.num_inflight -= self._places
+        self._places = 0
+        if self._timer:
+            self._timer.cancel()
+        for output in self.outputs:
+            output.abandon()
+            self._record(output)
+        self.outputs = []
+
+    def _record(self, output: Output) -> None:
+        metrics, times = self.front.metrics, output.token_times
+        metrics.requests.labels(output.outcome).inc()
+        metrics.prompt_tokens.inc(len(output.submit.token_ids))
+        metrics.output_tokens.inc(len(times))
+        for before, after in zip(times, times[1:], strict=False):
+            metrics.inter_token.observe(after - before)
+        start_us = int(self.arrived * 1e6)
+        args: dict[str, int | float | str] = {
+            "outcome": output.outcome,
+            "prompt_tokens": len(output.submit.token_ids),
+            "output_tokens": len(times),
+        }
+        if times:
+            metrics.ttft.observe(times[0] - self.arrived)
+            args["ttft_us"] = int(times[0] * 1e6) - start_us
+        duration_us = int(time.monotonic() * 1e6) - start_us
+        self.front.events.add(
+            Event("request", "front", start_us, duration_us, output.submit.request_id, args)
         )
 
-    def fail(self, error: ApiError) -> None:
-        if not self.outcome:
-            self.outcome = "failed"
-            self._sink.put_nowait(error)
 
-    def abandon(self) -> None:
-        """The client is gone: nobody reads the sink."""
-        if not self.outcome:
-            self.outcome = "cancelled"
-            self._cancel(self.submit.request_id)
-
-    def _end(self, reason: str, text: str) -> None:
-        self.outcome = reason
-        self._sink.put_nowait(Delta(self.choice, text, reason))
+def _too_long(message: str) -> ApiError:
+    return ApiError(400, message, param="messages", code="context_length_exceeded")

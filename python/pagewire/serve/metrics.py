@@ -97,5 +97,10 @@ class Metrics:
         self.running.labels(gauges.role).set(gauges.num_running)
         self.waiting.labels(gauges.role).set(gauges.num_waiting)
 
+    def forget_workers(self) -> None:
+        """Their gauges are of processes that are gone."""
+        for gauge in (self.pages, self.running, self.waiting):
+            gauge.clear()
+
     def render(self) -> bytes:
         return generate_latest(self.registry)

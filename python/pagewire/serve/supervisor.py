@@ -12,7 +12,6 @@ import msgspec
 
 from pagewire.serve.channel import AsyncChannel, ChannelClosed
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
-from pagewire.serve.generation import Output
 from pagewire.serve.messages import (
     Cancel,
     Events,
@@ -25,6 +24,7 @@ from pagewire.serve.messages import (
     WorkerMessage,
 )
 from pagewire.serve.openai import server_error
+from pagewire.serve.output import Output
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.serve.worker")
 START_TIMEOUT_S = 600.0  # from spawn to Ready; the first Triton compilations are in it
@@ -114,7 +114,10 @@ class Supervisor:
         in_a_row = 0
         while True:
             start = time.monotonic()
-            was_ready, reason = await self._run_pair()
+            try:
+                was_ready, reason = await self._run_pair()
+            except OSError as error:
+                was_ready, reason = False, f"a model process cannot be started: {error}"
             if self._stopping.is_set():
                 return ""
             if self.num_restarts == 0 and not was_ready:
@@ -145,7 +148,10 @@ class Supervisor:
                 self.reason = "the model processes are restarting"
             gone = [w for w, task in zip(self.workers, readers, strict=True) if task.done()]
             for worker in self.workers:
-                worker.channel.send(Shutdown())
+                if worker.ready:
+                    worker.channel.send(Shutdown())
+                elif worker not in gone:
+                    worker.process.kill()  # it reads nothing while it loads the model
             exits = [asyncio.ensure_future(worker.process.wait()) for worker in self.workers]
             tasks += exits
             await asyncio.wait(exits, timeout=LINGER_S if gone and was_ready else EXIT_TIMEOUT_S)
@@ -250,6 +256,7 @@ class Supervisor:
             pool_tokens=min(r.pool_tokens for r in ready),
             vocab_size=min(r.vocab_size for r in ready),
         )
+        print("pagewire: ready", flush=True)
 
     def _forget_ended(self, output: Output) -> None:
         if output.outcome:

@@ -1,0 +1,126 @@
+"""From a worker's tokens to a client's text: order, detokenise, watch for stop strings, end exactly once."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from pagewire.serve.messages import Submit
+from pagewire.serve.openai import ApiError, server_error
+
+
+class Detokenizer(Protocol):
+    def push(self, token_id: int) -> str: ...
+    def finish(self) -> str: ...
+
+
+class Delta(NamedTuple):
+    """A piece of one choice; the one with a `reason` is its last."""
+
+    choice: int
+    text: str
+    reason: str | None  # "stop" | "length"
+
+
+class StopText:
+    """Holds back text that may be the beginning of a stop string."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Text that may be sent now, and whether a stop string was met (it and what follows is dropped)."""
+        held = self._held + text
+        ends = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        if ends:
+            self._held = ""
+            return held[: min(ends)], True
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep], False
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that `stop` begins with; `stop` itself is not in `text`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Output:
+    """One choice of an answer, fed by the supervisor, drained by the HTTP handler through `sink`."""
+
+    def __init__(
+        self,
+        submit: Submit,
+        choice: int,
+        stops: tuple[str, ...],
+        detokenizer: Detokenizer,
+        sink: "asyncio.Queue[Delta | ApiError]",
+        cancel: Callable[[str], None],
+    ) -> None:
+        self.submit = submit
+        self.choice = choice
+        self.outcome = ""  # "stop" | "length" | "cancelled" | "failed", once it ended
+        self.created = time.monotonic()
+        self.token_times: list[float] = []  # one per token taken in order, CLOCK_MONOTONIC seconds
+        self._sink = sink
+        self._cancel = cancel
+        self._stop = StopText(stops)
+        self._detokenizer = detokenizer
+        self._early: dict[int, int] = {}  # tokens that overtook an earlier one, by index
+        self._last: tuple[str, int] | None = None  # (reason, num_tokens) of Finished
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_times)
+
+    def on_token(self, index: int, token_id: int) -> None:
+        """Tokens come from two processes: they may overtake each other; a repeated index is dropped."""
+        if self.outcome or index < self.num_tokens or index in self._early:
+            return
+        self._early[index] = token_id
+        while not self.outcome and self.num_tokens in self._early:
+            token = self._early.pop(self.num_tokens)
+            self.token_times.append(time.monotonic())
+            text, matched = self._stop.push(self._detokenizer.push(token))
+            if matched:
+                self._end("stop", text)
+                self._cancel(self.submit.request_id)
+            elif text:
+                self._sink.put_nowait(Delta(self.choice, text, None))
+        self._maybe_finish()
+
+    def on_finished(self, reason: str, num_tokens: int) -> None:
+        if reason not in ("stop", "length"):
+            return self.fail(server_error(f"the request was {reason} by the model process"))
+        self._last = (reason, num_tokens)
+        self._maybe_finish()
+
+    def _maybe_finish(self) -> None:
+        """Finished may come from D before P's first token was read: wait for every token it counted."""
+        if self.outcome or self._last is None or self.num_tokens < self._last[1]:
+            return
+        text, matched = self._stop.push(self._detokenizer.finish())
+        self._end(
+            "stop" if matched else self._last[0], text if matched else text + self._stop.finish()
+        )
+
+    def fail(self, error: ApiError) -> None:
+        if not self.outcome:
+            self.outcome = "failed"
+            self._sink.put_nowait(error)
+
+    def abandon(self) -> None:
+        """The client is gone: nobody reads the sink."""
+        if not self.outcome:
+            self.outcome = "cancelled"
+            self._cancel(self.submit.request_id)
+
+    def _end(self, reason: str, text: str) -> None:
+        self.outcome = reason
+        self._sink.put_nowait(Delta(self.choice, text, reason))
