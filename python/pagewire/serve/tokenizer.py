@@ -7,25 +7,22 @@ UTF-8 decoder gives each token's text in constant time, whatever came before.
 from __future__ import annotations
 
 import codecs
-import json
-import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
+from pagewire.serve.chat_template import compile_template
 from pagewire.serve.model.config import ModelError
 from pagewire.serve.model.files import is_gguf, load_config
 from pagewire.serve.model.gguf import GGUFFile, config_of
 from pagewire.serve.model.hf import read_json
+from pagewire.serve.pieces import piece_bytes
 
 # tokenizer.ggml.token_type
-_CONTROL, _USER_DEFINED = 3, 4
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -66,8 +63,10 @@ class Tokenizer:
                 f"{where}: expected token ids from 0 to at most {vocab_size - 1} (vocab_size), "
                 f"got {num_pieces} ids"
             )
-        self._pieces, self._strips_first_space = _piece_bytes(tokenizer, vocab_size, where)
-        self._template = _compile(chat_template, where) if chat_template is not None else None
+        self._pieces, self._drops_first_space = piece_bytes(tokenizer, vocab_size, where)
+        self._template = (
+            compile_template(chat_template, where) if chat_template is not None else None
+        )
         self._template_variables = dict(template_variables)
 
     @classmethod
@@ -88,7 +87,7 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         text = b"".join(map(self.piece, token_ids)).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self._strips_first_space else text
+        return text.removeprefix(" ") if self._drops_first_space else text
 
     def piece(self, token_id: int) -> bytes:
         """The bytes one token adds to a text: none for a special token or an id without a piece."""
@@ -202,7 +201,15 @@ def _load_gguf(path: Path) -> Tokenizer:
             f"{path}: tokenizer.ggml.token_type: expected {len(pieces)} entries (one per token), "
             f"got {len(token_types)}"
         )
-    tokenizer, adds_bos = _byte_level_bpe(file, pieces)
+    # An unused token pads the vocabulary: it has an id but no text.
+    vocab = {p: i for i, (p, t) in enumerate(zip(pieces, token_types, strict=True)) if t != _UNUSED}
+    num_used = len(pieces) - token_types.count(_UNUSED)
+    if len(vocab) != num_used:
+        raise ModelError(
+            f"{path}: tokenizer.ggml.tokens: expected no piece twice, "
+            f"got {num_used - len(vocab)} repeated"
+        )
+    tokenizer, adds_bos = _byte_level_bpe(file, vocab)
     special = [p for p, t in zip(pieces, token_types, strict=True) if t == _CONTROL]
     user = [p for p, t in zip(pieces, token_types, strict=True) if t == _USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in special])
@@ -238,7 +245,7 @@ def _load_gguf(path: Path) -> Tokenizer:
     )
 
 
-def _byte_level_bpe(file: GGUFFile, pieces: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
+def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """(tokenizer, whether this kind puts BOS first if the file does not say)."""
     kind = file.text("tokenizer.ggml.model")
     if kind != "gpt2":
@@ -263,12 +270,6 @@ def _byte_level_bpe(file: GGUFFile, pieces: list[str]) -> tuple[tokenizers.Token
             f"{file.path}: tokenizer.ggml.pre: expected one of {', '.join(splits)}, got {pre!r}"
         )
     merges = [tuple(merge.split(" ")) for merge in file.texts("tokenizer.ggml.merges")]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    if len(vocab) != len(pieces):
-        raise ModelError(
-            f"{file.path}: tokenizer.ggml.tokens: expected no piece twice, "
-            f"got {len(pieces) - len(vocab)} repeated"
-        )
     try:
         # Llama 3 takes a whole word that is a token as that token, before any merge.
         model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")  # type: ignore[arg-type]
@@ -285,76 +286,3 @@ def _byte_level_bpe(file: GGUFFile, pieces: list[str]) -> tuple[tokenizers.Token
 
 def _byte_level(*, use_regex: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-def _piece_bytes(
-    tokenizer: tokenizers.Tokenizer, vocab_size: int, where: str
-) -> tuple[list[bytes], bool]:
-    """(bytes of each id, whether decoding a whole text drops its first space)."""
-    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-    steps = decoder.get("decoders", [decoder])
-    kinds = {step.get("type") for step in steps}
-    if kinds == {"ByteLevel"}:
-        to_bytes = _byte_level_piece
-    elif {"Replace", "ByteFallback"} <= kinds <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
-        to_bytes = _byte_fallback_piece
-    else:
-        found = ", ".join(sorted(map(str, kinds)))
-        raise ModelError(
-            f"{where}: tokenizer decoder: expected ByteLevel, or ByteFallback with Replace, "
-            f"got {found}"
-        )
-    pieces = [b""] * vocab_size
-    for piece, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
-        pieces[token_id] = to_bytes(piece)
-    for token_id, added in tokenizer.get_added_tokens_decoder().items():
-        pieces[token_id] = b"" if added.special else added.content.encode()
-    return pieces, "Strip" in kinds
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 onwards."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
-
-
-def _byte_level_piece(piece: str) -> bytes:
-    try:
-        return bytes(_BYTE_OF_CHAR[char] for char in piece)
-    except KeyError:  # not written in the alphabet: it is literal text
-        return piece.encode()
-
-
-def _byte_fallback_piece(piece: str) -> bytes:
-    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
-
-
-def _compile(source: str, where: str) -> jinja2.Template:
-    """The template in a sandbox: it is data of the model's author, not our code."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ModelError(
-            f"{where}: chat template: expected a jinja2 template, got {error}"
-        ) from error
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    """Plain JSON: jinja2's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

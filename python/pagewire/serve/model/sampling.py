@@ -24,15 +24,16 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[in
         samplings: one per row; temperature 0 takes the largest logit (the first of equals).
         positions: one per row: the index in its request of the token being drawn.
     Raises:
-        ValueError: the counts differ, or a row holds NaN.
+        ValueError: the counts differ, or a row holds NaN or +inf.
     """
     if not len(samplings) == len(positions) == logits.shape[0]:
         raise ValueError(
             f"expected one sampling and one position per row of logits ({logits.shape[0]}), "
             f"got {len(samplings)} and {len(positions)}"
         )
-    if bool(logits.isnan().any()):
-        raise ValueError("logits: expected numbers, got NaN")
+    largest = logits.amax(dim=-1)  # NaN if any is
+    if not bool(largest.isfinite().all()):
+        raise ValueError(f"logits: expected finite numbers, got {largest[~largest.isfinite()][0]}")
     token_ids = logits.argmax(dim=-1).tolist()
     for row, (sampling, position) in enumerate(zip(samplings, positions, strict=True)):
         if sampling.temperature > 0:
