@@ -98,7 +98,7 @@ class Role(ABC):
             self._front.send(Events(events))
         num_running, num_waiting = self.num_running_waiting()
         allocator = self.engine.allocator
-        pages: dict[str, int] = {**allocator.counts()}
+        pages: dict[str, int] = {state: n for state, n in allocator.counts().items()}
         pages["total"] = allocator.num_pages
         gauges = Gauges(self.name, pages, num_running, num_waiting)
         if gauges != self._gauges or now - self._gauges_us >= GAUGES_US:

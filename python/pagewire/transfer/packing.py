@@ -56,7 +56,7 @@ class Packing:
             num_bytes = self._packed_bytes(1, self.wire.num_kv_heads, num_tokens)
             buffer = torch.empty(num_bytes, dtype=torch.uint8)
             self.pack(pages, layer, 0, num_tokens, buffer)
-            digests.append(hashlib.sha256(memoryview(buffer.numpy())).digest())
+            digests.append(hashlib.sha256(buffer.numpy().data).digest())
         return tuple(digests)
 
     def staging(self, staging_bytes: int, chunk_tokens: int) -> tuple[int, int]:

@@ -1,0 +1,241 @@
+"""The handoff step by step: what each event makes each side do."""
+
+import pytest
+
+from pagewire.allocator import PageAllocator
+from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
+from pagewire.transfer.handoff import (
+    NO_GENERATION,
+    Begin,
+    Cancelled,
+    Dropped,
+    Failed,
+    Receiver,
+    Send,
+    Sender,
+    Start,
+    Unpack,
+)
+from transfer.wires import small_wire
+
+WIRE = small_wire(num_layers=2, num_kv_heads=1)
+PAGE_SIZE, NUM_SLOTS = 4, 2
+
+
+class Pair:
+    """A receiver of 4 pages and a sender of 3, whose slots hold 4 tokens of a layer."""
+
+    def __init__(self) -> None:
+        self.now_ms = 0
+        self.d_pages, self.p_pages = PageAllocator(4), PageAllocator(3)
+        self.d = Receiver(
+            self.d_pages, PAGE_SIZE, WIRE, NUM_SLOTS, vocab_size=50, max_waiting=1, timeout_ms=100,
+            now_ms=lambda: self.now_ms, new_capability=lambda: b"c" * 16,
+        )  # fmt: skip
+        self.p = Sender(self.p_pages, PAGE_SIZE, WIRE, NUM_SLOTS, WIRE.packed_bytes(1, 1, 4))
+
+    def reserve(self, request_id: str, prompt_len: int = 6, num_tokens: int = 8) -> Reserve:
+        (send,) = self.d.submit(request_id, tuple(range(prompt_len)), num_tokens)
+        return send.frame
+
+    def begin(self, request_id: str, prompt_len: int = 6) -> Reserve:
+        reserve = self.reserve(request_id, prompt_len)
+        self.p.submit(request_id, tuple(range(prompt_len)))
+        (begin,) = self.p.reserve(reserve)
+        assert isinstance(begin, Begin)
+        return reserve
+
+    def compute(self, request_id: str, prompt_len: int = 6) -> None:
+        for layer in range(2):
+            self.p.layer_ready(request_id, layer, 0, prompt_len)
+        self.p.prefilled(request_id, first_token=9)
+
+    def next_chunk(self) -> Chunk:
+        push = self.p.next_send()
+        num_bytes = WIRE.packed_bytes(1, 1, push.stop - push.start)
+        return self.p.chunk_frame(push, num_bytes, 0)
+
+    def deliver(self, chunk: Chunk) -> list:
+        (unpack,) = self.d.chunk(chunk)
+        assert isinstance(unpack, Unpack)
+        actions = self.d.unpacked(chunk)
+        self.p.credit(actions[0].frame)
+        return actions[1:]
+
+    def all_free(self) -> bool:
+        return self.d_pages.num_free == 4 and self.p_pages.num_free == 3
+
+
+def test_a_request_goes_all_the_way() -> None:
+    pair = Pair()
+    reserve = pair.begin("a")
+    assert (reserve.num_cached, reserve.num_tokens, reserve.deadline_ms) == (0, 6, 100)
+    pair.compute("a")
+    assert pair.p_pages.counts() == {"free": 1, "active": 0, "cached": 0, "leased": 2}
+    seen = []
+    for _ in range(4):  # 2 layers x (4 + 2 tokens)
+        chunk = pair.next_chunk()
+        seen.append((chunk.layer_start, chunk.token_start, chunk.token_stop))
+        assert pair.deliver(chunk) == []
+    assert seen == [(0, 0, 4), (0, 4, 6), (1, 0, 4), (1, 4, 6)]
+    commit = pair.p.next_send().frame
+    assert isinstance(commit, Commit) and commit.first_token == 9
+    ack, start = pair.d.commit(commit)
+    assert isinstance(start, Start) and len(start.pages) == 2
+    assert pair.p.ack(ack.frame) == [Dropped("a")]
+    assert pair.p_pages.num_free == 3
+    assert pair.d.release("a") == []
+    assert pair.all_free()
+
+
+def test_commit_before_the_last_chunk_fails_the_request() -> None:
+    pair = Pair()
+    reserve = pair.begin("a")
+    pair.compute("a")
+    for _ in range(3):
+        pair.deliver(pair.next_chunk())
+    failed, abort = pair.d.commit(Commit("a", 1, reserve.capability, 9, tuple(range(6)), ()))
+    assert isinstance(failed, Failed) and "not arrived" in failed.message
+    assert pair.p.abort(abort.frame) == [Dropped("a")]
+    assert pair.all_free()
+
+
+def test_no_credit_no_chunk() -> None:
+    pair = Pair()
+    pair.begin("a")
+    pair.compute("a")
+    first, _ = pair.next_chunk(), pair.next_chunk()
+    assert pair.p.next_send() is None
+    pair.deliver(first)
+    assert pair.next_chunk().slot == first.slot
+
+
+def test_a_chunk_that_cannot_be_packed_gives_its_slot_back() -> None:
+    pair = Pair()
+    pair.begin("a")
+    pair.compute("a")
+    failed, abort = pair.p.not_pushed(pair.p.next_send(), "pack raised")
+    assert (failed, type(abort.frame)) == (Failed("a", "pack raised"), Abort)
+    pair.d.abort(abort.frame)
+    assert pair.all_free()
+    pair.begin("b")
+    pair.compute("b")
+    assert {pair.next_chunk().slot, pair.next_chunk().slot} == {0, 1}
+
+
+def test_a_bad_payload_fails_its_request_and_returns_the_slot() -> None:
+    pair = Pair()
+    pair.begin("a")
+    pair.compute("a")
+    chunk = pair.next_chunk()
+    pair.d.chunk(chunk)
+    credit, failed, abort = pair.d.unpacked(chunk, "checksum")
+    assert (credit.frame, failed) == (Credit(chunk.slot), Failed("a", "checksum"))
+    pair.p.credit(credit.frame)
+    pair.p.abort(abort.frame)
+    assert pair.all_free()
+
+
+@pytest.mark.parametrize("end", ["cancel", "fail"])
+@pytest.mark.parametrize("phase", ["waiting", "granted", "prefilling", "draining", "committed"])
+@pytest.mark.parametrize("side", ["d", "p"])
+def test_ending_a_request_in_every_phase(side: str, phase: str, end: str) -> None:
+    """One answer, one ABORT unless there is nobody to tell, nothing left behind, and the next one runs."""
+    pair = Pair()
+    if phase == "waiting":
+        pair.p.submit("a", tuple(range(6)))
+        if side == "d":
+            pair.reserve("first", 15, 16)  # takes every page
+            assert pair.d.submit("a", tuple(range(6)), 8) == []
+    elif phase == "granted":
+        pair.begin("first", prompt_len=8)  # two of P's three pages
+        pair.p.submit("a", tuple(range(6)))
+        assert pair.p.reserve(pair.reserve("a")) == []  # P has no pages
+    else:
+        pair.begin("a")
+        if phase != "prefilling":
+            pair.compute("a")
+    if phase == "committed":
+        for _ in range(4):
+            pair.deliver(pair.next_chunk())
+        ack, _ = pair.d.commit(pair.p.next_send().frame)
+    machine, other = (pair.d, pair.p) if side == "d" else (pair.p, pair.d)
+    arguments = ("a",) if end == "cancel" else ("a", "why")
+    answer, *rest = getattr(machine, end)(*arguments)
+    assert answer == (Cancelled("a") if end == "cancel" else Failed("a", "why"))
+    for send in rest:
+        assert isinstance(send.frame, Abort)
+        other.abort(send.frame)
+    if phase == "committed":
+        if side == "d":  # the ACK is on its way
+            assert rest == [] and pair.p.ack(ack.frame) == [Dropped("a")]
+        else:  # D has everything: it goes on until the front cancels it there
+            assert pair.d.request_ids() == ["a"] and pair.p.ack(ack.frame) == []
+            pair.d.cancel("a")
+    assert getattr(machine, end)(*arguments) == []
+    assert pair.p.next_send() is None
+    for request_id in ("a", "first"):
+        pair.p.cancel(request_id)
+        pair.d.cancel(request_id)
+    assert pair.all_free()
+    assert pair.d.num_waiting == pair.p.num_waiting == 0
+    pair.begin("next")
+
+
+def test_pages_that_come_free_admit_the_next() -> None:
+    pair = Pair()
+    pair.begin("a", prompt_len=8)
+    pair.p.submit("b", tuple(range(6)))
+    assert pair.p.reserve(pair.reserve("b")) == []
+    assert [type(action) for action in pair.p.cancel("a")] == [Cancelled, Send, Begin]
+
+
+def test_a_refused_request_is_refused_at_both_sides_in_any_order() -> None:
+    pair = Pair()
+    for p_first in (True, False):
+        request_id = f"huge{p_first}"
+        if p_first:
+            assert pair.p.submit(request_id, tuple(range(6))) == []
+        failed, abort = pair.d.submit(request_id, tuple(range(6)), 17)
+        assert "5 pages" in failed.message and abort.frame.generation == NO_GENERATION
+        assert pair.p.abort(abort.frame) == ([Dropped(request_id)] if p_first else [])
+        if not p_first:
+            assert pair.p.submit(request_id, tuple(range(6))) == []
+        assert pair.p.request_ids() == []
+
+
+def test_a_full_queue_refuses() -> None:
+    pair = Pair()
+    pair.reserve("a", num_tokens=16)
+    assert pair.d.submit("b", (1,), 4) == []
+    assert isinstance(pair.d.submit("c", (1,), 4)[0], Failed)
+    assert pair.d.num_waiting == 1
+
+
+def test_a_grant_for_an_ended_request_is_aborted() -> None:
+    pair = Pair()
+    pair.p.submit("a", tuple(range(6)))
+    pair.p.cancel("a")
+    (abort,) = pair.p.reserve(pair.reserve("a"))
+    assert pair.d.abort(abort.frame) == [Dropped("a")]
+    assert pair.all_free()
+
+
+def test_what_is_not_committed_in_time_fails() -> None:
+    pair = Pair()
+    pair.begin("a")
+    pair.now_ms = 99
+    assert pair.d.tick() == []
+    pair.now_ms = 100
+    failed, abort = pair.d.tick()
+    assert isinstance(failed, Failed) and "100 ms" in failed.message
+    pair.p.abort(abort.frame)
+    assert pair.all_free()
+
+
+def test_an_ack_for_nothing_changes_nothing() -> None:
+    pair = Pair()
+    pair.begin("a")
+    (refused,) = pair.p.ack(Ack("a", 1))
+    assert "not committed" in refused.reason
+    assert pair.p.request_ids() == ["a"]
