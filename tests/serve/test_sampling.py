@@ -85,7 +85,7 @@ def test_the_batch_does_not_matter(
 
 
 def test_top_p_in_a_vocabulary_with_a_long_tail() -> None:
-    """Flat enough that the first candidates do not reach top_p: the whole vocabulary is looked at."""
+    """Thousands of tokens are kept, and the last of them are drawn too."""
     logits = torch.linspace(0, -1, 5000)[None]
     probabilities = torch.softmax(logits[0].double(), dim=0)
     num_kept = int((probabilities.cumsum(0) < 0.9).sum()) + 1

@@ -84,6 +84,12 @@ def test_ids_without_a_piece(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_token_ids == (2,)
 
 
+def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
+    """JSON can spell one; UTF-8 cannot."""
+    with pytest.raises(ValueError, match="text: .* lone surrogate at character 2"):
+        tokenizer.encode(json.loads('"ab\\ud83c"'), add_special_tokens=False)
+
+
 def byte_fallback_model(tmp_path: Path) -> Path:
     """A directory whose tokenizer is of Llama 2's kind: ▁ for the space, <0x..> for bytes."""
     path = make_tiny_llama(tmp_path / "fallback")

@@ -7,6 +7,7 @@ UTF-8 decoder gives each token's text in constant time, whatever came before.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -81,7 +85,14 @@ class Tokenizer:
         Args:
             add_special_tokens: put the model's own start (often one BOS) first. False for a
                 rendered chat: its template writes the start.
+        Raises:
+            ValueError: `text` has a surrogate, which no UTF-8 can hold.
         """
+        surrogate = _SURROGATE.search(text)
+        if surrogate is not None:
+            raise ValueError(
+                f"text: expected Unicode text, got a lone surrogate at character {surrogate.start()}"
+            )
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

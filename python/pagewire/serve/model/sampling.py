@@ -3,13 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pagewire.serve.messages import Sampling
-
-# top_p almost always ends within this many tokens; sorting a whole vocabulary costs far more.
-_TOP_P_CANDIDATES = 1024
 
 
 def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
@@ -35,9 +31,10 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[in
     if not bool(largest.isfinite().all()):
         raise ValueError(f"logits: expected finite numbers, got {largest[~largest.isfinite()][0]}")
     token_ids = logits.argmax(dim=-1).tolist()
-    for row, (sampling, position) in enumerate(zip(samplings, positions, strict=True)):
-        if sampling.temperature > 0:
-            token_ids[row] = _draw(logits[row], sampling, uniform(sampling.seed, position))
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    for row, values in zip(drawn, logits[drawn].double().cpu().numpy(), strict=True):
+        sampling = samplings[row]
+        token_ids[row] = _draw(values, sampling, uniform(sampling.seed, positions[row]))
     return token_ids
 
 
@@ -47,29 +44,24 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(generator).random())
 
 
-def _draw(logits: Tensor, sampling: Sampling, u: float) -> int:
-    logits = logits.double()
-    probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
-    if 0 < sampling.top_k < probabilities.numel():
-        last_kept = probabilities.topk(sampling.top_k).values[-1]
-        probabilities = torch.where(probabilities >= last_kept, probabilities, 0.0)
+def _draw(logits: np.ndarray, sampling: Sampling, u: float) -> int:
+    # In NumPy: its sort of a 49,152-token vocabulary takes 1 ms, PyTorch's 16.
+    weights = np.exp(
+        (logits - logits.max()) / sampling.temperature
+    )  # probabilities times a constant
+    if 0 < sampling.top_k < weights.size:
+        weights = _at_least(np.partition(weights, -sampling.top_k)[-sampling.top_k], weights)
     if sampling.top_p < 1:
-        last_kept = _last_of_top_p(probabilities, sampling.top_p)
-        probabilities = torch.where(probabilities >= last_kept, probabilities, 0.0)
-    cdf = probabilities.cumsum(0)
-    # Right of u: a token of probability 0 covers no interval and is never drawn.
-    token_id = int(torch.searchsorted(cdf, u * float(cdf[-1]), right=True))
-    if token_id == cdf.numel():  # u * total rounded up to total
-        token_id = int(probabilities.nonzero()[-1])
-    return token_id
+        descending = np.sort(weights)[::-1]
+        cdf = descending.cumsum()
+        last_kept = min(int(np.searchsorted(cdf, sampling.top_p * cdf[-1])), weights.size - 1)
+        weights = _at_least(descending[last_kept], weights)
+    cdf = weights.cumsum()
+    # Right of u: a token of weight 0 covers no interval and is never drawn.
+    token_id = int(np.searchsorted(cdf, u * cdf[-1], side="right"))
+    # u * total may round up to the total: then it is the last token with a weight.
+    return token_id if token_id < weights.size else int(weights.nonzero()[0][-1])
 
 
-def _last_of_top_p(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest probability that top_p keeps."""
-    goal = top_p * float(probabilities.sum())
-    for num_candidates in (min(_TOP_P_CANDIDATES, probabilities.numel()), probabilities.numel()):
-        largest = probabilities.topk(num_candidates).values
-        reached = (largest.cumsum(0) >= goal).nonzero()
-        if len(reached):
-            return largest[reached[0, 0]]
-    return largest[-1]  # rounding kept the sum a hair under the goal: everything stays
+def _at_least(smallest: float, weights: np.ndarray) -> np.ndarray:
+    return np.where(weights >= smallest, weights, 0.0)
