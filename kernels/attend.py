@@ -1,0 +1,189 @@
+"""The tile loop: online softmax of a block of packed rows over a run of KV tiles, read through the page table."""
+
+import triton
+import triton.language as tl
+
+from pagewire.kernels.common import LOG2_E, dot, per_head, to_operand
+from pagewire.kernels.quant import from_float32
+
+
+@triton.jit
+def at_kv_head(x, kv_head):
+    """(pointer, stride_page, stride_token, stride_head) -> (pointer at the head, stride_page, stride_token)."""
+    ptr, stride_page, stride_token, stride_head = x
+    return ptr + kv_head.to(tl.int64) * stride_head, stride_page, stride_token
+
+
+@triton.jit
+def at_request(table, request):
+    """(pointer, stride_request, num_pages) -> (pointer at the request's row, num_pages)."""
+    ptr, stride_request, num_pages = table
+    return ptr + request.to(tl.int64) * stride_request, num_pages
+
+
+@triton.jit
+def pages_in_range(table, first_key, stop_key, spec: tl.constexpr):
+    """Whether every page of these keys exists; table: (pointer at the request's row, num_pages)."""
+    BLOCK: tl.constexpr = spec.BLOCK_B
+    ptr, num_pages = table
+    stop_entry = (stop_key + spec.PAGE_SIZE - 1) // spec.PAGE_SIZE
+    bad = tl.zeros([BLOCK], tl.int32)
+    for start in range(first_key // spec.PAGE_SIZE, stop_entry, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        page = tl.load(ptr + entry, mask=entry < stop_entry, other=0)
+        bad |= ((page < 0) | (page >= num_pages)) & (entry < stop_entry)
+    return tl.max(bad) == 0
+
+
+@triton.jit
+def logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec: tl.constexpr):
+    """What turns q k into a base-2 logit: (scale, softcap, slope [BLOCK_M])."""
+    scale_log2, softcap, _ = logit
+    if spec.K_SCALE == "head":
+        scale_log2 *= per_head(k_scale, request, kv_head)
+    slope_log2 = tl.zeros([spec.BLOCK_M], tl.float32)
+    if spec.ALIBI:
+        ptr, stride_request, stride_head = alibi
+        ptrs = ptr + request.to(tl.int64) * stride_request + head * stride_head
+        slope_log2 = tl.load(ptrs, mask=row_ok, other=0.0) * LOG2_E
+    return scale_log2, softcap, slope_log2
+
+
+@triton.jit
+def value_factor(logit, v_scale, request, kv_head, spec: tl.constexpr):
+    """What out is still to be multiplied by."""
+    _, _, factor = logit
+    if spec.V_SCALE == "head":
+        factor *= per_head(v_scale, request, kv_head)
+    return factor
+
+
+@triton.jit
+def empty_state(spec: tl.constexpr):
+    """(acc, maximum_log2, total) before any key, and the table entries found bad so far."""
+    BLOCK_M: tl.constexpr = spec.BLOCK_M
+    BLOCK_DV: tl.constexpr = spec.BLOCK_DV
+    BLOCK_N: tl.constexpr = spec.BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return acc, maximum, tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_N], -1, tl.int32)
+
+
+@triton.jit
+def attend(
+    state,  # fp32 (acc [BLOCK_M, BLOCK_DV], maximum_log2 [BLOCK_M], total [BLOCK_M]), and int32 [BLOCK_N]: the last
+    # table entry that each lane found out of range, -1 for none
+    q,  # [BLOCK_M, BLOCK_D]
+    k,  # (pointer at the kv head, stride_page, stride_token)
+    v,
+    k_scale,  # (pointer at the kv head, stride_page, stride_token) if K_SCALE is "token"
+    v_scale,
+    table,  # (pointer at the request's row, num_pages)
+    keys,  # (first, stop): the keys that take part
+    position,  # int32 [BLOCK_M]: key index of each row's own token
+    windows,  # (left, right)
+    logit,  # (scale, softcap, slope_log2 [BLOCK_M])
+    MASKED: tl.constexpr,  # False: every row sees every key of every tile, and every page is in range
+    EVICT: tl.constexpr,
+    spec: tl.constexpr,
+):
+    """Tiles of BLOCK_N keys at absolute multiples of BLOCK_N, from the first that touches `keys` to the last."""
+    BLOCK_N: tl.constexpr = spec.BLOCK_N
+    BLOCK_D: tl.constexpr = spec.BLOCK_D
+    BLOCK_DV: tl.constexpr = spec.BLOCK_DV
+    PAGE_SIZE: tl.constexpr = spec.PAGE_SIZE
+    WHOLE_TILE_IN_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
+    acc, maximum, total, bad_entry = state
+    k_ptr, k_stride_page, k_stride_token = k
+    v_ptr, v_stride_page, v_stride_token = v
+    table_ptr, num_pages = table
+    first_key, stop_key = keys
+    window_left, window_right = windows
+    scale_log2, softcap, slope_log2 = logit
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    k_ptrs = k_ptr + dim[None, :]
+    v_ptrs = v_ptr + dim_v[None, :]
+    first_tile = first_key // BLOCK_N
+    stop_tile = tl.where(stop_key > first_key, (stop_key + BLOCK_N - 1) // BLOCK_N, first_tile)
+    for tile in tl.range(first_tile, stop_tile):
+        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        taking_part = (key >= first_key) & (key < stop_key)
+        if WHOLE_TILE_IN_PAGE:
+            entry = tile * BLOCK_N // PAGE_SIZE
+            page = tl.load(table_ptr + entry)
+        else:
+            entry = key // PAGE_SIZE
+            if MASKED:
+                page = tl.load(table_ptr + entry, mask=taking_part, other=0)
+            else:
+                page = tl.load(table_ptr + entry)
+        if MASKED:
+            out_of_range = (page < 0) | (page >= num_pages)
+            bad_entry = tl.maximum(bad_entry, tl.where(taking_part & out_of_range, entry, -1))
+            # != 0: the interpreter broadcasts a scalar bool to integers
+            taking_part = (tl.where(out_of_range, 0, taking_part.to(tl.int32))) != 0
+        page = page.to(tl.int64)
+        slot = (key % PAGE_SIZE).to(tl.int64)
+
+        k_offset = page * k_stride_page + slot * k_stride_token
+        k_tile = _load_rows(k_ptrs + k_offset[:, None], taking_part, dim, spec.HEAD_DIM, MASKED, EVICT)
+        qk = dot(q, tl.trans(to_operand(k_tile, q.dtype, spec)), tl.zeros([spec.BLOCK_M, BLOCK_N], tl.float32))
+
+        if spec.K_SCALE == "token":
+            qk *= _token_scale(k_scale, page, slot, taking_part, MASKED)[None, :]
+        if spec.SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1); scale_log2 holds 2 log2(e) / softcap times the logit's scale
+            qk = (softcap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(qk * scale_log2) + 1.0))
+        else:
+            qk *= scale_log2
+        if spec.ALIBI:
+            qk -= slope_log2[:, None] * tl.abs(position[:, None] - key[None, :]).to(tl.float32)
+        if MASKED:
+            visible = taking_part[None, :]
+            if spec.LEFT:
+                visible &= position[:, None] - key[None, :] <= window_left
+            if spec.RIGHT:
+                visible &= key[None, :] - position[:, None] <= window_right
+            qk = tl.where(visible, qk, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(qk, 1))
+        # a row that has seen no key yet: exp2(-inf - 0), not exp2(-inf + inf)
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
+        p = tl.exp2(qk - shift[:, None])
+        rescale = tl.exp2(maximum - shift)
+        total = total * rescale + tl.sum(p, 1)
+        maximum = new_maximum
+        if spec.V_SCALE == "token":
+            p *= (_token_scale(v_scale, page, slot, taking_part, MASKED) * spec.V_LIFT)[None, :]
+
+        v_offset = page * v_stride_page + slot * v_stride_token
+        v_tile = _load_rows(v_ptrs + v_offset[:, None], taking_part, dim_v, spec.HEAD_DIM_V, MASKED, EVICT)
+        acc = dot(from_float32(p, q.dtype), to_operand(v_tile, q.dtype, spec), acc * rescale[:, None])
+    return acc, maximum, total, bad_entry
+
+
+@triton.jit
+def _load_rows(ptrs, taking_part, dim, WIDTH: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr):
+    """[BLOCK_N, BLOCK_D or BLOCK_DV]; 0 where masked: an unowned slot may hold NaN, and 0 * NaN is NaN."""
+    PADDED: tl.constexpr = WIDTH != dim.shape[0]
+    if MASKED and PADDED:
+        mask = taking_part[:, None] & (dim < WIDTH)[None, :]
+        return tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICT)
+    elif MASKED:
+        return tl.load(ptrs, mask=taking_part[:, None], other=0.0, eviction_policy=EVICT)
+    elif PADDED:
+        return tl.load(ptrs, mask=(dim < WIDTH)[None, :], other=0.0, eviction_policy=EVICT)
+    else:
+        return tl.load(ptrs, eviction_policy=EVICT)
+
+
+@triton.jit
+def _token_scale(scale, page, slot, taking_part, MASKED: tl.constexpr):
+    """[BLOCK_N] fp32."""
+    ptr, stride_page, stride_token = scale
+    ptrs = ptr + page * stride_page + slot * stride_token
+    if MASKED:
+        return tl.load(ptrs, mask=taking_part, other=0.0)
+    else:
+        return tl.load(ptrs)

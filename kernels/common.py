@@ -1,0 +1,139 @@
+"""Words and small steps that the attention kernels share: the compile-time spec, the dot, stored values, the softmax's end.
+
+Logits live in base 2 inside the kernels: log2(e) is folded into the scale, `exp2` is one instruction. `*_log2` says so.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from pagewire.kernels.quant import from_float32, to_float32
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Spec(NamedTuple):
+    """What a kernel is compiled for. No field depends on the batch, on a length or on the number of pages."""
+
+    HEAD_DIM: int
+    HEAD_DIM_V: int
+    GROUP_SIZE: int
+    PAGE_SIZE: int
+    FORMAT: str  # what the cache stores: "float" (q's dtype), "e4m3", "e5m2", "int8"
+    NATIVE_E4M3: bool  # the target has an e4m3 type (sm_89 and newer); without it the bits are decoded
+    BLOCK_M: int  # packed rows, (token, head in group) with the head fastest
+    BLOCK_N: int  # keys; tiles start at absolute multiples of it
+    BLOCK_D: int  # head_dim, padded
+    BLOCK_DV: int
+    BLOCK_B: int  # requests looked at together when a program finds its work
+    RAGGED: bool  # rows come from cu_seqlens_q; otherwise every request has one
+    ROW_LIMIT: int  # requests with at most / more packed rows go to the decode / prefill kernel; 0: all to the one
+    LEFT: bool  # a left window
+    RIGHT: bool  # a right window; causal is the right window 0
+    SOFTCAP: bool
+    ALIBI: bool
+    SINKS: bool
+    LSE: bool
+    K_SCALE: str  # "value": folded into the softmax's scale; "head": per request and head; "token": per token and head
+    V_SCALE: str
+    V_LIFT: float  # per-token V scales times this are near 1, whatever the stored type's range: fp16 P keeps its digits
+    SPLIT: bool  # split at multiples of split_size, so that no request's result depends on the rest of the batch
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in fp32; fp32 operands are multiplied exactly."""
+    if INTERPRETED:  # it multiplies bf16 as the integers that hold the bits
+        a = to_float32(a, "float", True)
+        b = to_float32(b, "float", True)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def to_operand(stored, DTYPE: tl.constexpr, spec: tl.constexpr):
+    """Stored K or V as the dot's operand, exactly; scales are applied elsewhere."""
+    if spec.FORMAT == "float":
+        return stored
+    elif INTERPRETED:
+        return from_float32(to_float32(stored, spec.FORMAT, False), DTYPE)
+    elif spec.FORMAT == "int8":
+        return stored.to(DTYPE)
+    elif spec.FORMAT == "e5m2":
+        return stored.to(tl.float8e5, bitcast=True).to(DTYPE)
+    elif spec.NATIVE_E4M3:
+        return stored.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    else:
+        return to_float32(stored, "e4m3", False).to(DTYPE)
+
+
+@triton.jit
+def finish(acc, maximum_log2, total, sink_log2, SINKS: tl.constexpr):
+    """acc: fp32 [BLOCK_M, BLOCK_DV], sum of P V; maximum_log2, total, sink_log2: fp32 [BLOCK_M] -> (out, lse_log2).
+
+    A row that saw no key has total 0 and maximum -inf: out = 0, lse_log2 = the sink or -inf.
+    """
+    if SINKS:
+        joint = tl.maximum(maximum_log2, sink_log2)
+        joint = tl.where(joint == float("-inf"), 0.0, joint)
+        rescale = tl.exp2(maximum_log2 - joint)
+        acc = acc * rescale[:, None]
+        total = total * rescale + tl.exp2(sink_log2 - joint)
+        maximum_log2 = joint
+    divisor = tl.where(total == 0.0, 1.0, total)
+    return acc / divisor[:, None], tl.where(total == 0.0, float("-inf"), maximum_log2 + tl.log2(divisor))
+
+
+@triton.jit
+def tile_rows(tile_m, q_len, kv_head, spec: tl.constexpr):
+    """The packed rows of a tile: (token in request, query head, whether the row exists), each [BLOCK_M]."""
+    BLOCK_M: tl.constexpr = spec.BLOCK_M
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = row // spec.GROUP_SIZE
+    return token, kv_head * spec.GROUP_SIZE + row % spec.GROUP_SIZE, token < q_len
+
+
+@triton.jit
+def load_q(q, token, head, row_ok, spec: tl.constexpr):
+    """q: (pointer, stride_token, stride_head) -> [BLOCK_M, BLOCK_D], 0 where there is no row or no dim."""
+    BLOCK_D: tl.constexpr = spec.BLOCK_D
+    ptr, stride_token, stride_head = q
+    dim = tl.arange(0, BLOCK_D)
+    offset = token.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
+    mask = row_ok[:, None] & (dim < spec.HEAD_DIM)[None, :]
+    return tl.load(ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(out, lse, values, lse_log2, token, head, row_ok, spec: tl.constexpr):
+    """values: fp32 [n, BLOCK_DV], lse_log2: [n] to the n rows (token, head) of out and lse."""
+    BLOCK_DV: tl.constexpr = spec.BLOCK_DV
+    ptr, stride_token, stride_head = out
+    dim = tl.arange(0, BLOCK_DV)
+    offset = token.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
+    mask = row_ok[:, None] & (dim < spec.HEAD_DIM_V)[None, :]
+    rounded = from_float32(values, ptr.dtype.element_ty)
+    tl.store(ptr + offset[:, None] + dim[None, :], rounded, mask=mask)
+    if spec.LSE:
+        ptr, stride_token, stride_head = lse
+        offset = token.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
+        tl.store(ptr + offset, lse_log2 * LN_2, mask=row_ok)
+
+
+@triton.jit
+def per_head(scale, request, head):
+    """One value of scale: (pointer, stride_request, stride_head), strides 0 where it does not vary."""
+    ptr, stride_request, stride_head = scale
+    return tl.load(ptr + request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head)
+
+
+@triton.jit
+def load_sinks(sinks, head, row_ok, spec: tl.constexpr):
+    """Base-2 logits of the rows' sinks, fp32 of head's shape; -inf without sinks."""
+    if spec.SINKS:
+        ptr, stride_head = sinks
+        return tl.load(ptr + head * stride_head, mask=row_ok, other=float("-inf")) * LOG2_E
+    else:
+        return tl.full(head.shape, float("-inf"), tl.float32)

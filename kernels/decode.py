@@ -1,0 +1,198 @@
+"""Split-KV attention of few rows per request over paged KV: decode, and the short requests of a prefill.
+
+The work of a call is a line of units (KV tiles; with split_size, splits) over all requests, cut on the device into equal
+pieces, one per program, whatever the mix of lengths. A program that has only a part of a row tile's keys leaves a partial
+state, which `combine.py` merges; nothing here or there depends on more than tensor shapes until it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagewire.kernels import combine, launch, tuning
+from pagewire.kernels import error_codes as codes
+from pagewire.kernels.attend import at_kv_head, at_request, attend, empty_state, logit_terms, value_factor
+from pagewire.kernels.common import finish, load_q, load_sinks, store_rows, tile_rows
+from pagewire.kernels.errors import record_error
+from pagewire.kernels.launch import Launch, run
+from pagewire.kernels.spans import MAX_SPLITS, load_row_stop, load_seq_lens, split_units, tile_keys
+from pagewire.kernels.work import count_units, find_unit, row_tiles
+
+_PAGE = tl.constexpr((codes.DECODE_PAGE, codes.PREFILL_PAGE))  # [RAGGED]
+
+
+@triton.jit(do_not_specialize=["table", "seq_lens", "rows", "lse", "partials", "batch_size", "windows", "split_size"])
+def _decode_kernel(
+    q,  # (pointer, stride_token, stride_head)
+    k,  # (pointer, stride_page, stride_token, stride_head)
+    v,
+    k_scale,  # (pointer, stride_request, stride_head), or with K_SCALE "token" as k
+    v_scale,
+    table,  # (pointer, stride_request, num_pages)
+    seq_lens,  # (pointer, stride, largest)
+    rows,  # (cu_seqlens_q, num_tokens, max_q_len)
+    alibi,  # (pointer, stride_request, stride_head)
+    sinks,  # (pointer, stride_head)
+    out,  # (pointer, stride_token, stride_head)
+    lse,
+    partials,  # (out fp32 [num_kv_heads, num_slots, BLOCK_M, HEAD_DIM_V], lse_log2 [..., BLOCK_M], num_slots)
+    error_word,
+    batch_size,
+    windows,  # (left, right)
+    split_size,
+    logit,  # (scale_log2, softcap, v_factor) fp32
+    spec: tl.constexpr,
+):
+    """grid: [num_kv_heads, num_programs]; a program takes 1 / num_programs of all units of its kv head, and walks through
+    the row tiles they belong to. Bound by KV bytes: each is read once for all query heads of its group, and evicted first.
+    """
+    BLOCK_M: tl.constexpr = spec.BLOCK_M
+    BLOCK_N: tl.constexpr = spec.BLOCK_N
+    BLOCK_DV: tl.constexpr = spec.BLOCK_DV
+    kv_head = tl.program_id(0)
+    program = tl.program_id(1)
+    left, _ = windows
+    records = (kv_head == 0) & (program == 0)
+    num_units = count_units(seq_lens, rows, batch_size, left, split_size, error_word, records, spec)
+    share = (num_units + tl.num_programs(1) - 1) // tl.num_programs(1)
+    first_unit = program * share
+    stop_unit = tl.minimum(first_unit + share, num_units)
+    unit = first_unit
+    request = 0
+    request_unit = 0  # the request's first unit
+    row_start = 0
+    if unit < stop_unit:
+        request, request_unit, row_start = find_unit(
+            unit, seq_lens, rows, batch_size, left, split_size, spec
+        )
+    while unit < stop_unit:
+        row_stop = row_start + 1
+        if spec.RAGGED:
+            row_stop = tl.maximum(row_start, load_row_stop(rows, request))
+        q_len = row_stop - row_start
+        seq_len, _ = load_seq_lens(seq_lens, request, True)
+        size, first, num = split_units(q_len, seq_len, left, split_size, spec)
+        num_tiles = row_tiles(q_len, rows, spec)
+        if unit >= request_unit + num * num_tiles:
+            request_unit += num * num_tiles
+            request += 1
+            row_start = row_stop
+        else:
+            tile_m = (unit - request_unit) // num
+            skipped = (unit - request_unit) % num
+            taken = tl.minimum(num - skipped, stop_unit - unit)
+            if spec.SPLIT:
+                taken = 1
+
+            token, head, row_ok = tile_rows(tile_m, q_len, kv_head, spec)
+            first_token = tile_m * BLOCK_M // spec.GROUP_SIZE
+            last_token = tl.minimum((tile_m * BLOCK_M + BLOCK_M - 1) // spec.GROUP_SIZE, q_len - 1)
+            first_key, stop_key = tile_keys(first_token, last_token, q_len, seq_len, windows, spec)
+            first_key = tl.maximum(first_key, (first + skipped) * size)
+            stop_key = tl.minimum(stop_key, (first + skipped + taken) * size)
+
+            state = attend(
+                empty_state(spec),
+                load_q(q, row_start + token, head, row_ok, spec),
+                at_kv_head(k, kv_head),
+                at_kv_head(v, kv_head),
+                at_kv_head(k_scale, kv_head) if spec.K_SCALE == "token" else None,
+                at_kv_head(v_scale, kv_head) if spec.V_SCALE == "token" else None,
+                at_request(table, request),
+                (first_key, stop_key),
+                seq_len - q_len + token,
+                windows,
+                logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec),
+                True,
+                "evict_first",
+                spec,
+            )
+            acc, maximum, total, bad_entry = state
+            record_error(error_word, _PAGE[spec.RAGGED], request, bad_entry, bad_entry >= 0)
+            acc *= value_factor(logit, v_scale, request, kv_head, spec)
+
+            if taken == num:
+                values, lse_log2 = finish(acc, maximum, total, load_sinks(sinks, head, row_ok, spec), spec.SINKS)
+                store_rows(out, lse, values, lse_log2, row_start + token, head, row_ok, spec)
+            else:
+                values, lse_log2 = finish(acc, maximum, total, maximum, False)
+                if spec.SPLIT:
+                    slot = unit
+                else:
+                    slot = 2 * program + (unit != first_unit).to(tl.int32)
+                combine.store_partial(partials, values, lse_log2, kv_head, slot, row_ok, spec)
+            unit += taken
+
+
+def decode(
+    q: Tensor,  # [batch_size, num_qo_heads, head_dim]
+    k_cache: Tensor,  # [num_pages, page_size, num_kv_heads, head_dim], free strides
+    v_cache: Tensor,
+    page_table: Tensor,  # [batch_size, max_pages_per_seq] int32
+    seq_lens: Tensor,  # [batch_size] int32
+    m: Any,
+    out: Tensor,  # [batch_size, num_qo_heads, head_dim_v]
+    lse: Tensor | None,  # [batch_size, num_qo_heads] fp32
+    error_word: Tensor,  # int64 [1]
+) -> None:
+    if q.shape[0] > 0:
+        run(plan(q, k_cache, v_cache, page_table, seq_lens, None, m, out, lse, error_word), q.device)
+
+
+def plan(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,  # None: one row per request
+    m: Any,
+    out: Tensor,
+    lse: Tensor | None,
+    error_word: Tensor,
+    row_limit: int = 0,  # > 0: requests with more packed rows are not ours, nor are the rows no request owns
+) -> list[Launch]:
+    """The two launches of a call: split attention, and the merge that also writes every row nobody computed."""
+    batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]
+    device = launch.device_of(q)
+    longest = 1 if cu_seqlens_q is None else min(q.shape[0], m.max_q_len or q.shape[0])
+    rows = longest * (q.shape[1] // num_kv_heads)
+    rows = min(rows, row_limit or rows)
+    config = tuning.decode_config(launch.problem(q, k_cache, v_cache, device), rows)
+    ragged = cu_seqlens_q is not None
+    spec = launch.attention_spec(
+        q, k_cache, v_cache, m, lse, config, device.arch, ragged=ragged, row_limit=row_limit
+    )
+    arguments = launch.attention_arguments(
+        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word, spec
+    )
+    num_programs = max(1, device.num_processors * config.programs_per_processor // num_kv_heads)
+    num_slots = 2 * num_programs
+    if spec.SPLIT:
+        splits = min(MAX_SPLITS, -(-page_table.shape[1] * spec.PAGE_SIZE // m.split_size))
+        num_slots = batch_size * -(-rows // spec.BLOCK_M) * splits
+    slots = (num_kv_heads, num_slots, spec.BLOCK_M)
+    arguments["partials"] = (
+        torch.empty((*slots, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device),
+        torch.empty(slots, dtype=torch.float32, device=q.device),
+        num_slots,
+    )
+    arguments["split_size"] = min(m.split_size or 0, 1 << 30)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    with_padding = ragged and row_limit == 0
+    lanes = min(spec.BLOCK_M, rows) if device.arch else 1
+    shared = {name: arguments[name] for name in combine.SHARED}
+    return [
+        Launch(_decode_kernel, (num_kv_heads, num_programs), arguments, options),
+        Launch(
+            combine._combine_kernel,
+            (batch_size + with_padding, lanes, num_kv_heads),
+            {**shared, "window_left": arguments["windows"][0], "num_programs": num_programs},
+            {"num_warps": 4},
+        ),
+    ]

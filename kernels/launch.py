@@ -1,0 +1,172 @@
+"""From tensors and modifiers to kernel arguments; a launch is a value, so that it can be compiled without being run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pagewire.kernels.common import Spec
+from pagewire.kernels.quant import format_of
+from pagewire.kernels.tuning import KernelConfig, Problem
+
+# Key indices are int32 and windows are added to them: this keeps the sums in range
+_MAX_KEYS = 1 << 30
+_LOG2_E = math.log2(math.e)
+# largest stored value: per-token scales are about (largest real value) / this
+_V_LIFT = {"float": 1.0, "e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
+
+
+class Launch(NamedTuple):
+    kernel: Any  # a triton.JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+class Device(NamedTuple):
+    arch: int  # compute capability, 90 for sm_90; 0: the interpreter
+    num_processors: int
+
+
+def device_of(tensor: Tensor) -> Device:
+    if tensor.device.type != "cuda":
+        return Device(0, 3)  # few, so that small tests split and share work
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def run(launches: Sequence[Launch], device: torch.device) -> None:
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            run(launches, torch.device("cuda"))
+        return
+    for kernel, grid, arguments, options in launches:
+        kernel[grid](**arguments, **options)
+
+
+def problem(q: Tensor, k_cache: Tensor, v_cache: Tensor, device: Device) -> Problem:
+    head_dim = max(k_cache.shape[3], v_cache.shape[3])
+    return Problem(device.arch, head_dim, q.element_size(), k_cache.element_size(), k_cache.shape[1])
+
+
+def attention_spec(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    m: Any,  # Modifiers
+    lse: Tensor | None,
+    config: KernelConfig,
+    arch: int,
+    *,
+    ragged: bool,
+    row_limit: int = 0,
+) -> Spec:
+    stored = format_of(k_cache.dtype)
+    return Spec(
+        HEAD_DIM=k_cache.shape[3],
+        HEAD_DIM_V=v_cache.shape[3],
+        GROUP_SIZE=q.shape[1] // k_cache.shape[2],
+        PAGE_SIZE=k_cache.shape[1],
+        FORMAT=stored,
+        NATIVE_E4M3=arch >= 89,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_D=padded(k_cache.shape[3]),
+        BLOCK_DV=padded(v_cache.shape[3]),
+        BLOCK_B=128 if arch else 16,
+        RAGGED=ragged,
+        ROW_LIMIT=row_limit,
+        LEFT=m.window_left >= 0,
+        RIGHT=ragged and (m.causal or m.window_right >= 0),  # a lone row is the last: nothing is right of it
+        SOFTCAP=m.softcap > 0,
+        ALIBI=m.alibi_slopes is not None,
+        SINKS=m.sinks is not None,
+        LSE=lse is not None,
+        K_SCALE=_scale_kind(m.k_scale),
+        V_SCALE=_scale_kind(m.v_scale),
+        V_LIFT=_V_LIFT[stored] if _scale_kind(m.v_scale) == "token" else 1.0,
+        SPLIT=m.split_size is not None,
+    )
+
+
+def padded(width: int) -> int:
+    """The block for a head's width: a power of two, at least the 16 of a tensor core."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def attention_arguments(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    m: Any,
+    out: Tensor,
+    lse: Tensor | None,
+    error_word: Tensor,
+    spec: Spec,
+) -> dict[str, Any]:
+    """The arguments that `_decode_kernel` and `_prefill_kernel` have in common."""
+    num_tokens = q.shape[0]
+    scale_log2 = m.softmax_scale * _LOG2_E
+    if isinstance(m.k_scale, (int, float)):
+        scale_log2 *= m.k_scale
+    if spec.SOFTCAP:
+        scale_log2 *= 2 / m.softcap
+    v_factor = 1 / spec.V_LIFT
+    if isinstance(m.v_scale, (int, float)):
+        v_factor *= m.v_scale
+    capacity = page_table.shape[1] * spec.PAGE_SIZE
+    right = 0 if m.causal else m.window_right
+    if m.causal and m.window_right >= 0:
+        right = min(0, m.window_right)
+    longest = num_tokens if m.max_q_len is None else min(m.max_q_len, num_tokens)
+    return {
+        "q": (q, q.stride(0), q.stride(1)),
+        "k": _cache(k_cache),
+        "v": _cache(v_cache),
+        "k_scale": _scale(m.k_scale),
+        "v_scale": _scale(m.v_scale),
+        "table": (page_table, page_table.stride(0), k_cache.shape[0]),
+        "seq_lens": (seq_lens, seq_lens.stride(0), min(capacity, _MAX_KEYS)),
+        "rows": (seq_lens if cu_seqlens_q is None else cu_seqlens_q, num_tokens, longest),
+        "alibi": _per_request(m.alibi_slopes),
+        "sinks": None if m.sinks is None else (m.sinks, m.sinks.stride(0)),
+        "out": (out, out.stride(0), out.stride(1)),
+        "lse": None if lse is None else (lse, lse.stride(0), lse.stride(1)),
+        "error_word": error_word,
+        "batch_size": page_table.shape[0],
+        "windows": (min(m.window_left, _MAX_KEYS), min(right, _MAX_KEYS)),
+        "logit": (float(scale_log2), float(m.softcap), float(v_factor)),
+        "spec": spec,
+    }
+
+
+def _scale_kind(scale: Any) -> str:
+    if not isinstance(scale, Tensor):
+        return "value"
+    return "token" if scale.dim() == 3 else "head"
+
+
+def _cache(cache: Tensor) -> tuple[Tensor, int, int, int]:
+    stored = cache.view(torch.uint8) if format_of(cache.dtype) in ("e4m3", "e5m2") else cache
+    return stored, cache.stride(0), cache.stride(1), cache.stride(2)
+
+
+def _scale(scale: Any) -> tuple[Any, ...] | None:
+    if not isinstance(scale, Tensor):
+        return None
+    return (scale, *scale.stride()) if scale.dim() == 3 else _per_request(scale)
+
+
+def _per_request(x: Tensor | None) -> tuple[Tensor, int, int] | None:
+    """[], [heads] or [batch_size, heads] as (tensor, stride_request, stride_head)."""
+    if x is None:
+        return None
+    strides = (0,) * (2 - x.dim()) + x.stride()
+    return x, strides[0], strides[1]

@@ -1,0 +1,207 @@
+"""Attention of many rows per request over paged KV. Requests with few rows are left to the decode kernel, which splits KV."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagewire.kernels import decode, launch, tuning
+from pagewire.kernels import error_codes as codes
+from pagewire.kernels.attend import (
+    at_kv_head,
+    at_request,
+    attend,
+    empty_state,
+    logit_terms,
+    pages_in_range,
+    value_factor,
+)
+from pagewire.kernels.common import finish, load_q, load_sinks, store_rows, tile_rows
+from pagewire.kernels.errors import record_error
+from pagewire.kernels.launch import Launch, run
+from pagewire.kernels.spans import inner_keys, load_rows, load_seq_lens, record_spans, tile_keys
+
+_PAGE = tl.constexpr(codes.PREFILL_PAGE)
+
+
+@triton.jit
+def _long_tiles(start, stop, spec: tl.constexpr):
+    """Row tiles of requests with rows [start, stop); 0 if the decode kernel has them."""
+    packed = (stop - start) * spec.GROUP_SIZE
+    return tl.where(packed > spec.ROW_LIMIT, (packed + spec.BLOCK_M - 1) // spec.BLOCK_M, 0)
+
+
+@triton.jit
+def _count_tiles(seq_lens, rows, batch_size, error_word, records, spec: tl.constexpr):
+    """(row tiles of all long requests, end of the last request's rows); records: leave what was clamped in the word."""
+    BLOCK_B: tl.constexpr = spec.BLOCK_B
+    total = 0
+    row_stop = 0
+    for chunk in range(0, batch_size, BLOCK_B):
+        request = chunk + tl.arange(0, BLOCK_B)
+        start, stop, bad_rows = load_rows(rows, request, request < batch_size, row_stop)
+        total += tl.sum(_long_tiles(start, stop, spec))
+        row_stop = tl.max(stop)
+        if records:
+            mask = request < batch_size
+            _, bad_seq_len = load_seq_lens(seq_lens, request, mask)
+            record_spans(error_word, request, stop - start, bad_rows, bad_seq_len, mask, rows, True)
+    return total, row_stop
+
+
+@triton.jit
+def _find_tile(tile, rows, batch_size, spec: tl.constexpr):
+    """The request that a row tile belongs to: (request, its first tile, its rows' start and stop)."""
+    BLOCK_B: tl.constexpr = spec.BLOCK_B
+    before = 0
+    request = 0
+    request_tile = 0
+    row_start = 0
+    row_stop = 0
+    first_row = 0
+    for chunk in range(0, batch_size, BLOCK_B):
+        index = chunk + tl.arange(0, BLOCK_B)
+        start, stop, _ = load_rows(rows, index, index < batch_size, first_row)
+        tiles = _long_tiles(start, stop, spec)
+        reached = before + tl.cumsum(tiles, 0)
+        passed = (reached <= tile) & (index < batch_size)
+        request += tl.sum(passed.to(tl.int32))
+        request_tile += tl.sum(tl.where(passed, tiles, 0))
+        ours = (reached > tile) & (reached - tiles <= tile)
+        row_start += tl.sum(tl.where(ours, start, 0))
+        row_stop += tl.sum(tl.where(ours, stop, 0))
+        before += tl.sum(tiles)
+        first_row = tl.max(stop)
+    return request, request_tile, row_start, row_stop
+
+
+@triton.jit(do_not_specialize=["table", "seq_lens", "rows", "lse", "batch_size", "windows"])
+def _prefill_kernel(
+    q,  # arguments as in decode.py
+    k,
+    v,
+    k_scale,
+    v_scale,
+    table,
+    seq_lens,
+    rows,
+    alibi,
+    sinks,
+    out,
+    lse,
+    error_word,
+    batch_size,
+    windows,
+    logit,
+    spec: tl.constexpr,
+):
+    """grid: [num_tokens * group_size // BLOCK_M + batch_size + 1, num_kv_heads]; a program computes one row tile, a block
+    of BLOCK_M packed rows of one request, over all keys its rows see. Bound by the tensor cores. Long requests' tiles come
+    in reverse, so that under causal the heavy ones start first; then those of the rows that no request owns, left empty.
+    """
+    BLOCK_M: tl.constexpr = spec.BLOCK_M
+    kv_head = tl.program_id(1)
+    records = (kv_head == 0) & (tl.program_id(0) == 0)
+    num_tiles, owned_rows = _count_tiles(seq_lens, rows, batch_size, error_word, records, spec)
+    tile = num_tiles - 1 - tl.program_id(0)
+    _, num_tokens, max_q_len = rows
+    if tile >= 0:
+        request, request_tile, row_start, row_stop = _find_tile(tile, rows, batch_size, spec)
+        q_len = row_stop - row_start
+        seq_len, _ = load_seq_lens(seq_lens, request, True)
+        seq_len = tl.where(q_len > max_q_len, 0, seq_len)
+        tile_m = tile - request_tile
+    else:
+        request = 0
+        row_start = owned_rows
+        q_len = num_tokens - owned_rows
+        seq_len = 0
+        tile_m = -1 - tile
+    if tile_m * BLOCK_M < q_len * spec.GROUP_SIZE:
+        token, head, row_ok = tile_rows(tile_m, q_len, kv_head, spec)
+        first_token = tile_m * BLOCK_M // spec.GROUP_SIZE
+        last_token = tl.minimum((tile_m * BLOCK_M + BLOCK_M - 1) // spec.GROUP_SIZE, q_len - 1)
+        first_key, stop_key = tile_keys(first_token, last_token, q_len, seq_len, windows, spec)
+        inner_key, stop_inner_key = inner_keys(
+            first_key, stop_key, first_token, last_token, q_len, seq_len, windows, spec
+        )
+        here = at_request(table, request)
+        if not pages_in_range(here, inner_key, stop_inner_key, spec):
+            inner_key = first_key
+            stop_inner_key = first_key
+
+        q_rows = load_q(q, row_start + token, head, row_ok, spec)
+        k_here = at_kv_head(k, kv_head)
+        v_here = at_kv_head(v, kv_head)
+        k_scale_here = at_kv_head(k_scale, kv_head) if spec.K_SCALE == "token" else None
+        v_scale_here = at_kv_head(v_scale, kv_head) if spec.V_SCALE == "token" else None
+        terms = logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec)
+        position = seq_len - q_len + token
+        state = empty_state(spec)
+        if spec.LEFT:
+            state = attend(
+                state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (first_key, inner_key),
+                position, windows, terms, True, "", spec,
+            )  # fmt: skip
+        state = attend(
+            state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (inner_key, stop_inner_key),
+            position, windows, terms, False, "", spec,
+        )  # fmt: skip
+        acc, maximum, total, bad_entry = attend(
+            state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (stop_inner_key, stop_key),
+            position, windows, terms, True, "", spec,
+        )  # fmt: skip
+        record_error(error_word, _PAGE, request, bad_entry, bad_entry >= 0)
+        acc *= value_factor(logit, v_scale, request, kv_head, spec)
+        values, lse_log2 = finish(acc, maximum, total, load_sinks(sinks, head, row_ok, spec), spec.SINKS)
+        store_rows(out, lse, values, lse_log2, row_start + token, head, row_ok, spec)
+
+
+def prefill(
+    q: Tensor,  # [num_tokens, num_qo_heads, head_dim]
+    k_cache: Tensor,  # [num_pages, page_size, num_kv_heads, head_dim], free strides
+    v_cache: Tensor,
+    page_table: Tensor,  # [batch_size, max_pages_per_seq] int32
+    seq_lens: Tensor,  # [batch_size] int32
+    cu_seqlens_q: Tensor,  # [batch_size + 1] int32
+    m: Any,  # Modifiers
+    out: Tensor,  # [num_tokens, num_qo_heads, head_dim_v]
+    lse: Tensor | None,  # [num_tokens, num_qo_heads] fp32
+    error_word: Tensor,  # int64 [1]
+) -> None:
+    if q.shape[0] > 0:
+        run(plan(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word), q.device)
+
+
+def plan(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    m: Any,
+    out: Tensor,
+    lse: Tensor | None,
+    error_word: Tensor,
+) -> list[Launch]:
+    """One launch for the long requests, two for the short ones; only the two if max_q_len says that all are short."""
+    tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word)
+    num_tokens, num_qo_heads, _ = q.shape
+    batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]
+    group_size = num_qo_heads // num_kv_heads
+    device = launch.device_of(q)
+    problem = launch.problem(q, k_cache, v_cache, device)
+    row_limit = tuning.row_limit(problem)
+    if m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
+        return decode.plan(*tensors)
+    config = tuning.prefill_config(problem)
+    spec = launch.attention_spec(q, k_cache, v_cache, m, lse, config, device.arch, ragged=True, row_limit=row_limit)
+    arguments = launch.attention_arguments(*tensors, spec)
+    most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    long = Launch(_prefill_kernel, (most_tiles, num_kv_heads), arguments, options)
+    return [long, *decode.plan(*tensors, row_limit)] if batch_size else [long]
