@@ -92,7 +92,7 @@ def server(records: Path, *options: str) -> Iterator[int]:
             line = process.stdout.readline()
             found = re.search(r"http://[\d.]+:(\d+) serves (\S+)", line)
             start = time.monotonic()
-            while found and process.poll() is None and get(int(found[1]), "/health")[0] != 200:
+            while found and process.poll() is None and not healthy(int(found[1])):
                 if time.monotonic() - start > 300:
                     raise DemoError("the server was not ready within 300 s")
                 time.sleep(0.1)
@@ -121,6 +121,13 @@ def get(port: int, path: str) -> tuple[int, bytes]:
         return response.status, response.read()
     finally:
         connection.close()
+
+
+def healthy(port: int) -> bool:
+    try:
+        return get(port, "/health")[0] == 200
+    except OSError:
+        return False
 
 
 def ask(port: int, answer: Answer) -> None:
@@ -279,13 +286,21 @@ def check_logits(two: Run, one: Run) -> str:
             f"largest difference {worst:.2g}, tolerance {LOGIT_TOLERANCE:g}")  # fmt: skip
 
 
+def write_trace(trace: bytes) -> None:
+    rows = json.loads(trace)["traceEvents"]
+    told = {row["args"]["name"] for row in rows if row["name"] == "process_name"}
+    if not {"prefill", "decode"} <= told:
+        raise DemoError(f"expected P's and D's events in the trace, got those of {sorted(told)}")
+    (OUT / "trace.json").write_bytes(trace)
+
+
 def main() -> None:
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder, "two"), Path(folder, "one")
         with server(records[0], "--verify-kv") as port:
             two = run(port, records[0], show=True)
-            (OUT / "trace.json").write_bytes(get(port, "/debug/trace")[1])
+            write_trace(get(port, "/debug/trace")[1])
         with server(records[1], "--colocated") as port:
             print("asking the same of one process ...\n")
             one = run(port, records[1], show=False)
@@ -301,7 +316,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DemoError as error:
+    except (DemoError, OSError, http.client.HTTPException) as error:
         print(f"\ndemo failed: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -59,6 +59,8 @@ def main() -> int:
         channels.append(Channel(socket.socket(fileno=args.peer_fd), WORKER_CODEC, name="peer"))
     time.sleep(float(os.environ.get("FAKE_START_MS", "0")) / 1000)
     control.send(Ready(args.role, os.getpid(), config.model, 512, config.pool_tokens, VOCAB_SIZE))
+    if os.environ.get("FAKE_DIES"):
+        return 7
     running: dict[str, Running] = {}
     while True:
         due = min((r.due for r in running.values()), default=time.monotonic() + 1)

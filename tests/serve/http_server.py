@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WITH_FAKE = (
     "import sys; from pagewire.serve import supervisor; from pagewire.__main__ import main;"
     f"supervisor.WORKER_COMMAND = (sys.executable, {str(Path(__file__).with_name('fake_worker.py'))!r});"
-    "sys.exit(main())"
+    "supervisor.BACKOFF_S = 0.01; sys.exit(main())"
 )
 
 

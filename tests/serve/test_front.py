@@ -315,6 +315,15 @@ def test_what_a_worker_says_before_it_is_ready_ends_the_start(model):
     assert one_sentence(result) == "pagewire serve: model.safetensors: expected 100 bytes, got 50"
 
 
+def test_restarts_are_bounded(model):
+    """Only a pair that was up once is restarted, and not for ever."""
+    result = run("--model", model, "--port", "0", "--colocated", FAKE_DIES="1")
+    *restarts, last = result.stderr.strip().splitlines()
+    assert result.returncode == 1 and len(restarts) == 5
+    assert all("exited with code 7; restarting" in line for line in restarts)
+    assert last.startswith("pagewire serve: gave up after 5 restarts") and "code 7" in last
+
+
 def test_missing_extra(model):
     code = "import sys; sys.modules['uvicorn'] = None; from pagewire.__main__ import main; sys.exit(main(['serve']))"
     result = subprocess.run(
