@@ -15,7 +15,7 @@ def quantise(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Ten
     limit = QUANT_MAX[dtype]
     y = x.float()
     if scale is not None:
-        y = y / scale
+        y = y / _divisor(scale, y.device)
     if dtype == torch.int8:
         return (
             y.nan_to_num(nan=0.0, posinf=limit, neginf=-limit)
@@ -36,5 +36,10 @@ def token_head_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 scale per row of the last dim: amax over the finite values / largest stored value; 1 where that is 0."""
     magnitude = x.float().abs()
     amax = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(-1)
-    scale = amax / QUANT_MAX[dtype]
+    scale = amax / _divisor(QUANT_MAX[dtype], amax.device)
     return torch.where(scale == 0, 1.0, scale)
+
+
+def _divisor(value: Tensor | float, device: torch.device) -> Tensor:
+    """On a GPU torch divides by a Python number as `x * (1 / value)`, which is not the IEEE quotient."""
+    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
