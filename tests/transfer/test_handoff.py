@@ -239,3 +239,24 @@ def test_an_ack_for_nothing_changes_nothing() -> None:
     (refused,) = pair.p.ack(Ack("a", 1))
     assert "not committed" in refused.reason
     assert pair.p.request_ids() == ["a"]
+
+
+def test_a_request_id_may_come_again() -> None:
+    pair = Pair()
+    for _ in range(2):
+        pair.begin("a")
+        pair.d.abort(pair.p.cancel("a")[1].frame)
+    pair.p.submit("a", tuple(range(6)))
+    pair.p.cancel("a")  # before the grant
+    pair.d.abort(pair.p.reserve(pair.reserve("a"))[0].frame)
+    pair.d.submit("a", tuple(range(6)), 17)  # refused, and P hears of it first
+    pair.p.abort(Abort("a", NO_GENERATION, "too large"))
+    assert pair.p.submit("a", tuple(range(6))) == []
+    pair.begin("a")
+
+
+def test_ids_of_which_one_side_heard_are_forgotten_in_time() -> None:
+    pair = Pair()
+    for i in range(5000):
+        pair.p.abort(Abort(f"r{i}", NO_GENERATION, "refused"))
+    assert len(pair.p._refused._ids) == 4096

@@ -1,6 +1,7 @@
 """The entry point of a model process: `python -m pagewire.serve.worker`; see `serve/config.py`."""
 
 import argparse
+import contextlib
 import os
 import secrets
 import signal
@@ -37,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         role, front, peer = _start(args)
     except ChannelClosed as closed:
-        print(f"{args.role}: {closed}", file=sys.stderr)
+        _say(f"{args.role}: {closed}")
         return EXIT_PEER_LOST
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"{args.role}: {error}", file=sys.stderr)
+        _say(f"{args.role}: {error}")
         return EXIT_BAD_CONFIG
     return serve(role, front, peer)
 
@@ -49,25 +50,32 @@ def serve(role: "Role", front: Channel, peer: Channel | None) -> int:
     """The process's loop; returns its exit code."""
     channels = [front] if peer is None else [front, peer]
     try:
-        while True:
-            for message in front.poll():
-                if isinstance(message, Shutdown):
-                    front.drain(LAST_WORD_S)
-                    return 0
-                role.on_front(message)
-            for frame in peer.poll() if peer else ():
-                role.on_peer(frame)
-            worked = role.step()
-            timeout_s = role.report()
-            wait(channels, 0 if worked else timeout_s)
+        while (timeout_s := turn(role, front, peer)) is not None:
+            wait(channels, timeout_s)
+        front.drain(LAST_WORD_S)
+        return 0
     except ChannelClosed as closed:
         if closed.channel is front or _stop_intended(front):
-            print(f"{role.name}: the front closed, exiting", file=sys.stderr)
+            _say(f"{role.name}: the front closed, exiting")
             return 0
-        role.fail_all(f"the {role.name} process lost its peer")
-        front.drain(LAST_WORD_S)
-        print(f"{role.name}: {closed}, exiting", file=sys.stderr)
+        with contextlib.suppress(ChannelClosed):
+            role.fail_all(f"the {role.name} process lost its peer")
+            front.drain(LAST_WORD_S)
+        _say(f"{role.name}: {closed}, exiting")
         return EXIT_PEER_LOST
+
+
+def turn(role: "Role", front: Channel, peer: Channel | None) -> float | None:
+    """What arrived, one step, what is due to be reported. Seconds to wait then; None: Shutdown."""
+    for message in front.poll():
+        if isinstance(message, Shutdown):
+            return None
+        role.on_front(message)
+    for frame in peer.poll() if peer else ():
+        role.on_peer(frame)
+    worked = role.step()
+    timeout_s = role.report()
+    return 0 if worked else timeout_s
 
 
 def _stop_intended(front: Channel) -> bool:
@@ -111,7 +119,7 @@ def _start(args: argparse.Namespace) -> tuple["Role", Channel, Channel | None]:
 
     peer = Channel(
         _unix_socket(args.peer_fd, "--peer-fd"),
-        Codec(frames.encode, _decode_frame),
+        FRAME_CODEC,
         name="D" if args.role == "prefill" else "P",
         accept_fds=args.role == "prefill",
     )
@@ -168,12 +176,20 @@ def _decode_frame(data: bytes) -> frames.Frame | Refused:
         return Refused(f"frame: {error}")
 
 
+FRAME_CODEC = Codec(frames.encode, _decode_frame)
+
+
 def _unix_socket(fd: int, option: str) -> socket.socket:
     sock = socket.socket(fileno=fd)
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
         raise ValueError(f"{option}: expected an AF_UNIX stream socket, got {sock.family!r}")
     os.set_inheritable(fd, False)
     return sock
+
+
+def _say(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads stderr any more
+        print(sentence, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pagewire.transfer.coverage import Coverage
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Frame, Hello, Reserve
 
 NO_GENERATION = 0  # of an ABORT before any RESERVE
-MAX_REMEMBERED = 4096  # ended or not yet submitted request ids
+MAX_REMEMBERED = 4096  # request ids of which only one side has heard
 
 
 @dataclass(frozen=True)
@@ -363,6 +363,21 @@ class Receiver:
         return self._admit()
 
 
+class _Remembered:
+    """The last MAX_REMEMBERED request ids that were added and not taken."""
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, request_id: str) -> None:
+        self._ids[request_id] = None
+        if len(self._ids) > MAX_REMEMBERED:
+            self._ids.popitem(last=False)
+
+    def take(self, request_id: str) -> bool:
+        return self._ids.pop(request_id, self) is None
+
+
 @dataclass(eq=False)
 class _Outgoing:
     request_id: str
@@ -396,7 +411,9 @@ class Sender:
         self._live: dict[str, _Outgoing] = {}
         self._granted: deque[_Outgoing] = deque()  # waiting for pages of ours
         self._early: dict[str, Reserve] = {}  # RESERVE that overtook its Submit
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        # each entry is consumed by what it waits for:
+        self._ungranted = _Remembered()  # ended here; D's RESERVE or refusal is still on its way
+        self._refused = _Remembered()  # refused by D; the front's Submit is still on its way
         self._pushes: deque[tuple[_Outgoing, int, int, int]] = deque()  # layer, start, stop
         self._commits: deque[_Outgoing] = deque()
 
@@ -413,8 +430,8 @@ class Sender:
         """`problem`: why the request cannot run here, as the caller found."""
         if request_id in self._live:
             return [Refused(f"request {request_id} was submitted twice")]
-        if request_id in self._ended:
-            return []  # D refused it before we heard of it
+        if self._refused.take(request_id):
+            return []
         outgoing = self._live[request_id] = _Outgoing(request_id, token_ids)
         num_pages = self._num_pages(outgoing)
         if not problem and num_pages > self._allocator.num_pages:
@@ -428,7 +445,9 @@ class Sender:
     def reserve(self, reserve: Reserve) -> list[Action]:
         request_id = reserve.request_id
         outgoing = self._live.get(request_id)
-        if request_id in self._ended or (not outgoing and len(self._early) >= MAX_REMEMBERED):
+        if self._ungranted.take(request_id) or (
+            outgoing is None and len(self._early) >= MAX_REMEMBERED
+        ):
             return [_abort(request_id, reserve.generation, "not known here any more")]
         if outgoing is None:
             self._early[request_id] = reserve
@@ -520,10 +539,15 @@ class Sender:
         return [Dropped(ack.request_id), *self._end(outgoing)]
 
     def abort(self, abort: Abort) -> list[Action]:
-        outgoing = self._live.get(abort.request_id)
+        request_id = abort.request_id
+        outgoing = self._live.get(request_id)
         if outgoing is None:
-            self._early.pop(abort.request_id, None)
-            self._remember(abort.request_id)
+            early = self._early.get(request_id)
+            if early is not None and early.generation == abort.generation:
+                del self._early[request_id]
+                self._refused.add(request_id)
+            elif abort.generation == NO_GENERATION and not self._ungranted.take(request_id):
+                self._refused.add(request_id)
             return []
         generation = outgoing.reserve.generation if outgoing.reserve else NO_GENERATION
         if abort.generation != generation:
@@ -545,13 +569,14 @@ class Sender:
         if outgoing is None:
             return []
         actions: list[Action] = [answer] if answer else []
-        if outgoing.reserve is not None:
+        if outgoing.reserve is None:
+            self._ungranted.add(request_id)
+        else:
             actions.append(_abort(request_id, outgoing.reserve.generation, reason))
         return actions + self._end(outgoing)
 
     def _end(self, outgoing: _Outgoing) -> list[Action]:
         del self._live[outgoing.request_id]
-        self._remember(outgoing.request_id)
         if outgoing in self._granted:
             self._granted.remove(outgoing)
         if outgoing in self._commits:
@@ -575,11 +600,6 @@ class Sender:
 
     def _num_pages(self, outgoing: _Outgoing) -> int:
         return -(-len(outgoing.token_ids) // self._page_size)
-
-    def _remember(self, request_id: str) -> None:
-        self._ended[request_id] = None
-        while len(self._ended) > MAX_REMEMBERED:
-            self._ended.popitem(last=False)
 
 
 def _abort(request_id: str, generation: int, reason: str) -> Send:

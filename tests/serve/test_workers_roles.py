@@ -1,0 +1,302 @@
+"""P and D stepped by hand: exact moments, injected failures, and that nobody else notices."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from pagewire.serve.config import WorkerConfig
+from pagewire.serve.messages import Cancel, Failed, Finished, Sampling
+from serve.tiny import make_tiny_llama
+from serve.workers import Stepped, prompt_of
+
+PROMPT_LEN = 21
+MAX_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_llama(tmp_path_factory.mktemp("model"), num_layers=3, eos_token_id=None))
+
+
+def config_of(model: str, **changes) -> WorkerConfig:
+    fields = dict(
+        model=model, page_size=4, pool_tokens=256, prefill_chunk=8, max_batch_size=4, max_waiting=8,
+        staging_bytes=4 * 2048, verify_kv=True,
+    )  # fmt: skip
+    return WorkerConfig(**{**fields, **changes})
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEWIRE_BACKEND", "reference")  # obviously right, and quiet about it
+
+
+@pytest.fixture()
+def pair(model: str) -> Stepped:
+    return Stepped(config_of(model))
+
+
+@pytest.fixture()
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """To be undone in the middle of a test, unlike what the environment's fixtures set."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def bystander(pair: Stepped) -> Callable[[], None]:
+    """A request that goes through, with the output of a lone run, whatever happens to others."""
+    pair.submit("lone", prompt_of(9, salt=5), MAX_TOKENS)
+    pair.until_ended("lone")
+    pair.submit("bystander", prompt_of(9, salt=5), MAX_TOKENS)
+
+    def check() -> None:
+        pair.until_ended("bystander")
+        assert pair.ends["bystander"] == [Finished("bystander", "length", MAX_TOKENS)]
+        assert pair.output("bystander") == pair.output("lone")
+        pair.until(pair.pages_free)
+
+    return check
+
+
+def test_one_request(pair: Stepped) -> None:
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.until_ended("a")
+    assert pair.ends["a"] == [Finished("a", "length", MAX_TOKENS)]
+    assert len(pair.output("a")) == MAX_TOKENS
+    pair.until(lambda: pair.pages_free() and pair.named("transfer_total", "a") != [])
+    (verified,) = pair.named("kv_verify", "a")
+    assert verified.args["equal"] == 1
+    (transfer,) = pair.named("transfer_total", "a")
+    # K and V, 3 layers x 2 heads x 16 fp32 a token
+    assert transfer.args["bytes"] == PROMPT_LEN * 2 * 3 * 2 * 16 * 4
+
+
+def test_a_layer_leaves_before_the_next_is_computed(pair: Stepped) -> None:
+    pair.submit("a", prompt_of(8), 2)
+    forward = pair.p.engine.model.forward
+    sent_at_layer = []
+
+    def watched(*args, on_layer, **kwargs):
+        def watch(layer: int) -> None:
+            on_layer(layer)
+            sent_at_layer.append(len(pair.p._sender._sent_slots))
+
+        return forward(*args, on_layer=watch, **kwargs)
+
+    pair.p.engine.model.forward = watched
+    try:
+        pair.until_ended("a")
+    finally:
+        pair.p.engine.model.forward = forward
+    assert sent_at_layer == [1, 2, 3]
+    pair.until(pair.pages_free)
+
+
+@pytest.mark.parametrize("num_turns", range(12))
+def test_cancel_after_any_number_of_turns(pair: Stepped, num_turns: int) -> None:
+    check = bystander(pair)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.turns(num_turns)
+    pair.cancel("a")
+    pair.until_ended("a")
+    check()
+    for end in pair.ends["a"]:  # P and D may both answer
+        assert isinstance(end, Finished)
+        assert end.reason == "cancelled" or (end.reason, end.num_tokens) == ("length", MAX_TOKENS)
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 2, 4])
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_cancel_reaches_one_side_long_before_the_other(
+    pair: Stepped, first: str, num_turns: int
+) -> None:
+    check = bystander(pair)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.turns(num_turns)
+    pair.channels[first].send(Cancel("a"))
+    pair.turns(3)
+    pair.cancel("a")
+    check()
+    assert pair.ends["a"][0].reason == "cancelled"
+
+
+def test_first_token_ends_the_request(pair: Stepped) -> None:
+    pair.submit("a", prompt_of(PROMPT_LEN), 1)
+    pair.until_ended("a")
+    assert pair.ends["a"] == [Finished("a", "length", 1)]
+    (first,) = pair.output("a")
+    pair.submit("b", prompt_of(PROMPT_LEN), MAX_TOKENS, stop=(first,))
+    pair.until_ended("b")
+    assert pair.ends["b"] == [Finished("b", "stop", 0)]
+    assert pair.output("b") == []
+    pair.until(pair.pages_free)
+
+
+def test_a_stop_token_ends_the_request_and_is_not_sent(pair: Stepped) -> None:
+    sampling = Sampling(temperature=1.0, seed=3)
+    pair.submit("a", prompt_of(PROMPT_LEN), 12, sampling=sampling)
+    pair.until_ended("a")
+    output = pair.output("a")
+    at = next(i for i in range(1, 12) if output[i] not in output[:i])
+    pair.submit("b", prompt_of(PROMPT_LEN), 12, sampling=sampling, stop=(output[at],))
+    pair.until_ended("b")
+    assert pair.ends["b"] == [Finished("b", "stop", at)]
+    assert pair.output("b") == output[:at]
+    pair.until(pair.pages_free)
+
+
+@pytest.mark.parametrize("side", ["p", "d"])
+def test_a_forward_that_raises_fails_its_batch_only(pair: Stepped, side: str, patch: pytest.MonkeyPatch) -> None:
+    check = bystander(pair)
+    pair.until(lambda: 1 in pair.tokens["bystander"])  # in D, past P
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    model = getattr(pair, side).engine.model
+    if side == "d":
+        pair.until_ended("bystander")
+        pair.until(lambda: 1 in pair.tokens["a"])
+
+    def broken(*args, **kwargs):
+        patch.undo()
+        raise RuntimeError("out of luck")
+
+    patch.setattr(model, "forward", broken)
+    pair.until_ended("a")
+    assert pair.ends["a"] == [Failed("a", "RuntimeError: out of luck")]
+    check()
+
+
+@pytest.mark.parametrize("side", ["p", "d"])
+def test_nan_fails_its_own_request_only(pair: Stepped, side: str, patch: pytest.MonkeyPatch) -> None:
+    """Both requests are in the batch; the row of one is NaN."""
+    check = bystander(pair)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    engine = getattr(pair, side).engine
+    draw = engine._sample
+
+    def poisoned(requests, logits):
+        logits = logits.clone()
+        for i, request in enumerate(requests):
+            if request.id == "a":
+                logits[i, 3] = torch.nan
+        return draw(requests, logits)
+
+    patch.setattr(engine, "_sample", poisoned)
+    pair.until_ended("a")
+    assert pair.ends["a"] == [Failed("a", "the model gave NaN")]
+    patch.undo()
+    check()
+
+
+def test_packing_that_raises_fails_its_request_only(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
+    check = bystander(pair)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pack = pair.p._packing.pack
+
+    def broken(pages, layer, start, stop, out):
+        if layer == 1 and "a" in pair.p._requests and pages == pair.p._requests["a"].pages:
+            raise RuntimeError("no pack")
+        return pack(pages, layer, start, stop, out)
+
+    patch.setattr(pair.p._packing, "pack", broken)
+    pair.until_ended("a")
+    assert pair.ends["a"] == [Failed("a", "RuntimeError: no pack")]
+    patch.undo()
+    check()
+    assert len(pair.p._sender._credits) == pair.arena.num_slots
+
+
+def test_a_corrupt_payload_fails_its_request_only(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
+    """One bit flips in shared memory between P's checksum and D's."""
+    check = bystander(pair)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    push_one = pair.p._push_one
+
+    def corrupt(push):
+        push_one(push)
+        if push.request_id == "a" and push.layer == 2:
+            pair.arena.slot(push.slot)[5] ^= 1
+
+    patch.setattr(pair.p, "_push_one", corrupt)
+    pair.until_ended("a")
+    patch.undo()
+    (failed,) = pair.ends["a"]
+    assert isinstance(failed, Failed) and "CRC32C" in failed.message
+    check()
+
+
+def test_kv_that_differs_is_found_by_digest(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
+    """D unpacks into the wrong place: every checksum holds, the digests do not."""
+    check = bystander(pair)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    unpack = pair.d._packing.unpack
+
+    def misplaced(chunk, pages, buffer):
+        unpack(chunk, pages[::-1] if chunk.request_id == "a" else pages, buffer)
+
+    patch.setattr(pair.d._packing, "unpack", misplaced)
+    pair.until_ended("a")
+    patch.undo()
+    pair.until(lambda: pair.named("kv_verify", "a") != [])
+    assert pair.named("kv_verify", "a")[0].args["equal"] == 0
+    assert [type(end) for end in pair.ends["a"]] == [Failed]
+    check()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "request_id", "message"),
+    [
+        (prompt_of(500), 20, "a", "context has 512"),
+        (prompt_of(200), 60, "a", "needs 65 pages, D has 64"),
+        ([5, 320], 2, "a", "token ids in [0, 320)"),
+        ([5, -1], 2, "a", "token ids in [0, 320)"),
+        ([], 2, "a", "at least one prompt token"),
+        ([5], 0, "a", "max_tokens >= 1"),
+        ([5], 2, "../a", "request id"),
+    ],
+)
+def test_a_request_that_can_never_run_fails_at_once(
+    pair: Stepped, prompt: list[int], max_tokens: int, request_id: str, message: str
+) -> None:
+    check = bystander(pair)
+    pair.submit(request_id, prompt, max_tokens)
+    pair.until_ended(request_id)
+    check()
+    assert all(isinstance(end, Failed) for end in pair.ends[request_id])
+    assert message in pair.ends[request_id][0].message
+
+
+def test_more_than_fits_waits_its_turn(pair: Stepped) -> None:
+    """20 requests of 10 pages in a pool of 64, at most 8 of them queued: the rest is refused."""
+    ids = [f"r{i}" for i in range(20)]
+    for i, request_id in enumerate(ids):
+        pair.submit(request_id, prompt_of(34, salt=i), MAX_TOKENS)
+    pair.until_ended(*ids)
+    pair.until(pair.pages_free)
+    failed = [i for i in ids if isinstance(pair.ends[i][0], Failed)]
+    assert len(failed) == 20 - 6 - 8
+    assert all("are waiting for pages" in pair.ends[i][0].message for i in failed)
+    assert all(len(pair.output(i)) == MAX_TOKENS for i in ids if i not in failed)
+
+
+def test_prefill_that_never_comes_runs_into_the_deadline(model: str) -> None:
+    pair = Stepped(config_of(model, handoff_timeout_ms=1, prefill_chunk=1))
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.until_ended("a")
+    assert "did not arrive within 1 ms" in pair.ends["a"][0].message
+    pair.until(pair.pages_free)
+
+
+def test_bfloat16_on_the_wire_of_a_float32_cache(model: str, patch: pytest.MonkeyPatch) -> None:
+    import pagewire.transfer.packing as packing
+
+    init = packing.Packing.__init__
+    patch.setattr(
+        packing.Packing, "__init__", lambda self, cache, f: init(self, cache, f, torch.bfloat16)
+    )
+    pair = Stepped(config_of(model))
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.until_ended("a")
+    pair.until(lambda: pair.named("transfer_total", "a") != [])
+    assert pair.named("transfer_total", "a")[0].args["bytes"] == PROMPT_LEN * 2 * 3 * 2 * 16 * 2
+    assert pair.named("kv_verify", "a")[0].args["equal"] == 1

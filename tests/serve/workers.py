@@ -1,0 +1,230 @@
+"""Model processes without HTTP: started as the front starts them, or both roles stepped by hand in one process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pagewire.serve.channel import FRONT_CODEC, WORKER_CODEC, Channel, ChannelClosed, wait
+from pagewire.serve.config import WorkerConfig
+from pagewire.serve.messages import (
+    Cancel,
+    Event,
+    Events,
+    Failed,
+    Finished,
+    Gauges,
+    Ready,
+    Sampling,
+    Shutdown,
+    Submit,
+    Token,
+)
+
+TIMEOUT_S = 60.0
+
+
+def prompt_of(length: int, salt: int = 0) -> list[int]:
+    return [3 + (7 * i + 31 * salt) % 300 for i in range(length)]
+
+
+class FrontEnd:
+    """The front's ends of the control channels, and everything that came out of them."""
+
+    def __init__(self) -> None:
+        self.channels: dict[str, Channel] = {}
+        self.closed: set[str] = set()
+        self.ready: dict[str, Ready] = {}
+        self.tokens: dict[str, dict[int, int]] = defaultdict(dict)
+        self.ends: dict[str, list[Finished | Failed]] = defaultdict(list)
+        self.events: list[Event] = []
+        self.gauges: dict[str, Gauges] = {}
+
+    def connect(self, role: str) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.channels[role] = Channel(ours, FRONT_CODEC, name=role)
+        return theirs
+
+    def send(self, message: Any) -> None:
+        for channel in self.channels.values():
+            channel.send(message)
+
+    def submit(
+        self, request_id: str, prompt: list[int], max_tokens: int, *, stop: tuple[int, ...] = (),
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    ) -> None:  # fmt: skip
+        self.send(Submit(request_id, prompt, max_tokens, list(stop), sampling))
+
+    def cancel(self, request_id: str) -> None:
+        self.send(Cancel(request_id))
+
+    def poll(self) -> None:
+        for role, channel in self.channels.items():
+            try:
+                for message in channel.poll():
+                    self._take(role, message)
+            except ChannelClosed:
+                self.closed.add(role)
+
+    def _take(self, role: str, message: Any) -> None:
+        match message:
+            case Token(request_id, index, token_id):
+                assert index not in self.tokens[request_id], "a token was emitted twice"
+                self.tokens[request_id][index] = token_id
+            case Finished(request_id) | Failed(request_id):
+                self.ends[request_id].append(message)
+            case Events(events):
+                self.events += events
+            case Gauges():
+                pages = dict(message.num_pages)
+                assert pages.pop("total") == sum(pages.values())
+                self.gauges[role] = message
+            case Ready():
+                self.ready[role] = message
+
+    def output(self, request_id: str) -> list[int]:
+        tokens = self.tokens[request_id]
+        assert sorted(tokens) == list(range(len(tokens)))
+        return [tokens[i] for i in range(len(tokens))]
+
+    def named(self, name: str, request_id: str | None = None) -> list[Event]:
+        return [
+            event
+            for event in self.events
+            if event.name == name and request_id in (None, event.request_id)
+        ]
+
+    def all_free(self) -> bool:
+        return len(self.gauges) == len(self.channels) and all(
+            gauges.num_pages["free"] == gauges.num_pages["total"]
+            and gauges.num_running == gauges.num_waiting == 0
+            for gauges in self.gauges.values()
+        )
+
+
+class Workers(FrontEnd):
+    """P and D (or one colocated process) as real processes."""
+
+    def __init__(self, config: WorkerConfig, roles: tuple[str, ...] = ("decode", "prefill")) -> None:
+        super().__init__()
+        self.processes: dict[str, subprocess.Popen] = {}
+        peers = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        for role, peer in zip(roles, peers, strict=False):
+            self.processes[role] = spawn(role, config, self.connect(role), peer if len(roles) > 1 else None)
+        for peer in peers:
+            peer.close()
+        self.until(lambda: len(self.ready) == len(roles))
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        self.poll()
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout_s} s: {self.ends}, {self.gauges}"
+            wait([c for role, c in self.channels.items() if role not in self.closed], 0.2)
+            self.poll()
+
+    def until_ended(self, *request_ids: str) -> None:
+        self.until(lambda: all(self.ends[request_id] for request_id in request_ids))
+
+    def kill(self, role: str) -> None:
+        self.processes[role].send_signal(signal.SIGKILL)
+
+    def exit_code(self, role: str) -> int:
+        return self.processes[role].wait(timeout=TIMEOUT_S)
+
+    def stderr(self, role: str) -> str:
+        return self.processes[role].communicate(timeout=TIMEOUT_S)[1]
+
+    def stop(self) -> None:
+        for role, process in self.processes.items():
+            if process.poll() is None and role not in self.closed:
+                self.channels[role].send(Shutdown())
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            process.communicate()
+
+
+def spawn(
+    role: str, config: WorkerConfig, control: socket.socket, peer: socket.socket | None
+) -> subprocess.Popen:
+    """Closes our copy of `control`."""
+    json = msgspec.json.encode(config).decode()
+    args = ["--role", role, "--config-json", json, "--control-fd", str(control.fileno())]
+    fds = [control.fileno()]
+    if peer is not None:
+        args += ["--peer-fd", str(peer.fileno())]
+        fds.append(peer.fileno())
+    python = str(Path(__file__).parents[2] / "python")
+    with control:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pagewire.serve.worker", *args], pass_fds=fds, text=True,
+            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python},
+        )  # fmt: skip
+
+
+class Stepped(FrontEnd):
+    """P and D in this process, each advanced one turn at a time."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__()
+        from pagewire.serve.decode import DecodeRole
+        from pagewire.serve.engine import Engine
+        from pagewire.serve.prefill import PrefillRole
+        from pagewire.serve.worker import FRAME_CODEC
+        from pagewire.transfer.packing import Packing
+        from pagewire.transfer.shm import Arena
+
+        to_p, to_d = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.peer_of_d = Channel(to_p, FRAME_CODEC, name="P")
+        self.peer_of_p = Channel(to_d, FRAME_CODEC, name="D")
+        p_engine, d_engine = Engine(config), Engine(config)
+        packings = [Packing(engine.cache, b"f" * 32) for engine in (p_engine, d_engine)]
+        self.arena = Arena.create(*packings[1].staging(config.staging_bytes, config.prefill_chunk))
+        self.front_of_p = Channel(self.connect("prefill"), WORKER_CODEC, name="the front")
+        self.front_of_d = Channel(self.connect("decode"), WORKER_CODEC, name="the front")
+        theirs = Arena(os.dup(self.arena.fd), self.arena.num_slots, self.arena.slot_bytes)
+        self.p = PrefillRole(p_engine, self.front_of_p, self.peer_of_p, packings[0], theirs)
+        self.d = DecodeRole(d_engine, self.front_of_d, self.peer_of_d, packings[1], self.arena)
+
+    def turn_p(self) -> None:
+        from pagewire.serve.worker import turn
+
+        turn(self.p, self.front_of_p, self.peer_of_p)
+        self.poll()
+
+    def turn_d(self) -> None:
+        from pagewire.serve.worker import turn
+
+        turn(self.d, self.front_of_d, self.peer_of_d)
+        self.poll()
+
+    def turns(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.turn_p()
+            self.turn_d()
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout_s} s: {self.ends}"
+            self.turns()
+
+    def until_ended(self, *request_ids: str) -> None:
+        self.until(lambda: all(self.ends[request_id] for request_id in request_ids))
+
+    def pages_free(self) -> bool:
+        """From the pools themselves: no wait for gauges."""
+        return all(
+            role.engine.allocator.num_free == role.config.num_pages for role in (self.p, self.d)
+        )
