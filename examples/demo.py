@@ -306,6 +306,10 @@ def main() -> None:
             one = run(port, records[1], show=False)
         table("two processes, P and D", two)
         table("one process (--colocated)", one)
+        print(
+            "TTFT: to the first text; ITL: between two texts, ms. Transfer: from P's first push to D's ack, beside "
+            "the prefill;\nexposed: what of it comes after P's last forward.\n"
+        )
         print(check_kv(two))
         print(check_logits(two, one))
     print(
