@@ -412,6 +412,10 @@ def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | 
     k_caches, v_caches, k_scales, v_scales = views
     module = registry.choose(_cache_problem("pack_kv", packed, k_caches[0]), backend)
     module.pack_kv(k_caches, v_caches, k_scales, v_scales, slots, packed)
+    # rarely any: what lay there before must not travel, and equal contents must give equal buffers
+    padding = packed.buffer[packed.shape.payload_bytes : packed.shape.scales_start]
+    if padding.numel():
+        padding.zero_()
     check_after_call(slots.device)
 
 

@@ -43,12 +43,17 @@ class PackedShape:
         }[self.scale_kind]
 
     @property
+    def scales_start(self) -> int:
+        """Byte offset of the scales; the bytes between the payload and it are zero."""
+        return -(-self.payload_bytes // _ALIGN) * _ALIGN
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the whole buffer, scales included."""
         if self.scale_shape is None:
             return self.payload_bytes
         num_scales = torch.Size(self.scale_shape).numel() * (2 if self.head_dim_v else 1)
-        return -(-self.payload_bytes // _ALIGN) * _ALIGN + 4 * num_scales
+        return self.scales_start + 4 * num_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +127,7 @@ def _payload_views(buffer: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor |
 def _scale_views(buffer: Tensor, shape: PackedShape) -> tuple[Tensor | None, Tensor | None]:
     if shape.scale_shape is None:
         return None, None
-    start = -(-shape.payload_bytes // _ALIGN) * _ALIGN
-    scales = buffer[start:].view(torch.float32)
+    scales = buffer[shape.scales_start :].view(torch.float32)
     half = torch.Size(shape.scale_shape).numel()
     k_scale = scales[:half].view(shape.scale_shape)
     v_scale = scales[half : 2 * half].view(shape.scale_shape) if shape.head_dim_v else None
