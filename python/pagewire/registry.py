@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -97,6 +98,20 @@ def _triton_special(problem: Problem) -> str | None:
     return None
 
 
+@functools.cache
+def _cpu_missing() -> str | None:
+    """Looked up without importing the extension."""
+    if importlib.util.find_spec("pagewire._cpu") is not None:
+        return None
+    note = Path(__file__).with_name("_cpu_missing.txt")  # left by setup.py
+    reason = note.read_text().strip() if note.exists() else "python setup.py build_ext --inplace"
+    return f"pagewire._cpu is not built ({reason})"
+
+
+def _cpu_unavailable(device: str) -> str | None:
+    return _cpu_missing() if device == "cpu" else f"runs on CPU tensors only, not on {device!r}"
+
+
 BACKENDS: tuple[Backend, ...] = (  # best first; adding one is an entry here and a file in backends/
     Backend(
         "triton",
@@ -106,6 +121,14 @@ BACKENDS: tuple[Backend, ...] = (  # best first; adding one is an entry here and
         {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
         max_head_dim=256,
         special=_triton_special,
+    ),
+    Backend(
+        "cpu",
+        "pagewire.backends.cpu",
+        frozenset(OPS),
+        _cpu_unavailable,
+        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
+        max_head_dim=1024,
     ),
     Backend(
         "reference",

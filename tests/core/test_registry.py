@@ -36,8 +36,8 @@ def test_explicit_name_is_refused_with_its_reason(monkeypatch):
 
 
 def test_head_dim_limit():
-    problem = pw.explain("decode", device="cpu", head_dim=512)
-    assert "head_dim = 512 is above 256" in problem and "-> reference" in problem
+    problem = pw.explain("decode", device="cpu", head_dim=2048)
+    assert "head_dim = 2048 is above 256" in problem and "-> reference" in problem
 
 
 def test_explain_marks_the_choice(monkeypatch):
@@ -90,13 +90,13 @@ def test_server_package_needs_no_torch():
 def test_slow_path_warns_once(monkeypatch):
     code = (
         "import warnings, torch, pagewire as pw; warnings.simplefilter('always')\n"
-        "o, s = torch.ones(1, 1, 512), torch.ones(1, 1)\n"
+        "o, s = torch.ones(1, 1, 2048), torch.ones(1, 1)\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    for _ in range(3): pw.merge_state(o, s, o, s)\n"
         "print(len([w for w in caught if 'reference backend' in str(w.message)]))"
     )
     expected = (
-        "1" if "-> reference" in pw.explain("merge_state", device="cpu", head_dim=512) else "0"
+        "1" if "-> reference" in pw.explain("merge_state", device="cpu", head_dim=2048) else "0"
     )
     assert run(code).strip() == expected

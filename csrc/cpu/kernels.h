@@ -1,0 +1,126 @@
+// What one ISA provides. A target_*.cpp fills one table; isa.cpp picks one at run time. No STL:
+// target files include it.
+#pragma once
+
+#include <cstdint>
+
+#include "pagewire/params.h"
+
+namespace pagewire::cpu {
+
+constexpr int kKeyBlock = 32;  // keys the few-rows kernel takes at a time
+constexpr int kFewRows =
+    16;  // rows (tokens x group_size) of a request up to which the few-rows kernel takes it
+constexpr int kTileRows = 192;   // rows of a tile, unless one token has more
+constexpr int kTileKeys = 128;   // keys a tile takes at a time
+constexpr int kMaxWidth = 1024;  // of a head
+constexpr int kAlign = 64;       // floats; scratch rows are padded to it
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Keys [begin, end) that a query row sees.
+struct KeyRange {
+    int64_t begin, end;
+};
+
+inline KeyRange visible_keys(const AttentionParams& p, int64_t seq_len, int64_t position) {
+    KeyRange r{0, seq_len};
+    if (p.window_left >= 0 && position - p.window_left > 0) r.begin = position - p.window_left;
+    if (p.window_right >= 0 && position + p.window_right + 1 < r.end)
+        r.end = position + p.window_right + 1;
+    if (p.causal && position + 1 < r.end) r.end = position + 1;
+    if (r.end < r.begin) r.end = r.begin;
+    return r;
+}
+
+// A piece of attention that one thread computes: some rows of one request, some kv heads, some
+// keys.
+struct Piece {
+    int64_t request, seq_len;
+    int64_t row_begin, row_end;    // of q and out
+    int64_t position;              // of row_begin
+    int64_t head_begin, head_end;  // kv heads
+    int64_t key_begin, key_end;
+    int64_t split, part;  // of a request whose keys are shared out: which request, which part;
+                          // split -1: the whole
+    float* partial_out;  // [row_end - row_begin, num_qo_heads, head_dim_v]; null: this is the whole
+                         // result
+    float* partial_lse;  // [row_end - row_begin, num_qo_heads]
+};
+
+// Hands out 64-byte aligned arrays of one allocation; with a null base it only measures.
+struct Arena {
+    char* base;
+    int64_t used = 0;
+
+    template <class T>
+    T* take(int64_t count) {
+        char* at = base == nullptr ? nullptr : base + used;
+        used += round_up(count * int64_t(sizeof(T)), 64);
+        return reinterpret_cast<T*>(at);
+    }
+};
+
+// Rows of the few-rows kernel: R = tokens x group_size rows of each of H kv heads.
+struct FewRowsScratch {
+    float *q, *acc;            // [H, R, padded width]
+    float *top, *total;        // [H, R] running maximum (base 2) and sum
+    float* logits;             // [R, kKeyBlock]
+    float *rescale, *row;      // [R padded], [padded width]
+    float *k_scale, *v_scale;  // [kKeyBlock]
+    int64_t ld_q, ld_acc;
+
+    void carve(Arena& arena, int64_t H, int64_t R, int64_t head_dim, int64_t head_dim_v) {
+        ld_q = round_up(head_dim, kAlign);
+        ld_acc = round_up(head_dim_v, kAlign);
+        q = arena.take<float>(H * R * ld_q);
+        acc = arena.take<float>(H * R * ld_acc);
+        top = arena.take<float>(H * round_up(R, kAlign));
+        total = arena.take<float>(H * round_up(R, kAlign));
+        logits = arena.take<float>(R * kKeyBlock);
+        rescale = arena.take<float>(round_up(R, kAlign));
+        row = arena.take<float>(ld_q + ld_acc);
+        k_scale = arena.take<float>(kKeyBlock);
+        v_scale = arena.take<float>(kKeyBlock);
+    }
+};
+
+// A tile: R rows (token x head of the group) of one kv head against blocks of kTileKeys keys.
+struct TileScratch {
+    float *q, *acc;  // [R, head_dim], [R, ld_acc]
+    float* keys;     // K transposed, in panels of columns: [panel][head_dim][panel width]
+    float* values;   // V in panels of columns: [panel][kTileKeys][panel width]
+    float* logits;   // [R, kTileKeys]
+    float *top, *total, *rescale;  // [R padded]
+    float *k_scale, *v_scale;      // [kTileKeys]
+    float* row;
+    int64_t ld_acc;
+
+    void carve(Arena& arena, int64_t R, int64_t head_dim, int64_t head_dim_v) {
+        ld_acc = round_up(head_dim_v, kAlign);
+        q = arena.take<float>(R * head_dim);
+        acc = arena.take<float>(R * ld_acc);
+        keys = arena.take<float>(kTileKeys * round_up(head_dim, kAlign));
+        values = arena.take<float>(kTileKeys * ld_acc);
+        logits = arena.take<float>(R * kTileKeys);
+        top = arena.take<float>(round_up(R, kAlign));
+        total = arena.take<float>(round_up(R, kAlign));
+        rescale = arena.take<float>(round_up(R, kAlign));
+        k_scale = arena.take<float>(kTileKeys);
+        v_scale = arena.take<float>(kTileKeys);
+        row = arena.take<float>(round_up(head_dim, kAlign) + ld_acc);
+    }
+};
+
+struct Kernels {
+    const char* name;
+    void (*attend_few_rows)(const AttentionParams&, const Piece&, char* scratch);
+    void (*attend_tile)(const AttentionParams&, const Piece&, char* scratch);
+    void (*merge_states)(const MergeParams&, int64_t row_begin, int64_t row_end,
+                         float* weights);  // weights [n]
+    void (*move_rows)(const MoveParams&, int64_t token_begin, int64_t token_end);
+};
+
+extern const Kernels kAvx512, kAvx2, kNeon, kScalar;
+
+}  // namespace pagewire::cpu

@@ -1,0 +1,45 @@
+// append, pack, unpack, merge: the work shared out over tokens.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/ops.h"
+#include "cpu/pool.h"
+#include "pagewire/check.h"
+
+namespace pagewire::cpu {
+namespace {
+
+constexpr int64_t kBytesPerTask = 256 * 1024;
+
+}  // namespace
+
+void move(const char* op, const char* slots_name, int64_t num_slots,
+          const std::vector<MoveParams>& moves, const Kernels& kernels, int num_threads) {
+    if (moves.empty()) return;
+    const IndexView& slots = moves[0].slots;
+    check_slots(op, slots_name, slots, num_slots, moves[0].skip_negative);
+    int64_t token_bytes = 1;
+    for (const MoveParams& m : moves) {
+        token_bytes = std::max(token_bytes, m.num_heads * m.width * item_size(m.source.dtype));
+    }
+    const int64_t tokens_each = std::max<int64_t>(16, kBytesPerTask / token_bytes);
+    const int64_t chunks = (slots.size + tokens_each - 1) / tokens_each;
+    parallel_for(num_threads, chunks * int64_t(moves.size()), [&](int64_t i, int) {
+        const int64_t begin = i % chunks * tokens_each;
+        kernels.move_rows(moves[i / chunks], begin, std::min(begin + tokens_each, slots.size));
+    });
+}
+
+void merge_states(const MergeParams& p, const Kernels& kernels, int num_threads) {
+    const int64_t row_bytes =
+        std::max<int64_t>(1, p.out.num_heads * p.out.width * 4 * std::max<int64_t>(p.n, 1));
+    const int64_t rows_each = std::max<int64_t>(1, kBytesPerTask / row_bytes);
+    const int64_t chunks = (p.out.num_rows + rows_each - 1) / rows_each;
+    std::vector<float> weights(std::max<int64_t>(p.n, 1) * num_threads);
+    parallel_for(num_threads, chunks, [&](int64_t i, int slot) {
+        kernels.merge_states(p, i * rows_each, std::min((i + 1) * rows_each, p.out.num_rows),
+                             weights.data() + slot * p.n);
+    });
+}
+
+}  // namespace pagewire::cpu

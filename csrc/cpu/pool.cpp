@@ -1,0 +1,116 @@
+#include "cpu/pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include <unistd.h>
+
+namespace pagewire::cpu {
+namespace {
+
+struct Job {
+    Task task;
+    void* context;
+    int64_t num_tasks;
+    int max_slots;
+    std::atomic<int64_t> next{0};
+    int slots = 1;    // slot 0 is the caller's; guarded by the pool's mutex
+    int running = 0;  // workers inside; guarded by the pool's mutex
+    std::condition_variable done{};
+
+    void work(int slot) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;)
+            task(context, i, slot);
+    }
+    bool wants_help() const {
+        return slots < max_slots && next.load(std::memory_order_relaxed) < num_tasks;
+    }
+};
+
+class Pool {
+  public:
+    void run(Job& job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            grow(job.max_slots - 1);
+            jobs_.push_back(&job);
+        }
+        wake_.notify_all();
+        job.work(0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+        job.done.wait(lock, [&] { return job.running == 0; });
+    }
+
+  private:
+    void grow(int num_workers) {  // with the mutex held
+        while (num_workers_ < num_workers) {
+            try {
+                std::thread([this] { serve(); }).detach();
+            } catch (const std::system_error&) {
+                return;  // the machine gives no more threads: the caller does the work
+            }
+            ++num_workers_;
+        }
+    }
+
+    void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            const auto found =
+                std::find_if(jobs_.begin(), jobs_.end(), [](Job* j) { return j->wants_help(); });
+            if (found == jobs_.end()) {
+                wake_.wait(lock);
+                continue;
+            }
+            Job& job = **found;
+            const int slot = job.slots++;
+            ++job.running;
+            lock.unlock();
+            job.work(slot);
+            lock.lock();
+            if (--job.running == 0) job.done.notify_all();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::vector<Job*> jobs_;
+    int num_workers_ = 0;
+};
+
+// Never destroyed: workers may outlive static destruction. A forked child has no workers and
+// perhaps a locked mutex, so it starts over with a pool of its own.
+Pool& pool() {
+    static std::atomic<Pool*> current{nullptr};
+    static std::atomic<int> owner{0};
+    static std::mutex making;
+    const int pid = getpid();
+    if (owner.load(std::memory_order_acquire) != pid) {
+        std::lock_guard<std::mutex> lock(making);
+        if (owner.load(std::memory_order_relaxed) != pid) {
+            current.store(new Pool, std::memory_order_relaxed);
+            owner.store(pid, std::memory_order_release);
+        }
+    }
+    return *current.load(std::memory_order_relaxed);
+}
+
+}  // namespace
+
+void parallel_for(int num_threads, int64_t num_tasks, Task task, void* context) {
+    const int slots = int(std::min<int64_t>(num_threads, num_tasks));
+    if (slots <= 1) {
+        for (int64_t i = 0; i < num_tasks; ++i) task(context, i, 0);
+        return;
+    }
+    Job job{task, context, num_tasks, slots};
+    pool().run(job);
+}
+
+}  // namespace pagewire::cpu

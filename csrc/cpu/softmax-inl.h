@@ -1,0 +1,110 @@
+// From raw q.k to weights: scale, softcap, ALiBi, mask, online softmax in base 2. One row at a
+// time, any number of keys.
+
+// What a block of keys does to the logits of one row.
+struct LogitRule {
+    float scale;           // softmax_scale * k_scale of the head
+    const float* k_scale;  // [num_keys] per token and head, or null
+    float softcap;
+    float slope;     // ALiBi; 0: off
+    float distance;  // position of the row - first key of the block
+    int begin, end;  // visible columns of the block
+};
+
+// logits[0 .. padded) become base-2 logits, -inf outside [begin, end). Returns their maximum.
+__attribute__((noinline)) inline float apply_rule(const LogitRule& rule, float* logits,
+                                                  int num_keys) {
+    const F lanes = lane_index();
+    const bool plain = rule.k_scale == nullptr && rule.softcap <= 0.0f && rule.slope == 0.0f;
+    const bool masked = rule.begin > 0 || rule.end < int(round_up(num_keys, kLanes));
+    const F scale = set1(plain ? rule.scale * kLog2E : rule.scale);
+    F top = set1(-infinity());
+    for (int i = 0; i < num_keys; i += kLanes) {
+        F x = mul(load(logits + i), scale);
+        if (!plain) {
+            if (rule.k_scale != nullptr) x = mul(x, load(rule.k_scale + i));
+            if (rule.softcap > 0.0f) x = mul(tanh(div(x, set1(rule.softcap))), set1(rule.softcap));
+            if (rule.slope != 0.0f) {
+                const F column = add(lanes, set1(float(i)));
+                x = fnma(set1(rule.slope), abs(sub(set1(rule.distance), column)), x);
+            }
+            x = mul(x, set1(kLog2E));
+        }
+        if (masked) {
+            const F column = add(lanes, set1(float(i)));
+            x = select(less(column, set1(float(rule.end))), x, set1(-infinity()));
+            x = select(less(column, set1(float(rule.begin))), set1(-infinity()), x);
+        }
+        store(logits + i, x);
+        top = max(x, top);
+    }
+    return maximum(top);
+}
+
+// logits become weights 2^(x - top); returns their sum. A row that has seen nothing has top = -inf:
+// all weights are 0.
+__attribute__((noinline)) inline float weigh(float* logits, int num_keys, float top,
+                                             const float* v_scale) {
+    const F shift = set1(top == -infinity() ? 0.0f : top);
+    F total = zero();
+    for (int i = 0; i < num_keys; i += kLanes) {
+        F w = exp2_negative(sub(load(logits + i), shift));
+        total = add(total, w);
+        if (v_scale != nullptr) w = mul(w, load(v_scale + i));
+        store(logits + i, w);
+    }
+    return sum(total);
+}
+
+// rescale[i] = 2^(old top - new top) and the new tops; 0 where nothing had been seen.
+inline void raise_tops(float* top, const float* block_top, float* rescale, int num_rows) {
+    for (int i = 0; i < num_rows; i += kLanes) {
+        const F before = load(top + i), after = max(before, load(block_top + i));
+        const F shift = select(less(set1(-infinity()), after), after, zero());
+        store(rescale + i, exp2_negative(sub(before, shift)));
+        store(top + i, after);
+    }
+}
+
+// The end of a row: the sink joins the denominator, out = acc * v_scale / total, lse in base e.
+__attribute__((noinline)) inline void finish_row(const AttentionParams& p, const Piece& piece,
+                                                 int64_t row, int64_t qo_head, const float* acc,
+                                                 float top, float total, float v_scale) {
+    const int64_t at = row - piece.row_begin;
+    const bool whole = piece.partial_out == nullptr;
+    if (whole && p.sinks.data != nullptr) {
+        const float sink = p.sinks.data[qo_head * p.sinks.stride_head] * kLog2E;
+        const float raised = top > sink ? top : sink;
+        if (raised != -infinity()) {
+            const float kept = total == 0.0f ? 0.0f : __builtin_exp2f(top - raised);
+            // the accumulator shares the factor
+            v_scale *= kept;
+            total = total * kept + __builtin_exp2f(sink - raised);
+            top = raised;
+        }
+    }
+    const float factor = total == 0.0f ? 0.0f : v_scale / total;
+    const float lse = total == 0.0f ? -infinity() : (top + __builtin_log2f(total)) * kLn2;
+    if (whole) {
+        char* out = p.out.data +
+                    (row * p.out.stride_row + qo_head * p.out.stride_head) * item_size(p.out.dtype);
+        store_row(p.out.dtype, acc, factor, p.out.width, out);
+        if (p.lse.data != nullptr)
+            p.lse.data[row * p.lse.stride_row + qo_head * p.lse.stride_head] = lse;
+    } else {
+        const int64_t index = at * p.q.num_heads + qo_head;
+        store_row(DType::kFloat32, acc, factor, p.out.width,
+                  reinterpret_cast<char*>(piece.partial_out + index * p.out.width));
+        piece.partial_lse[index] = lse;
+    }
+}
+
+inline float slope_of(const AttentionParams& p, int64_t request, int64_t qo_head) {
+    if (p.alibi_slopes.data == nullptr) return 0.0f;
+    return p.alibi_slopes
+        .data[request * p.alibi_slopes.stride_row + qo_head * p.alibi_slopes.stride_head];
+}
+
+inline int clip(int64_t x, int64_t low, int64_t high) {
+    return int(x < low ? low : x > high ? high : x);
+}

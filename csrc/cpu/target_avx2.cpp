@@ -1,0 +1,27 @@
+#ifdef __x86_64__
+#include <immintrin.h>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "pagewire/dispatch.h"
+
+#pragma GCC target("avx2,fma,f16c")
+
+namespace pagewire::cpu {
+namespace {
+
+#include "cpu/simd_avx2.h"
+#include "cpu/math-inl.h"
+#include "cpu/softmax-inl.h"
+#include "cpu/few_rows-inl.h"
+#include "cpu/tile-inl.h"
+#include "cpu/merge-inl.h"
+#include "cpu/move-inl.h"
+#include "cpu/target-inl.h"
+
+}  // namespace
+
+const Kernels kAvx2 = {"avx2", attend_few_rows, attend_tile, merge_states, move_rows};
+
+}  // namespace pagewire::cpu
+#endif

@@ -1,0 +1,183 @@
+// Attention of many rows: a tile of query rows against blocks of keys, K and V converted to fp32
+// panels once per block and multiplied by a register-blocked GEMM. Bound by FMA. Included inside
+// the anonymous namespace of a target.
+
+constexpr int kPanel = kGemmVecs * kLanes;  // columns of a panel
+
+// C[MR, kPanel] = A[MR, K] . B[K, kPanel], added to C * rescale if that is given.
+template <int MR>
+__attribute__((noinline)) void gemm_block(const float* a, int64_t lda, const float* b,
+                                          int64_t depth, float* c, int64_t ldc,
+                                          const float* rescale) {
+    F acc[MR][kGemmVecs];
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+        for (int u = 0; u < kGemmVecs; ++u) {
+            acc[r][u] =
+                rescale == nullptr ? zero() : mul(load(c + r * ldc + u * kLanes), set1(rescale[r]));
+        }
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        F row[kGemmVecs];
+#pragma GCC unroll 4
+        for (int u = 0; u < kGemmVecs; ++u) row[u] = load(b + k * kPanel + u * kLanes);
+#pragma GCC unroll 6
+        for (int r = 0; r < MR; ++r) {
+            const F x = set1(a[r * lda + k]);
+#pragma GCC unroll 4
+            for (int u = 0; u < kGemmVecs; ++u) acc[r][u] = fma(x, row[u], acc[r][u]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+        for (int u = 0; u < kGemmVecs; ++u) store(c + r * ldc + u * kLanes, acc[r][u]);
+    }
+}
+
+// C[rows, columns] over panels of B; ldc has room for whole panels.
+inline void gemm(const float* a, int64_t lda, int64_t rows, const float* panels,
+                 int64_t panel_stride, int64_t depth, int64_t columns, float* c, int64_t ldc,
+                 const float* rescale) {
+    for (int64_t j = 0; j < columns; j += kPanel, panels += panel_stride) {
+        for (int64_t r = 0; r < rows; r += kGemmRows) {
+            const float* scale = rescale == nullptr ? nullptr : rescale + r;
+            with_constant<1, 2, 3, 4, 5, 6>(clip(rows - r, 1, kGemmRows), [&](auto MR) {
+                gemm_block<MR.value>(a + r * lda, lda, panels, depth, c + r * ldc + j, ldc, scale);
+            });
+        }
+    }
+}
+
+// Addresses of one head's rows of a block of keys; entries past num_keys repeat the last.
+struct TileKeys {
+    int64_t begin;
+    int num_keys;
+    const char *k[kTileKeys], *v[kTileKeys];
+    int64_t page[kTileKeys], offset[kTileKeys];
+
+    void locate(const AttentionParams& p, const Piece& piece, int64_t at) {
+        begin = at;
+        num_keys = clip(piece.key_end - at, 0, kTileKeys);
+        const int64_t item = item_size(p.k.dtype), head = piece.head_begin;
+        int64_t entry = at / p.k.page_size, slot = at % p.k.page_size;
+        for (int i = 0; i < num_keys; ++i) {
+            const int64_t id = p.page_table.at(piece.request, entry);
+            page[i] = id;
+            offset[i] = slot;
+            k[i] = p.k.data +
+                   (id * p.k.stride_page + slot * p.k.stride_token + head * p.k.stride_head) * item;
+            v[i] = p.v.data +
+                   (id * p.v.stride_page + slot * p.v.stride_token + head * p.v.stride_head) * item;
+            if (++slot == p.k.page_size) {
+                slot = 0;
+                ++entry;
+            }
+        }
+        for (int i = num_keys; i < kTileKeys && i > 0; ++i) k[i] = k[i - 1];
+    }
+};
+
+// K transposed: element d of key j at panels[j / kPanel][d][j % kPanel].
+template <class T>
+void pack_keys(const TileKeys& keys, int64_t width, float* panels) {
+    for (int j = 0; j < keys.num_keys; j += kLanes) {
+        float* column = panels + j / kPanel * width * kPanel + j % kPanel;
+        for (int64_t d = 0; d < width; d += kLanes) {
+            const int n = clip(width - d, 0, kLanes);
+            F x[kLanes];
+            for (int i = 0; i < kLanes; ++i)
+                x[i] = load_some(reinterpret_cast<const T*>(keys.k[j + i]) + d, n);
+            transpose(x);
+            for (int i = 0; i < n; ++i) store(column + (d + i) * kPanel, x[i]);
+        }
+    }
+}
+
+// Element d of key j at panels[d / kPanel][j][d % kPanel]; columns past the width are 0.
+template <class T>
+void pack_values(const TileKeys& keys, int64_t width, float* panels) {
+    for (int64_t d = 0; d < round_up(width, kPanel); d += kLanes) {
+        float* column = panels + d / kPanel * kTileKeys * kPanel + d % kPanel;
+        const int n = clip(width - d, 0, kLanes);
+        for (int j = 0; j < keys.num_keys; ++j) {
+            const F x = n == 0 ? zero() : load_some(reinterpret_cast<const T*>(keys.v[j]) + d, n);
+            store(column + j * kPanel, x);
+        }
+    }
+}
+
+template <class T>
+void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
+    const int64_t group = p.q.num_heads / p.k.num_kv_heads,
+                  R = (piece.row_end - piece.row_begin) * group;
+    const int64_t head = piece.head_begin, D = p.k.width, Dv = p.v.width;
+    TileScratch s;
+    Arena arena{scratch};
+    s.carve(arena, R, D, Dv);
+
+    for (int64_t r = 0; r < R; ++r) {  // row r: token r / group, head r % group of its group
+        const int64_t row = piece.row_begin + r / group, qo_head = head * group + r % group;
+        load_row(
+            p.q.dtype,
+            p.q.data + (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype), D,
+            s.q + r * D);
+    }
+    __builtin_memset(s.acc, 0, R * s.ld_acc * sizeof(float));
+    for (int64_t r = 0; r < round_up(R, kAlign); ++r) {
+        s.top[r] = -infinity();
+        s.total[r] = 0.0f;
+    }
+
+    const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead,
+               token_v = p.v_scale.kind == ScaleKind::kTokenHead;
+    TileKeys keys;
+    for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kTileKeys) {
+        keys.locate(p, piece, begin);
+        const int num_keys = keys.num_keys;
+        pack_keys<T>(keys, D, s.keys);
+        pack_values<T>(keys, Dv, s.values);
+        for (int i = 0; (token_k || token_v) && i < kTileKeys; ++i) {
+            const bool real = i < num_keys;
+            if (token_k)
+                s.k_scale[i] = real ? *p.k_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
+            if (token_v)
+                s.v_scale[i] = real ? *p.v_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
+        }
+        gemm(s.q, D, R, s.keys, D * kPanel, D, num_keys, s.logits, kTileKeys, nullptr);
+
+        float* block_top = s.rescale;
+        LogitRule rule{p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head)),
+                       token_k ? s.k_scale : nullptr,
+                       p.softcap,
+                       0.0f,
+                       0.0f,
+                       0,
+                       0};
+        for (int64_t r = 0; r < R; ++r) {
+            const int64_t position = piece.position + r / group;
+            const KeyRange seen = visible_keys(p, piece.seq_len, position);
+            rule.slope = slope_of(p, piece.request, head * group + r % group);
+            rule.distance = float(position - begin);
+            rule.begin = clip(seen.begin - begin, 0, num_keys);
+            rule.end = clip(seen.end - begin, 0, num_keys);
+            block_top[r] = apply_rule(rule, s.logits + r * kTileKeys, num_keys);
+        }
+        for (int64_t r = R; r < round_up(R, kLanes); ++r) block_top[r] = -infinity();
+        raise_tops(s.top, block_top, s.rescale, int(R));
+        for (int64_t r = 0; r < R; ++r) {
+            const float added =
+                weigh(s.logits + r * kTileKeys, num_keys, s.top[r], token_v ? s.v_scale : nullptr);
+            s.total[r] = s.total[r] * s.rescale[r] + added;
+        }
+        gemm(s.logits, kTileKeys, R, s.values, kTileKeys * kPanel, num_keys, Dv, s.acc, s.ld_acc,
+             s.rescale);
+    }
+
+    const float v_scale = token_v ? 1.0f : p.v_scale.of(piece.request, head);
+    for (int64_t r = 0; r < R; ++r) {
+        finish_row(p, piece, piece.row_begin + r / group, head * group + r % group,
+                   s.acc + r * s.ld_acc, s.top[r], s.total[r], v_scale);
+    }
+}
