@@ -38,10 +38,11 @@ def pages_in_range(table, first_key, stop_key, spec: tl.constexpr):
 @triton.jit
 def logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec: tl.constexpr):
     """What turns q k into a base-2 logit: (scale, softcap, slope [BLOCK_M])."""
+    BLOCK_M: tl.constexpr = spec.BLOCK_M
     scale_log2, softcap, _ = logit
     if spec.K_SCALE == "head":
         scale_log2 *= per_head(k_scale, request, kv_head)
-    slope_log2 = tl.zeros([spec.BLOCK_M], tl.float32)
+    slope_log2 = tl.zeros([BLOCK_M], tl.float32)
     if spec.ALIBI:
         ptr, stride_request, stride_head = alibi
         ptrs = ptr + request.to(tl.int64) * stride_request + head * stride_head
@@ -88,11 +89,11 @@ def attend(
     spec: tl.constexpr,
 ):
     """Tiles of BLOCK_N keys at absolute multiples of BLOCK_N, from the first that touches `keys` to the last."""
+    BLOCK_M: tl.constexpr = spec.BLOCK_M
     BLOCK_N: tl.constexpr = spec.BLOCK_N
     BLOCK_D: tl.constexpr = spec.BLOCK_D
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
     PAGE_SIZE: tl.constexpr = spec.PAGE_SIZE
-    WHOLE_TILE_IN_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
     acc, maximum, total, bad_entry = state
     k_ptr, k_stride_page, k_stride_token = k
     v_ptr, v_stride_page, v_stride_token = v
@@ -106,21 +107,16 @@ def attend(
     v_ptrs = v_ptr + dim_v[None, :]
     first_tile = first_key // BLOCK_N
     stop_tile = tl.where(stop_key > first_key, (stop_key + BLOCK_N - 1) // BLOCK_N, first_tile)
+    next_page = _load_pages(table_ptr, first_tile, stop_tile, keys, MASKED, spec)
     for tile in tl.range(first_tile, stop_tile):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         taking_part = (key >= first_key) & (key < stop_key)
-        if WHOLE_TILE_IN_PAGE:
-            entry = tile * BLOCK_N // PAGE_SIZE
-            page = tl.load(table_ptr + entry)
-        else:
-            entry = key // PAGE_SIZE
-            if MASKED:
-                page = tl.load(table_ptr + entry, mask=taking_part, other=0)
-            else:
-                page = tl.load(table_ptr + entry)
+        # one tile ahead, so that no load of K or V waits for the page table
+        page = next_page
+        next_page = _load_pages(table_ptr, tile + 1, stop_tile, keys, MASKED, spec)
         if MASKED:
             out_of_range = (page < 0) | (page >= num_pages)
-            bad_entry = tl.maximum(bad_entry, tl.where(taking_part & out_of_range, entry, -1))
+            bad_entry = tl.maximum(bad_entry, tl.where(taking_part & out_of_range, key // PAGE_SIZE, -1))
             # != 0: the interpreter broadcasts a scalar bool to integers
             taking_part = (tl.where(out_of_range, 0, taking_part.to(tl.int32))) != 0
         page = page.to(tl.int64)
@@ -128,7 +124,7 @@ def attend(
 
         k_offset = page * k_stride_page + slot * k_stride_token
         k_tile = _load_rows(k_ptrs + k_offset[:, None], taking_part, dim, spec.HEAD_DIM, MASKED, EVICT)
-        qk = dot(q, tl.trans(to_operand(k_tile, q.dtype, spec)), tl.zeros([spec.BLOCK_M, BLOCK_N], tl.float32))
+        qk = dot(q, tl.trans(to_operand(k_tile, q.dtype, spec)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
 
         if spec.K_SCALE == "token":
             qk *= _token_scale(k_scale, page, slot, taking_part, MASKED)[None, :]
@@ -161,6 +157,21 @@ def attend(
         v_tile = _load_rows(v_ptrs + v_offset[:, None], taking_part, dim_v, spec.HEAD_DIM_V, MASKED, EVICT)
         acc = dot(from_float32(p, q.dtype), to_operand(v_tile, q.dtype, spec), acc * rescale[:, None])
     return acc, maximum, total, bad_entry
+
+
+@triton.jit
+def _load_pages(table_ptr, tile, stop_tile, keys, MASKED: tl.constexpr, spec: tl.constexpr):
+    """Page indices of a tile's keys, [BLOCK_N], or one scalar where a tile lies within a page; 0 past the last tile."""
+    BLOCK_N: tl.constexpr = spec.BLOCK_N
+    if spec.PAGE_SIZE % BLOCK_N == 0:
+        return tl.load(table_ptr + tile * BLOCK_N // spec.PAGE_SIZE, mask=tile < stop_tile, other=0)
+    else:
+        first_key, stop_key = keys
+        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        needed = key < stop_key
+        if MASKED:
+            needed &= key >= first_key
+        return tl.load(table_ptr + key // spec.PAGE_SIZE, mask=needed, other=0)
 
 
 @triton.jit

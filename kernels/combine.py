@@ -63,7 +63,7 @@ def _combine_kernel(
             row_stop = tl.maximum(row_start, load_row_stop(rows, request))
         packed = (row_stop - row_start) * spec.GROUP_SIZE
     if request < batch_size:
-        seq_len, _ = load_seq_lens(seq_lens, request, True)
+        seq_len = load_seq_lens(seq_lens, request, True)[0]
         _, _, num = split_units(row_stop - row_start, seq_len, window_left, split_size, spec)
         num = tl.where(row_tiles(row_stop - row_start, rows, spec) > 0, num, 0)
         if spec.ROW_LIMIT > 0:

@@ -56,7 +56,7 @@ def _decode_kernel(
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
     kv_head = tl.program_id(0)
     program = tl.program_id(1)
-    left, _ = windows
+    left = windows[0]
     records = (kv_head == 0) & (program == 0)
     num_units = count_units(seq_lens, rows, batch_size, left, split_size, error_word, records, spec)
     share = (num_units + tl.num_programs(1) - 1) // tl.num_programs(1)
@@ -75,7 +75,7 @@ def _decode_kernel(
         if spec.RAGGED:
             row_stop = tl.maximum(row_start, load_row_stop(rows, request))
         q_len = row_stop - row_start
-        seq_len, _ = load_seq_lens(seq_lens, request, True)
+        seq_len = load_seq_lens(seq_lens, request, True)[0]
         size, first, num = split_units(q_len, seq_len, left, split_size, spec)
         num_tiles = row_tiles(q_len, rows, spec)
         if unit >= request_unit + num * num_tiles:
@@ -171,7 +171,7 @@ def plan(
     arguments = launch.attention_arguments(
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word, spec
     )
-    num_programs = max(1, device.num_processors * config.programs_per_processor // num_kv_heads)
+    num_programs = max(2, device.num_processors * config.programs_per_processor // num_kv_heads)
     num_slots = 2 * num_programs
     if spec.SPLIT:
         splits = min(MAX_SPLITS, -(-page_table.shape[1] * spec.PAGE_SIZE // m.split_size))

@@ -111,7 +111,7 @@ def _prefill_kernel(
     if tile >= 0:
         request, request_tile, row_start, row_stop = _find_tile(tile, rows, batch_size, spec)
         q_len = row_stop - row_start
-        seq_len, _ = load_seq_lens(seq_lens, request, True)
+        seq_len = load_seq_lens(seq_lens, request, True)[0]
         seq_len = tl.where(q_len > max_q_len, 0, seq_len)
         tile_m = tile - request_tile
     else:
