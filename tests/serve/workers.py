@@ -152,7 +152,8 @@ class Workers(FrontEnd):
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
-            process.communicate()
+            if not process.stderr.closed:
+                process.communicate()
 
 
 def spawn(

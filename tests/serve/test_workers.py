@@ -1,0 +1,200 @@
+"""Model processes as the front runs them: KV bytes, logits against one process, and how they end."""
+
+import contextlib
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pagewire.serve import worker
+from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
+from pagewire.serve.messages import Failed, Finished, Sampling
+from serve.tiny import make_tiny_llama
+from serve.workers import Workers, prompt_of
+
+LENS = (1, 3, 4, 5, 37, 90)  # around a page of 4, and across chunks of 16
+MAX_TOKENS = 8
+SAMPLED = Sampling(temperature=0.8, seed=11)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    return make_tiny_llama(path, num_layers=3, eos_token_id=None)
+
+
+def config_of(model: Path, **changes) -> WorkerConfig:
+    fields = dict(
+        model=str(model), page_size=4, pool_tokens=512, prefill_chunk=16, max_batch_size=4,
+        staging_bytes=1 << 15, verify_kv=True, backend="reference",
+    )  # fmt: skip
+    return WorkerConfig(**{**fields, **changes})
+
+
+def submit_all(workers: Workers) -> list[str]:
+    for length in LENS:
+        sampling = SAMPLED if length == 37 else Sampling()
+        workers.submit(f"len{length}", prompt_of(length), MAX_TOKENS, sampling=sampling)
+    return [f"len{length}" for length in LENS]
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, tmp_path_factory: pytest.TempPathFactory):
+    pair = Workers(config_of(model, record_dir=str(tmp_path_factory.mktemp("pair"))))
+    yield pair
+    pair.stop()
+
+
+def test_a_pair_answers_and_every_byte_of_kv_arrives(model: Path, pair: Workers) -> None:
+    assert {ready.role for ready in pair.ready.values()} == {"decode", "prefill"}
+    assert pair.ready["decode"].pool_tokens == 512 and pair.ready["decode"].vocab_size == 320
+    ids = submit_all(pair)
+    pair.until_ended(*ids)
+    pair.until(lambda: pair.all_free() and len(pair.named("transfer_total")) == len(ids))
+    for length, request_id in zip(LENS, ids, strict=True):
+        assert pair.ends[request_id] == [Finished(request_id, "length", MAX_TOKENS)]
+        assert len(pair.output(request_id)) == MAX_TOKENS
+        (verified,) = pair.named("kv_verify", request_id)
+        assert verified.args["equal"] == 1
+        (transfer,) = pair.named("transfer_total", request_id)
+        assert transfer.args["bytes"] == length * 2 * 3 * 2 * 16 * 4  # K, V; layers, heads, dim, fp32
+
+
+def test_the_phases_of_a_request_follow_each_other(pair: Workers) -> None:
+    """queue_p, prefill, exposed, queue_d and decode partition its time, but for a frame's flight."""
+    pair.submit("phases", prompt_of(50), MAX_TOKENS)
+    pair.until_ended("phases")
+    pair.until(lambda: pair.named("exposed", "phases") != [] and pair.named("decode", "phases") != [])
+    names = ("queue_p", "prefill", "exposed", "queue_d", "decode")
+    spans = [pair.named(name, "phases") for name in names]
+    assert [len(span) for span in spans] == [1] * len(names)
+    starts = [span[0].start_us for span in spans]
+    ends = [span[0].start_us + span[0].duration_us for span in spans]
+    assert starts[1] == ends[0] and starts[2] >= ends[1] and starts[4] == ends[3]
+    assert starts == sorted(starts) and ends[4] == max(ends)
+    chunks = pair.named("prefill_chunk", "phases")
+    assert [(c.args["start"], c.args["stop"]) for c in chunks] == [(0, 16), (16, 32), (32, 48), (48, 50)]
+
+
+def test_cancelled_requests_leave_no_page_behind(pair: Workers) -> None:
+    for i in range(8):
+        request_id = f"cancel{i}"
+        pair.submit(request_id, prompt_of(60, salt=i), 60)
+        if i % 2:
+            pair.until(lambda r=request_id, n=i: len(pair.tokens[r]) >= n - 1)  # 0, 2, 4, 6 tokens
+        pair.cancel(request_id)
+    pair.until_ended(*(f"cancel{i}" for i in range(8)))
+    pair.submit("after", prompt_of(60), 2)
+    pair.until_ended("after")
+    pair.until(pair.all_free)
+    for i in range(8):
+        assert {end.reason for end in pair.ends[f"cancel{i}"]} == {"cancelled"}
+
+
+def test_logits_agree_with_one_process(model: Path, pair: Workers, tmp_path: Path) -> None:
+    record_dir = Path(pair_record_dir(pair))
+    workers = Workers(config_of(model, record_dir=str(tmp_path)), roles=("colocated",))
+    try:
+        ids = submit_all(workers)
+        workers.until_ended(*ids)
+        workers.until(workers.all_free)
+    finally:
+        workers.stop()
+    for request_id in ids:
+        ours, theirs = (load_file(d / f"{request_id}.prefill.safetensors") for d in (record_dir, tmp_path))
+        torch.testing.assert_close(ours["logits"], theirs["logits"], atol=1e-4, rtol=1e-4)
+        ours, theirs = (load_file(d / f"{request_id}.decode.safetensors") for d in (record_dir, tmp_path))
+        assert ours["logits"].shape == (MAX_TOKENS - 1, 320)
+        assert ours["token_ids"].tolist() == pair.output(request_id)
+        same = ours["token_ids"] == theirs["token_ids"]
+        num_same = MAX_TOKENS if bool(same.all()) else int(same.int().argmin())
+        assert num_same >= 1  # rows whose input tokens agree are comparable
+        torch.testing.assert_close(
+            ours["logits"][:num_same], theirs["logits"][:num_same], atol=1e-4, rtol=1e-4
+        )
+
+
+def pair_record_dir(pair: Workers) -> str:
+    args = pair.processes["decode"].args
+    return msgspec.json.decode(args[args.index("--config-json") + 1])["record_dir"]
+
+
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+def test_killing_one_process_ends_the_other_with_a_word(model: Path, victim: str) -> None:
+    pair = Workers(config_of(model))
+    survivor = "decode" if victim == "prefill" else "prefill"
+    pair.submit("running", prompt_of(20), 400)
+    pair.until(lambda: len(pair.tokens["running"]) > 3)
+    for i in range(4):
+        pair.submit(f"early{i}", prompt_of(300, salt=i), 2)
+    pair.kill(victim)
+    assert pair.exit_code(survivor) == EXIT_PEER_LOST
+    pair.until(lambda: survivor in pair.closed)
+    held = {"prefill": (), "decode": ("running", *(f"early{i}" for i in range(4)))}[survivor]
+    for request_id in held:
+        assert isinstance(pair.ends[request_id][-1], Failed | Finished), request_id
+    if survivor == "decode":
+        assert pair.ends["running"] == [Failed("running", "the decode process lost its peer")]
+    assert "the other end closed, exiting" in pair.stderr(survivor)
+    pair.stop()
+
+
+def test_a_pair_of_two_models_does_not_start(model: Path, tmp_path: Path) -> None:
+    from serve.workers import FrontEnd, spawn
+
+    other = make_tiny_llama(tmp_path / "tiny", num_layers=3, eos_token_id=None, seed=1)
+    front, peers = FrontEnd(), socket.socketpair()
+    processes = [
+        spawn(role, config_of(path), front.connect(role), peer)
+        for role, path, peer in zip(("decode", "prefill"), (model, other), peers, strict=True)
+    ]
+    for peer in peers:
+        peer.close()
+    for process in processes:
+        stderr = process.communicate(timeout=60)[1]
+        assert process.returncode == EXIT_BAD_CONFIG
+        assert "another model or wire: fingerprint: expected" in stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pool_tokens": 3}, "pool_tokens: expected at least one page of 4 tokens, got 3"),
+        ({"page_size": 0}, "page_size: expected at least 1, got 0"),
+        ({"dtype": "int4"}, "dtype: expected one of float32, bfloat16, float16, got 'int4'"),
+        ({"model": "/nowhere"}, "/nowhere: expected a Hugging Face directory or a .gguf file"),
+        ({"backend": "warp"}, "warp"),
+        ({"staging_bytes": 300}, "staging_bytes: expected at least"),
+        ({"kv_wire_dtype": "int8"}, "kv_wire_dtype: expected null or one of"),
+        ({"polite": True}, "unknown field `polite`"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_cannot_work_is_refused(
+    model: Path, changes: dict, sentence: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEWIRE_BACKEND", "reference")
+    monkeypatch.setattr(worker.signal, "signal", lambda *args: None)
+    fields = {**msgspec.to_builtins(config_of(model)), **changes}
+    (front, control), (peer, _) = socket.socketpair(), socket.socketpair()
+    argv = ["--role", "decode", "--config-json", msgspec.json.encode(fields).decode()]
+    argv += ["--control-fd", str(control.detach()), "--peer-fd", str(peer.detach())]
+    assert worker.main(argv) == EXIT_BAD_CONFIG
+    stderr = capsys.readouterr().err
+    assert sentence in stderr and stderr.startswith("decode: ") and stderr.count("\n") == 1
+    front.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        assert front.recv(1) == b""  # never Ready
+
+
+def test_a_pair_ends_with_its_front(pair: Workers) -> None:
+    """The last test of the module's pair. Requests in flight do not keep it."""
+    pair.submit("orphan", prompt_of(200), 200)
+    for role, channel in pair.channels.items():
+        channel.close()
+        pair.closed.add(role)
+    assert (pair.exit_code("decode"), pair.exit_code("prefill")) == (0, 0)
+    assert "the front closed, exiting" in pair.stderr("decode")
