@@ -1,4 +1,5 @@
-"""One suite for every machine: on a GPU the backends run there; without one, Triton runs under its interpreter.
+"""One suite for every machine: on a GPU the backends run there; without one, Triton runs under its interpreter and
+the CUDA sources under their emulation (built by g++ on first use, about a minute).
 
 TRITON_INTERPRET is read when Triton is imported, so it is set here, before anything imports it. Tests that compile
 kernels for real do so in a subprocess without it.
@@ -11,6 +12,7 @@ import torch
 DEVICE = os.environ.get("PAGEWIRE_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("PAGEWIRE_EMULATE_CUDA", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
