@@ -258,7 +258,7 @@ def _copy_tile(
         else:
             scale = tl.load(packed_scales, mask=fits & once)
             tl.store(cache_scales, scale, mask=fits & once)
-    elif SCALE != "none":  # only packed: a cache's own tensor or head scale is not overwritten
+    elif PACK and SCALE != "none":  # unpack converts to the cache's own tensor or head scale
         if (tile == 0) & ((head == 0) | (SCALE == "head")):
             address = tl.load(entry + 4) + head.to(tl.int64) * tl.load(entry + 7)
             scale = tl.load(address.to(tl.pointer_type(tl.float32)))
