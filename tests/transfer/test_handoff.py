@@ -10,12 +10,12 @@ from pagewire.transfer.handoff import (
     Cancelled,
     Dropped,
     Failed,
-    Receiver,
     Send,
-    Sender,
     Start,
     Unpack,
 )
+from pagewire.transfer.receiver import Receiver
+from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire
 
 WIRE = small_wire(num_layers=2, num_kv_heads=1)

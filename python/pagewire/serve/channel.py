@@ -45,11 +45,11 @@ def frame(body: bytes) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def frame_len(prefix: bytes | bytearray) -> int:
+def frame_len(prefix: bytes | bytearray, channel: "Channel | None" = None) -> int:
     """Bytes of the frame's body. Raises ChannelClosed on a length no sender of ours would write."""
     (length,) = LENGTH.unpack_from(prefix)
     if length > MAX_FRAME_BYTES:
-        raise ChannelClosed(f"expected a frame of at most {MAX_FRAME_BYTES} bytes, got {length}")
+        raise ChannelClosed(f"expected a frame of <= {MAX_FRAME_BYTES} bytes, got {length}", channel)
     return length
 
 
@@ -101,7 +101,7 @@ class Channel:
         closed = self._fill()
         messages: list[Any] = []
         while len(self._inbox) >= LENGTH.size and len(messages) < max_messages:
-            end = LENGTH.size + frame_len(self._inbox)
+            end = LENGTH.size + frame_len(self._inbox, self)
             if len(self._inbox) < end:
                 break
             body = bytes(self._inbox[LENGTH.size : end])
