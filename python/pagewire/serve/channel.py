@@ -115,7 +115,9 @@ class Channel:
         while True:
             try:
                 if self._accept_fds:
-                    data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, MAX_FDS)
+                    data, fds, _, _ = socket.recv_fds(
+                        self._sock, 1 << 16, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+                    )
                     self.fds.extend(fds)
                 else:
                     data = self._sock.recv(1 << 16)
