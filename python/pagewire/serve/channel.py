@@ -5,6 +5,7 @@ deadlock against a peer that is itself sending. `AsyncChannel` is the front's. N
 """
 
 import asyncio
+import os
 import select
 import socket
 import struct
@@ -115,9 +116,9 @@ class Channel:
         while True:
             try:
                 if self._accept_fds:
-                    data, fds, _, _ = socket.recv_fds(
-                        self._sock, 1 << 16, MAX_FDS, socket.MSG_CMSG_CLOEXEC
-                    )
+                    data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, MAX_FDS)
+                    for fd in fds:
+                        os.set_inheritable(fd, False)
                     self.fds.extend(fds)
                 else:
                     data = self._sock.recv(1 << 16)
