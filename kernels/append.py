@@ -93,7 +93,7 @@ def _scale_args(
 ) -> tuple[str, Tensor, float, int, int, int]:
     """(kind, tensor, value, byte strides of page, token, head); kind "value", "read" or "write"."""
     if isinstance(scale, Tensor):
-        return "write" if scale.dim() == 3 else "read", scale, 1.0, *scale_strides(scale)
+        return "write" if scale.dim() == 3 else "read", scale, 1.0, *scale_strides(scale.stride())
     assert scale is not None
     return "value", nothing, float(scale), 0, 0, 0
 
