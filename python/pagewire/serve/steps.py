@@ -18,7 +18,8 @@ Left = list[tuple[Request, str]]
 
 def describe(error: Exception) -> str:
     """For the client of a request that an exception ended."""
-    return f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}"
+    return text.encode("utf-8", "replace").decode()  # a file name in it need not be text
 
 
 class Prefilling:
