@@ -1,5 +1,7 @@
 """append_kv: new tokens into their slots, K and V and all heads in one launch, quantised on the way."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,13 +62,12 @@ def _launch(
     num_rows = slot_mapping.shape[0] * num_heads
     num_slots, page_size = k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1]
     slots = (slot_mapping, slot_mapping.stride(0), num_rows, num_heads, num_slots, error_word)
-    k_args, v_args = (k, *row_strides(k)), (v, *row_strides(v))
-    k_cache_args = (as_stored(k_cache), *row_strides(k_cache))
-    v_cache_args = (as_stored(v_cache), *row_strides(v_cache))
-    x_align = alignment(k.data_ptr(), v.data_ptr(), *k_args[1:], *v_args[1:])
-    cache_align = alignment(
-        k_cache.data_ptr(), v_cache.data_ptr(), *k_cache_args[1:], *v_cache_args[1:]
-    )
+    strides = [row_strides(x) for x in (k, v, k_cache, v_cache)]
+    k_args, v_args = (k, *strides[0]), (v, *strides[1])
+    k_cache_args = (as_stored(k_cache), *strides[2])
+    v_cache_args = (as_stored(v_cache), *strides[3])
+    x_align = alignment(k.data_ptr(), v.data_ptr(), *strides[0], *strides[1])
+    cache_align = alignment(k_cache.data_ptr(), v_cache.data_ptr(), *strides[2], *strides[3])
     if k.dtype == k_cache.dtype:
         k_bytes, v_bytes = (x.shape[-1] * x.element_size() for x in (k, v))
         align = alignment(x_align, cache_align, k_bytes, v_bytes)
@@ -76,8 +77,8 @@ def _launch(
             PAGE_SIZE=page_size, K_BYTES=k_bytes, V_BYTES=v_bytes, ALIGN=align, CHUNKS=_CHUNKS,
         )  # fmt: skip
         return
-    k_kind, *k_scale_args = _scale_args(k_scale, error_word)
-    v_kind, *v_scale_args = _scale_args(v_scale, error_word)
+    k_kind, k_scale_args = _scale_args(k_scale, error_word)
+    v_kind, v_scale_args = _scale_args(v_scale, error_word)
     width = triton.next_power_of_2(max(k.shape[-1], v.shape[-1]))
     rows = max(1, _TILE // width)
     _append_quantise_kernel[(triton.cdiv(num_rows, rows), 2)](
@@ -88,14 +89,13 @@ def _launch(
     )  # fmt: skip
 
 
-def _scale_args(
-    scale: Tensor | float | None, nothing: Tensor
-) -> tuple[str, Tensor, float, int, int, int]:
-    """(kind, tensor, value, byte strides of page, token, head); kind "value", "read" or "write"."""
+def _scale_args(scale: Tensor | float | None, nothing: Tensor) -> tuple[str, tuple[Any, ...]]:
+    """Kind "value", "read" or "write"; tensor, value, byte strides of page, token and head."""
     if isinstance(scale, Tensor):
-        return "write" if scale.dim() == 3 else "read", scale, 1.0, *scale_strides(scale)
+        kind = "write" if scale.dim() == 3 else "read"
+        return kind, (scale, 1.0, *scale_strides(scale.stride()))
     assert scale is not None
-    return "value", nothing, float(scale), 0, 0, 0
+    return "value", (nothing, float(scale), 0, 0, 0)
 
 
 @triton.jit

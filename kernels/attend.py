@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from pagewire.kernels.common import LOG2_E, dot, per_head, to_operand
-from pagewire.kernels.quant import from_float32
+from pagewire.kernels.quant import from_float32, to_float32
 
 
 @triton.jit
@@ -89,6 +89,8 @@ def attend(
     spec: tl.constexpr,
 ):
     """Tiles of BLOCK_N keys at absolute multiples of BLOCK_N, from the first that touches `keys` to the last."""
+    # The scale enters after the maximum and inside exp2, as one multiply-add, where nothing else comes between
+    SCALE_LAST: tl.constexpr = not spec.SOFTCAP and not spec.ALIBI
     BLOCK_M: tl.constexpr = spec.BLOCK_M
     BLOCK_N: tl.constexpr = spec.BLOCK_N
     BLOCK_D: tl.constexpr = spec.BLOCK_D
@@ -101,6 +103,9 @@ def attend(
     first_key, stop_key = keys
     window_left, window_right = windows
     scale_log2, softcap, slope_log2 = logit
+    if SCALE_LAST:  # a positive scale keeps the order: its sign goes to q; of 0, -inf would make NaN
+        q = from_float32(to_float32(q, "float", True) * tl.where(scale_log2 < 0, -1.0, 1.0), q.dtype)
+        scale_log2 = tl.maximum(tl.abs(scale_log2), 1e-30)
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
     k_ptrs = k_ptr + dim[None, :]
@@ -128,11 +133,11 @@ def attend(
 
         if spec.K_SCALE == "token":
             qk *= _token_scale(k_scale, page, slot, taking_part, MASKED)[None, :]
+        if not SCALE_LAST:
+            qk *= scale_log2
         if spec.SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1); scale_log2 holds 2 log2(e) / softcap times the logit's scale
-            qk = (softcap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(qk * scale_log2) + 1.0))
-        else:
-            qk *= scale_log2
+            qk = (softcap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(qk) + 1.0))
         if spec.ALIBI:
             qk -= slope_log2[:, None] * tl.abs(position[:, None] - key[None, :]).to(tl.float32)
         if MASKED:
@@ -143,10 +148,16 @@ def attend(
                 visible &= key[None, :] - position[:, None] <= window_right
             qk = tl.where(visible, qk, float("-inf"))
 
-        new_maximum = tl.maximum(maximum, tl.max(qk, 1))
+        if SCALE_LAST:
+            new_maximum = tl.maximum(maximum, tl.max(qk, 1) * scale_log2)
+        else:
+            new_maximum = tl.maximum(maximum, tl.max(qk, 1))
         # a row that has seen no key yet: exp2(-inf - 0), not exp2(-inf + inf)
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
-        p = tl.exp2(qk - shift[:, None])
+        if SCALE_LAST:
+            p = tl.exp2(qk * scale_log2 - shift[:, None])
+        else:
+            p = tl.exp2(qk - shift[:, None])
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(p, 1)
         maximum = new_maximum

@@ -129,8 +129,9 @@ def _weighted(out_ptr, offset, weight, mask):
 
 @triton.jit
 def _store(out_ptr, out_offset, mask, lse_ptr, lse_offset, live, total, weights, largest):
-    out = total / tl.where(weights > 0.0, weights, 1.0)[:, None]
-    lse = tl.where(weights > 0.0, largest + tl.log(weights), float("-inf"))
+    divisor = tl.where(weights > 0.0, weights, 1.0)
+    out = total / divisor[:, None]
+    lse = tl.where(weights > 0.0, largest + tl.log(divisor), float("-inf"))
     # in place: every warp has read its states before any row of them is overwritten
     tl.debug_barrier()
     tl.store(out_ptr + out_offset, from_float32(out, out_ptr.dtype.element_ty), mask=mask)

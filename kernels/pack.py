@@ -4,6 +4,7 @@ The packed buffer is [L][K | V][H][T][D] (see pagewire/packed.py). A table holds
 layer's cache and scales are, so layers may lie anywhere and have strides of their own.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,10 @@ from pagewire.kernels.quant import (
     token_head_scale,
 )
 from pagewire.kernels.rows import (
+    VECTOR_BYTES,
     alignment,
+    byte_strides,
     copy_chunks,
-    row_strides,
     scale_strides,
     slot_bytes,
     tile_pointers,
@@ -95,9 +97,11 @@ def _launch(
     shape, cache = packed.shape, k_caches[0]
     if shape.num_tokens == 0:
         return
-    entries = _entries(k_caches, k_scales) + _entries(v_caches, v_scales)
-    table = device_table(tuple(n for entry in entries for n in entry), cache.device)
-    cache_align = alignment(*(n for entry in entries for n in entry[:4]))
+    entries, cache_align = _entries(
+        _places(k_caches), _places(v_caches), _places(k_scales), _places(v_scales),
+        tuple(cache.shape[:-1]), cache.element_size(),
+    )  # fmt: skip
+    table = device_table(entries, cache.device)
     widths = [shape.head_dim * shape.dtype.itemsize, shape.head_dim_v * shape.dtype.itemsize]
     packed_align = alignment(packed.buffer.data_ptr(), *widths)
     num_slots, page_size = cache.shape[0] * cache.shape[1], cache.shape[1]
@@ -128,11 +132,32 @@ def _launch(
     )  # fmt: skip
 
 
-def _entries(caches: Sequence[Tensor], scales: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """_FIELDS numbers per layer."""
-    nowhere = (0, 0, 0, 0)
-    scale_fields = [(s.data_ptr(), *scale_strides(s)) for s in scales] or [nowhere] * len(caches)
-    return [(c.data_ptr(), *row_strides(c), *f) for c, f in zip(caches, scale_fields, strict=True)]
+_Places = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def _places(tensors: Sequence[Tensor]) -> _Places:
+    return tuple((t.data_ptr(), t.stride()) for t in tensors)
+
+
+@functools.lru_cache(256)
+def _entries(
+    k_caches: _Places,
+    v_caches: _Places,
+    k_scales: _Places,
+    v_scales: _Places,
+    shape: tuple[int, ...],
+    itemsize: int,
+) -> tuple[tuple[int, ...], int]:
+    """(the table: _FIELDS numbers per K or V and layer, alignment of the caches' rows)."""
+    table: list[int] = []
+    align = VECTOR_BYTES
+    for caches, scales in ((k_caches, k_scales), (v_caches, v_scales)):
+        nowhere = ((0, ()),) * len(caches)
+        for (cache, stride), (scale, scale_stride) in zip(caches, scales or nowhere, strict=True):
+            strides = byte_strides(shape, stride[:-1], itemsize)
+            table += (cache, *strides, scale, *scale_strides(scale_stride))
+            align = alignment(align, cache, *strides)
+    return tuple(table), align
 
 
 # ------------------------------------------------------------------------------------------ where things are
@@ -258,7 +283,7 @@ def _copy_tile(
         else:
             scale = tl.load(packed_scales, mask=fits & once)
             tl.store(cache_scales, scale, mask=fits & once)
-    elif SCALE != "none":  # only packed: a cache's own tensor or head scale is not overwritten
+    elif PACK and SCALE != "none":  # unpack converts to the cache's own tensor or head scale
         if (tile == 0) & ((head == 0) | (SCALE == "head")):
             address = tl.load(entry + 4) + head.to(tl.int64) * tl.load(entry + 7)
             scale = tl.load(address.to(tl.pointer_type(tl.float32)))

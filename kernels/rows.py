@@ -4,6 +4,8 @@ Addresses come out of tables and 64-bit products, so the compiler cannot see how
 (ALIGN, bytes, a power of two <= 16), and the hints below turn it into 16-byte accesses.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,15 +22,18 @@ def alignment(*byte_offsets: int) -> int:
 
 
 def row_strides(x: Tensor) -> tuple[int, ...]:
-    """Byte strides of all dims but the last; 0 where the extent is 1: it is never used and need not be aligned."""
-    size, dims = x.element_size(), zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    return tuple(stride * size if extent > 1 else 0 for extent, stride in dims)
+    """Byte strides of all dims but the last."""
+    return byte_strides(x.shape[:-1], x.stride()[:-1], x.element_size())
 
 
-def scale_strides(scale: Tensor) -> tuple[int, ...]:
+def byte_strides(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """0 where the extent is 1: such a stride is never used and need not be aligned."""
+    return tuple(s * itemsize if n > 1 else 0 for n, s in zip(shape, stride, strict=True))
+
+
+def scale_strides(stride: Sequence[int]) -> tuple[int, ...]:
     """Byte strides (page, token, head) of an fp32 scale `[]`, `[num_heads]` or `[num_pages, page_size, num_heads]`."""
-    strides = tuple(4 * s for s in scale.stride())
-    return (0,) * (3 - len(strides)) + strides
+    return (0,) * (3 - len(stride)) + tuple(4 * s for s in stride)
 
 
 @triton.jit

@@ -1,24 +1,119 @@
+"""Tile shapes per kind of problem: a table, and a pure rule that reads it. Nothing here knows the batch or a length, so a
+request is computed the same way in whatever company.
+
+No row has been measured on a GPU yet. Until one is, a row's reason is static: the tile must compile without register spills
+for every dtype and modifier (tests/kernels/test_attention_compile.py), `programs_per_processor` programs must fit a
+processor's registers and shared memory at once, and decode must keep at least 32 KiB of KV in flight per processor.
+"""
+
 from typing import NamedTuple
 
+
 class KernelConfig(NamedTuple):
-    BLOCK_M: int
-    BLOCK_N: int
+    BLOCK_M: int  # packed query rows
+    BLOCK_N: int  # keys
     num_warps: int
     num_stages: int
-    programs_per_processor: int = 1
+    programs_per_processor: int = 1  # decode's grid: all resident at once
+
 
 class Problem(NamedTuple):
-    arch: int
-    head_dim: int
-    q_bytes: int
+    arch: int  # 90 for sm_90; 0: the interpreter
+    head_dim: int  # the larger of head_dim and head_dim_v
+    q_bytes: int  # of an element
     kv_bytes: int
     page_size: int
 
-def decode_config(problem, rows):
-    return KernelConfig(min(64, max(16, 1 << (rows-1).bit_length())), 16 if problem.arch==0 else 64, 4, 3, 1 if problem.arch==0 else 2)
 
-def prefill_config(problem):
-    return KernelConfig(16, 16, 4, 3) if problem.arch==0 else KernelConfig(128, 64, 8, 3)
+class Key(NamedTuple):
+    arch: int  # 80: 8.x and 12.x, 99 KiB of shared memory on the smallest; 90: 9.x to 11.x, 227 KiB; 0
+    operands: str  # "16": fp16 or bf16; "8": the same over an fp8 or int8 cache; "32": fp32 over anything
+    head_dim: int  # 64, 128 or 256, rounded up
+    rows: int = 0  # decode: 16, 32 or 64 packed rows, rounded up, more take several tiles; prefill: 0
 
-def row_limit(problem):
-    return 16 if problem.arch==0 else 64
+
+def key(problem: Problem, rows: int = 0) -> Key:
+    arch = 0 if problem.arch == 0 else 90 if 90 <= problem.arch < 120 else 80
+    operands = "32" if problem.q_bytes == 4 else "8" if problem.kv_bytes == 1 else "16"
+    head_dim = next(d for d in (64, 128, 256) if problem.head_dim <= d)
+    return Key(arch, operands, head_dim, min(64, max(16, 1 << (rows - 1).bit_length())) if rows else 0)
+
+
+def decode_config(problem: Problem, rows: int) -> KernelConfig:
+    """rows: the most packed rows a request can have."""
+    found = key(problem, rows)
+    if found.arch == 0:
+        return _INTERPRETER._replace(BLOCK_M=found.rows)
+    small = found.arch == 80 and problem.arch not in (80, 87)  # 100 KiB of shared memory for all programs together
+    return DECODE[found]._replace(programs_per_processor=1) if small else DECODE[found]
+
+
+def prefill_config(problem: Problem) -> KernelConfig:
+    found = key(problem)
+    return _INTERPRETER if found.arch == 0 else PREFILL[found]
+
+
+def row_limit(problem: Problem) -> int:
+    """A prefill's requests with at most this many packed rows are split over KV like decode."""
+    return 64 if problem.arch else 16
+
+
+_INTERPRETER = KernelConfig(16, 16, 4, 1)  # small tiles, so that small tests have several
+
+# "in flight": bytes of K and V that a program has requested ahead, (num_stages - 1) tiles
+DECODE = {
+    # 16 bit: 64 keys are 4 warps' MMA columns twice over; 32 where 64 do not fit the registers
+    Key(90, "16", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # in flight 48 KiB
+    Key(90, "16", 64, 32): KernelConfig(32, 32, 4, 4, 2),  # 24 KiB
+    Key(90, "16", 64, 64): KernelConfig(64, 64, 4, 4, 2),  # 48 KiB; wgmma
+    Key(90, "16", 128, 16): KernelConfig(16, 64, 4, 3, 2),  # 64 KiB
+    Key(90, "16", 128, 32): KernelConfig(32, 32, 4, 4, 2),  # 48 KiB
+    Key(90, "16", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 48 KiB; wgmma
+    Key(90, "16", 256, 16): KernelConfig(16, 32, 4, 3, 2),  # 64 KiB
+    Key(90, "16", 256, 32): KernelConfig(32, 32, 8, 3),  # 64 KiB
+    Key(90, "16", 256, 64): KernelConfig(32, 32, 8, 3),  # 64 rows of 256 spill: two tiles share K and V through L2
+    # 8 bit: the converted tile passes through registers, half the bytes a key
+    Key(90, "8", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # 24 KiB
+    Key(90, "8", 64, 32): KernelConfig(32, 32, 4, 6, 2),  # 20 KiB
+    Key(90, "8", 64, 64): KernelConfig(64, 32, 4, 6, 2),  # 20 KiB
+    Key(90, "8", 128, 16): KernelConfig(16, 64, 4, 4, 2),  # 48 KiB
+    Key(90, "8", 128, 32): KernelConfig(32, 32, 4, 4, 2),  # 24 KiB
+    Key(90, "8", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 24 KiB
+    Key(90, "8", 256, 16): KernelConfig(16, 32, 4, 4, 2),  # 48 KiB
+    Key(90, "8", 256, 32): KernelConfig(32, 32, 8, 4),  # 48 KiB
+    Key(90, "8", 256, 64): KernelConfig(32, 32, 8, 4),  # 48 KiB
+    # 32 bit: exact multiplication runs on the FMA units, whose operands live in registers: 8 warps share them
+    Key(90, "32", 64, 16): KernelConfig(16, 32, 8, 3),
+    Key(90, "32", 64, 32): KernelConfig(32, 32, 8, 3),
+    Key(90, "32", 64, 64): KernelConfig(64, 32, 8, 3),
+    Key(90, "32", 128, 16): KernelConfig(16, 32, 8, 3),
+    Key(90, "32", 128, 32): KernelConfig(32, 32, 8, 3),
+    Key(90, "32", 128, 64): KernelConfig(32, 32, 8, 3),
+    Key(90, "32", 256, 16): KernelConfig(16, 16, 8, 3),
+    Key(90, "32", 256, 32): KernelConfig(32, 16, 8, 3),
+    Key(90, "32", 256, 64): KernelConfig(32, 16, 8, 3),
+}
+DECODE |= {k._replace(arch=80): c for k, c in DECODE.items()}
+
+PREFILL = {
+    Key(90, "16", 64): KernelConfig(128, 64, 4, 3),
+    Key(90, "16", 128): KernelConfig(128, 64, 8, 3),
+    Key(90, "16", 256): KernelConfig(128, 32, 8, 2),
+    Key(90, "8", 64): KernelConfig(128, 64, 8, 3),
+    Key(90, "8", 128): KernelConfig(128, 32, 8, 3),
+    Key(90, "8", 256): KernelConfig(64, 32, 8, 2),
+    Key(90, "32", 64): KernelConfig(32, 32, 8, 2),
+    Key(90, "32", 128): KernelConfig(32, 32, 8, 2),
+    Key(90, "32", 256): KernelConfig(32, 16, 8, 2),
+}
+PREFILL |= {
+    Key(80, "16", 64): KernelConfig(128, 64, 8, 3),
+    Key(80, "16", 128): KernelConfig(128, 32, 8, 3),
+    Key(80, "16", 256): KernelConfig(64, 32, 8, 2),
+    Key(80, "8", 64): KernelConfig(128, 32, 8, 3),
+    Key(80, "8", 128): KernelConfig(64, 32, 8, 3),
+    Key(80, "8", 256): KernelConfig(32, 32, 8, 2),
+    Key(80, "32", 64): KernelConfig(32, 32, 8, 2),
+    Key(80, "32", 128): KernelConfig(32, 32, 8, 2),
+    Key(80, "32", 256): KernelConfig(32, 16, 8, 2),
+}

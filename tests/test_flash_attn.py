@@ -164,7 +164,7 @@ def test_new_keys_are_appended_first(ragged, chosen, device):
         cache_seqlens=cache.lens, page_table=cache.table, causal=True, return_softmax_lse=True
     )
     if ragged:
-        padded_k, padded_v = (torch.cat([x, torch.full_like(x[:2], torch.nan)]) for x in (k, v))
+        padded_k, padded_v = (torch.cat([x, torch.full_like(x[:2], 77.0)]) for x in (k, v))
         out, lse = flash_attn_with_kvcache(
             q,
             cache.k,
@@ -177,6 +177,7 @@ def test_new_keys_are_appended_first(ragged, chosen, device):
             **keywords,
         )
         assert lse.shape == (HEADS, total)
+        assert not (cache.k == 77).any()  # rows behind cu_seqlens_k_new[-1] are padding
     else:
         square = [x.unflatten(0, (3, 2)) for x in (q, k, v)]
         out, lse = flash_attn_with_kvcache(square[0], cache.k, cache.v, *square[1:], **keywords)
@@ -202,7 +203,7 @@ def test_new_keys_that_have_no_slot_are_an_error(where, chosen, device):
     else:
         lens[0] = TABLE_WIDTH * PAGE
     k = cache.rand(len(LENS), 1, KV_HEADS, DIM)
-    with pytest.raises(pw.BadIndexError, match=r"append_kv: slot_mapping\[0\]|seq_lens|page_table"):
+    with pytest.raises(pw.BadIndexError, match=r"append_kv: slot_mapping\[0\]"):
         flash_attn_with_kvcache(
             cache.rand(len(LENS), 1, HEADS, DIM),
             cache.k,

@@ -17,7 +17,7 @@ def evaluate(call: Call, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     q, k_cache, v_cache, *rest = call.args
     layout = kw.pop("layout")
     left, right = kw.pop("window_size")
-    scale = kw.pop("softmax_scale", None) or q.shape[-1] ** -0.5
+    scale = kw.pop("softmax_scale", q.shape[-1] ** -0.5)
     m = Modifiers(scale, window_left=left, window_right=right, **kw)
     out = torch.empty((*q.shape[:-1], v_cache.shape[-1]), dtype=torch.float64, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float64, device=q.device)

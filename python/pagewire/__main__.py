@@ -1,4 +1,4 @@
-"""`python -m pagewire`: serve a model, or say what this installation can do."""
+"""`python -m pagewire`: serve a model, measure, or say what this installation can do."""
 
 import sys
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 USAGE = """usage: pagewire COMMAND [OPTIONS]
 
   serve    an OpenAI-compatible server: a prefill and a decode process behind one HTTP front
+  bench    correctness, then speed, beside this machine's roof and the peers that are installed
   info     versions, backends, and why each one runs here or not
 
 pagewire COMMAND --help shows a command's options."""
@@ -25,6 +26,12 @@ def serve(argv: list[str]) -> int:
         return 1
 
 
+def bench(argv: list[str]) -> int:
+    from pagewire.bench.cli import main
+
+    return main(argv)
+
+
 def info(argv: list[str]) -> int:
     from pagewire.info import report
 
@@ -32,7 +39,7 @@ def info(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"serve": serve, "info": info}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"serve": serve, "bench": bench, "info": info}
 
 
 def main(argv: list[str] | None = None) -> int:

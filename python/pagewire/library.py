@@ -6,7 +6,7 @@ Outside torch.compile the public functions call a backend directly; under it (or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def _fake_pack(k_caches, v_caches, k_scales, v_scales, slots, *shape_and_backend
     return slots.new_empty((packed_shape(k_caches, *shape).num_bytes,), dtype=torch.uint8)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "append_kv": _nothing,
     "decode": lambda q, k_cache, v_cache, *rest: _state_like(q, v_cache.shape[-1]),
     "decode.out": _nothing,

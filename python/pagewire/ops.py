@@ -487,9 +487,11 @@ def _layer_views(
     cache: PagedKVCache, layers: tuple[int, int], heads: tuple[int, int]
 ) -> LayerViews:
     which, columns = slice(*layers), slice(*heads)
+    every_head = heads == (0, cache.geometry.num_kv_heads)
 
     def views(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [nhd(t, cache.layout)[:, :, columns] for t in tensors[which]]
+        all_heads = [nhd(t, cache.layout) for t in tensors[which]]
+        return all_heads if every_head else [t[:, :, columns] for t in all_heads]
 
     def scales(tensors: Sequence[Tensor | None]) -> list[Tensor]:
         return [s if s.dim() == 0 else s[..., columns] for s in tensors[which] if s is not None]

@@ -91,6 +91,9 @@ def _triton_unavailable(device: str) -> str | None:
 
 
 def _triton_special(problem: Problem) -> str | None:
+    """Appending and packing convert e4m3 from its bits; attention leaves that to Triton."""
+    if problem.op not in ("decode", "prefill"):
+        return None
     if problem.device != "cuda" or problem.kv_dtype != torch.float8_e4m3fn:
         return None
     major, minor = torch.cuda.get_device_capability(problem.device_index)

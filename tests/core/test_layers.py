@@ -20,6 +20,7 @@ LAYERS = [
     {"_api"},
     {"flash_attn", "info"},
     {"transfer"},
+    {"bench"},
     {"serve"},
     {"__init__", "__main__"},
 ]

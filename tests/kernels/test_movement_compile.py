@@ -1,4 +1,4 @@
-"""The movement kernels compile to sm_80 and sm_90 without a GPU, do not spill, and move aligned rows 16 bytes at a time."""
+"""The movement kernels compile to sm_80 and sm_90 without a GPU, do not spill, move aligned rows 16 bytes at a time."""
 
 import json
 import os

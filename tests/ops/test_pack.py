@@ -100,12 +100,13 @@ def test_unpack(source, target, backend, device):
         heads=(0, 2),
         backend="reference",
     )
-    caches = []
+    caches, sent = [], packed.buffer.clone()
     for name in (backend, "reference"):
         cache = make(target, device, seed=9, strided=target.startswith("fp32"))
         pw.unpack_kv(packed, cache, slots_of(cache, device, seed=5), heads=(2, 4), backend=name)
         caches.append(cache)
     assert_caches_equal(*caches)
+    assert torch.equal(packed.buffer, sent)
 
 
 @pytest.mark.parametrize("name", CACHES)

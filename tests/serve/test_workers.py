@@ -1,6 +1,7 @@
 """Model processes as the front runs them: KV bytes, logits against one process, and how they end."""
 
 import contextlib
+import dataclasses
 import socket
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pagewire as pw
 from pagewire.serve import worker
+from pagewire.serve.channel import Channel
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
 from pagewire.serve.messages import Failed, Finished, Sampling
+from pagewire.transfer.packing import Packing
 from serve.tiny import make_tiny_llama
 from serve.workers import Workers, prompt_of
 
@@ -122,41 +126,47 @@ def pair_record_dir(pair: Workers) -> str:
     return msgspec.json.decode(args[args.index("--config-json") + 1])["record_dir"]
 
 
-@pytest.mark.parametrize("victim", ["prefill", "decode"])
-def test_killing_one_process_ends_the_other_with_a_word(model: Path, victim: str) -> None:
+def test_killing_p_ends_d_with_a_word_on_every_request(model: Path) -> None:
     pair = Workers(config_of(model))
-    survivor = "decode" if victim == "prefill" else "prefill"
     pair.submit("running", prompt_of(20), 400)
     pair.until(lambda: len(pair.tokens["running"]) > 3)
-    for i in range(4):
-        pair.submit(f"early{i}", prompt_of(300, salt=i), 2)
-    pair.kill(victim)
-    assert pair.exit_code(survivor) == EXIT_PEER_LOST
-    pair.until(lambda: survivor in pair.closed)
-    held = {"prefill": (), "decode": ("running", *(f"early{i}" for i in range(4)))}[survivor]
-    for request_id in held:
-        assert isinstance(pair.ends[request_id][-1], Failed | Finished), request_id
-    if survivor == "decode":
-        assert pair.ends["running"] == [Failed("running", "the decode process lost its peer")]
-    assert "the other end closed, exiting" in pair.stderr(survivor)
+    ids = [f"early{i}" for i in range(4)]
+    for i, request_id in enumerate(ids):
+        pair.submit(request_id, prompt_of(300, salt=i), 2)
+    pair.kill("prefill")
+    assert pair.exit_code("decode") == EXIT_PEER_LOST
+    pair.until(lambda: "decode" in pair.closed)
+    for request_id in ("running", *ids):
+        assert pair.ends[request_id] == [Failed(request_id, "the decode process lost its peer")]
+    assert "P: the other end closed, exiting" in pair.stderr("decode")
     pair.stop()
 
 
-def test_a_pair_of_two_models_does_not_start(model: Path, tmp_path: Path) -> None:
-    from serve.workers import FrontEnd, spawn
-
-    other = make_tiny_llama(tmp_path / "tiny", num_layers=3, eos_token_id=None, seed=1)
-    front, peers = FrontEnd(), socket.socketpair()
-    processes = [
-        spawn(role, config_of(path), front.connect(role), peer)
-        for role, path, peer in zip(("decode", "prefill"), (model, other), peers, strict=True)
-    ]
-    for peer in peers:
-        peer.close()
-    for process in processes:
-        stderr = process.communicate(timeout=60)[1]
-        assert process.returncode == EXIT_BAD_CONFIG
-        assert "another model or wire: fingerprint: expected" in stderr
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"fingerprint": b"g" * 32}, "fingerprint: expected 6666666666666666, got 6767676767676767"),
+        ({"num_layers": 4}, "num_layers: expected 3, got 4"),
+        ({"num_kv_heads": 8}, "num_kv_heads: expected 2, got 8"),
+        ({"dtype": "bfloat16"}, "dtype: expected float32, got bfloat16"),
+        ({"role": "decode"}, "HELLO: expected one from prefill"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_peer_of_another_model_is_refused(model: Path, change: dict, sentence: str) -> None:
+    """Before Ready, and by the field in which they differ."""
+    cache = pw.PagedKVCache.allocate(
+        num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32,
+        device="cpu",
+    )  # fmt: skip
+    packing = Packing(cache, b"f" * 32)
+    ours, theirs = (
+        Channel(sock, worker.FRAME_CODEC, name="peer")
+        for sock in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    )
+    theirs.send(dataclasses.replace(worker._hello("prefill", packing.wire, 0, 0), **change))
+    with pytest.raises(ValueError, match=sentence):
+        worker._create_arena(config_of(model), ours, packing)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +189,7 @@ def test_a_config_that_cannot_work_is_refused(
     monkeypatch.setenv("PAGEWIRE_BACKEND", "reference")
     monkeypatch.setattr(worker.signal, "signal", lambda *args: None)
     fields = {**msgspec.to_builtins(config_of(model)), **changes}
-    (front, control), (peer, _) = socket.socketpair(), socket.socketpair()
+    (front, control), (peer, _other) = socket.socketpair(), socket.socketpair()
     argv = ["--role", "decode", "--config-json", msgspec.json.encode(fields).decode()]
     argv += ["--control-fd", str(control.detach()), "--peer-fd", str(peer.detach())]
     assert worker.main(argv) == EXIT_BAD_CONFIG

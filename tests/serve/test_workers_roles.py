@@ -300,3 +300,26 @@ def test_bfloat16_on_the_wire_of_a_float32_cache(model: str, patch: pytest.Monke
     pair.until(lambda: pair.named("transfer_total", "a") != [])
     assert pair.named("transfer_total", "a")[0].args["bytes"] == PROMPT_LEN * 2 * 3 * 2 * 16 * 2
     assert pair.named("kv_verify", "a")[0].args["equal"] == 1
+
+
+def test_bytes_that_are_no_frame_change_nothing(pair: Stepped) -> None:
+    """Noise, a frame of another sender, and one only D sends, between the chunks of a request."""
+    from pagewire.serve.channel import Channel, Codec
+    from pagewire.transfer.frames import Ack, Commit, encode
+
+    check = bystander(pair)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.until(lambda: "a" in pair.p._requests)
+    raw = Channel(pair.peer_of_p._sock, Codec(bytes, bytes), name="raw")
+    for frame in (
+        b"", b"PWKV" + b"\xff" * 90, encode(Ack("a", 1)),
+        encode(Commit("a", 99, b"?" * 16, 5, tuple(prompt_of(PROMPT_LEN)), ())),
+    ):  # fmt: skip
+        raw.send(frame)
+    pair.until_ended("a")
+    assert pair.ends["a"] == [Finished("a", "length", MAX_TOKENS)]
+    check()
+    pair.until(lambda: len(pair.named("refused")) == 4)
+    reasons = [str(event.args["reason"]) for event in pair.named("refused")]
+    for reason, word in zip(reasons, ("frame of 0 bytes", "version", "Ack", "not receiving"), strict=True):
+        assert word in reason

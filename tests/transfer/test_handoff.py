@@ -10,12 +10,12 @@ from pagewire.transfer.handoff import (
     Cancelled,
     Dropped,
     Failed,
-    Receiver,
     Send,
-    Sender,
     Start,
     Unpack,
 )
+from pagewire.transfer.receiver import Receiver
+from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire
 
 WIRE = small_wire(num_layers=2, num_kv_heads=1)
@@ -137,7 +137,7 @@ def test_a_bad_payload_fails_its_request_and_returns_the_slot() -> None:
 
 
 @pytest.mark.parametrize("end", ["cancel", "fail"])
-@pytest.mark.parametrize("phase", ["waiting", "granted", "prefilling", "draining", "committed"])
+@pytest.mark.parametrize("phase", ["waiting", "granted", "prefilling", "draining", "pushed", "committed"])
 @pytest.mark.parametrize("side", ["d", "p"])
 def test_ending_a_request_in_every_phase(side: str, phase: str, end: str) -> None:
     """One answer, one ABORT unless there is nobody to tell, nothing left behind, and the next one runs."""
@@ -155,9 +155,10 @@ def test_ending_a_request_in_every_phase(side: str, phase: str, end: str) -> Non
         pair.begin("a")
         if phase != "prefilling":
             pair.compute("a")
-    if phase == "committed":
+    if phase in ("pushed", "committed"):
         for _ in range(4):
             pair.deliver(pair.next_chunk())
+    if phase == "committed":
         ack, _ = pair.d.commit(pair.p.next_send().frame)
     machine, other = (pair.d, pair.p) if side == "d" else (pair.p, pair.d)
     arguments = ("a",) if end == "cancel" else ("a", "why")

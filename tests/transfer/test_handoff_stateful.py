@@ -21,13 +21,13 @@ from pagewire.transfer.handoff import (
     Failed,
     Phase,
     Push,
-    Receiver,
     Refused,
     Send,
-    Sender,
     Start,
     Unpack,
 )
+from pagewire.transfer.receiver import Receiver
+from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire
 
 PAGE_SIZE = 4

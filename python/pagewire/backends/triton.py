@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+import pagewire.kernels.append as _append
+import pagewire.kernels.decode as _decode
+import pagewire.kernels.merge as _merge
+import pagewire.kernels.pack as _pack
+import pagewire.kernels.prefill as _prefill
 from pagewire.errors import device_word
-from pagewire.kernels import append as _append
-from pagewire.kernels import decode as _decode
-from pagewire.kernels import merge as _merge
-from pagewire.kernels import pack as _pack
-from pagewire.kernels import prefill as _prefill
 from pagewire.packed import PackedKV
 from pagewire.types import Modifiers, Scale
 

@@ -5,6 +5,7 @@ deadlock against a peer that is itself sending. `AsyncChannel` is the front's. N
 """
 
 import asyncio
+import os
 import select
 import socket
 import struct
@@ -45,11 +46,11 @@ def frame(body: bytes) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def frame_len(prefix: bytes | bytearray) -> int:
+def frame_len(prefix: bytes | bytearray, channel: "Channel | None" = None) -> int:
     """Bytes of the frame's body. Raises ChannelClosed on a length no sender of ours would write."""
     (length,) = LENGTH.unpack_from(prefix)
     if length > MAX_FRAME_BYTES:
-        raise ChannelClosed(f"expected a frame of at most {MAX_FRAME_BYTES} bytes, got {length}")
+        raise ChannelClosed(f"expected a frame of <= {MAX_FRAME_BYTES} bytes, got {length}", channel)
     return length
 
 
@@ -101,7 +102,7 @@ class Channel:
         closed = self._fill()
         messages: list[Any] = []
         while len(self._inbox) >= LENGTH.size and len(messages) < max_messages:
-            end = LENGTH.size + frame_len(self._inbox)
+            end = LENGTH.size + frame_len(self._inbox, self)
             if len(self._inbox) < end:
                 break
             body = bytes(self._inbox[LENGTH.size : end])
@@ -116,6 +117,8 @@ class Channel:
             try:
                 if self._accept_fds:
                     data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, MAX_FDS)
+                    for fd in fds:
+                        os.set_inheritable(fd, False)
                     self.fds.extend(fds)
                 else:
                     data = self._sock.recv(1 << 16)

@@ -8,7 +8,8 @@ from typing import Any
 from pagewire.serve.channel import Channel
 from pagewire.serve.engine import Engine, Request
 from pagewire.serve.messages import Submit
-from pagewire.serve.role import Role, describe
+from pagewire.serve.role import Role
+from pagewire.serve.steps import COMPLETE, Decoding, describe
 from pagewire.serve.timeline import now_us
 from pagewire.transfer.frames import Abort, Chunk, Commit
 from pagewire.transfer.handoff import (
@@ -16,62 +17,14 @@ from pagewire.transfer.handoff import (
     Cancelled,
     Dropped,
     Failed,
-    Receiver,
     Refused,
     Send,
     Start,
     Unpack,
 )
 from pagewire.transfer.packing import Packing, checksum_problem
+from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.shm import Arena
-
-
-class Decoding:
-    """The running requests and their decode step: D's and the colocated process's."""
-
-    def __init__(self, role: Role) -> None:
-        self._role = role
-        self.running: list[Request] = []
-
-    def step(self) -> list[tuple[Request, str]]:
-        """One token for up to max_batch_size requests, first come first; those that ended, and why.
-
-        A reason other than "stop" and "length" is a failure.
-        """
-        role, engine = self._role, self._role.engine
-        batch = self.running[: role.config.max_batch_size]
-        start_us = now_us()
-        for request in batch:
-            if not request.started_us:
-                request.started_us = start_us
-                role.timeline.add("queue_d", request.submitted_us, start_us, request.id)
-        try:
-            token_ids = engine.decode(batch)
-        except Exception as error:
-            return self._ended([(request, describe(error)) for request in batch])
-        role.timeline.add("decode_step", start_us, batch_size=len(batch))
-        ended = []
-        for request, token_id in zip(batch, token_ids, strict=True):
-            reason = "the model gave NaN" if token_id is None else role.emit(request, token_id)
-            if reason:
-                ended.append((request, reason))
-        return self._ended(ended)
-
-    def remove(self, request_id: str) -> Request | None:
-        request = next((r for r in self.running if r.id == request_id), None)
-        if request is not None:
-            self.running.remove(request)
-        return request
-
-    def _ended(self, ended: list[tuple[Request, str]]) -> list[tuple[Request, str]]:
-        for request, reason in ended:
-            self.running.remove(request)
-            self._role.timeline.add(
-                "decode", request.started_us, None, request.id, tokens=len(request.output)
-            )
-            if reason in ("stop", "length"):
-                self._role.engine.record_decode(request)
-        return ended
 
 
 class DecodeRole(Role):
@@ -84,7 +37,7 @@ class DecodeRole(Role):
         self._peer = peer
         self._packing = packing
         self._arena = arena
-        self._submits: dict[str, Submit] = {}
+        self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._decoding = Decoding(self)
         self._receiver = Receiver(
             engine.allocator, engine.config.page_size, packing.wire, arena.num_slots,
@@ -95,7 +48,7 @@ class DecodeRole(Role):
         )  # fmt: skip
 
     def submit(self, submit: Submit) -> None:
-        self._submits[submit.request_id] = submit
+        self._submits.setdefault(submit.request_id, (submit, now_us()))
         num_tokens = len(submit.token_ids) + submit.max_tokens
         problem = self.engine.problem(submit)
         token_ids = tuple(submit.token_ids)
@@ -119,11 +72,11 @@ class DecodeRole(Role):
 
     def step(self) -> bool:
         self._do(self._receiver.tick())
-        if not self._decoding.running:
+        if not self._decoding.requests:
             return False
         for request, reason in self._decoding.step():
-            if reason in ("stop", "length"):
-                self._submits.pop(request.id)
+            if reason in COMPLETE:
+                self._forget(request.id)
                 self.send_finished(request.id, reason, len(request.output))
                 self._do(self._receiver.release(request.id))
             else:
@@ -131,12 +84,13 @@ class DecodeRole(Role):
         return True
 
     def num_running_waiting(self) -> tuple[int, int]:
-        return len(self._decoding.running), self._receiver.num_waiting
+        return len(self._decoding.requests), self._receiver.num_waiting
 
     def request_ids(self) -> list[str]:
         return self._receiver.request_ids()
 
     def _unpack(self, chunk: Chunk, pages: list[int]) -> str:
+        """Returns why the payload is not in the pages; "" if it is."""
         start_us = now_us()
         if chunk.payload_bytes > self._arena.slot_bytes:
             return f"CHUNK: {chunk.payload_bytes} bytes in a slot of {self._arena.slot_bytes}"
@@ -147,24 +101,30 @@ class DecodeRole(Role):
             self._packing.unpack(chunk, pages, self._arena.slot(chunk.slot))
         except Exception as error:
             return describe(error)
-        self.timeline.add("unpack", start_us, None, chunk.request_id, layer=chunk.layer_start,
-                          bytes=chunk.payload_bytes)  # fmt: skip
+        args = {"layer": chunk.layer_start, "bytes": chunk.payload_bytes}
+        self.timeline.add("unpack", start_us, None, chunk.request_id, **args)
         return ""
 
-    def _start(self, request_id: str, pages: list[int], commit: Commit) -> list[Action]:
+    def _start(self, request_id: str, pages: list[int], commit: Commit) -> None:
+        if commit.digests and not self._same_digests(request_id, pages, commit):
+            self._do(self._receiver.fail(request_id, "D's KV differs from P's"))
+            return
+        request = Request(*self._submits[request_id], pages, output=[commit.first_token])
+        request.computed_us = now_us()
+        self._decoding.requests.append(request)
+
+    def _same_digests(self, request_id: str, pages: list[int], commit: Commit) -> bool:
         start_us = now_us()
-        if commit.digests:
-            ours = self._packing.digests(pages, len(commit.token_ids))
-            digests = [hashlib.sha256(b"".join(d)).hexdigest() for d in (commit.digests, ours)]
-            equal = ours == commit.digests
-            self.timeline.add("kv_verify", start_us, None, request_id, p_sha256=digests[0],
-                              d_sha256=digests[1], equal=int(equal))  # fmt: skip
-            if not equal:
-                return self._receiver.fail(request_id, "D's KV differs from P's")
-        request = Request(self._submits[request_id], pages, now_us(), output=[commit.first_token])
-        request.num_computed = request.prompt_len
-        self._decoding.running.append(request)
-        return []
+        ours = self._packing.digests(pages, len(commit.token_ids))
+        p_sha256, d_sha256 = (
+            hashlib.sha256(b"".join(digests)).hexdigest() for digests in (commit.digests, ours)
+        )
+        equal = p_sha256 == d_sha256
+        self.timeline.add(
+            "kv_verify", start_us, None, request_id,
+            p_sha256=p_sha256, d_sha256=d_sha256, equal=int(equal),
+        )  # fmt: skip
+        return equal
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
@@ -174,20 +134,23 @@ class DecodeRole(Role):
                 case Unpack(chunk, pages):
                     self._do(self._receiver.unpacked(chunk, self._unpack(chunk, pages)))
                 case Start(request_id, pages, commit):
-                    self._do(self._start(request_id, pages, commit))
+                    self._start(request_id, pages, commit)
                 case Failed(request_id, message):
                     self._forget(request_id)
                     self.send_failed(request_id, message)
                 case Cancelled(request_id):
-                    request = self._forget(request_id)
-                    self.send_finished(
-                        request_id, "cancelled", len(request.output) if request else 0
-                    )
+                    output = self._forget(request_id)
+                    self.send_finished(request_id, "cancelled", len(output))
                 case Dropped(request_id):
                     self._forget(request_id)
                 case Refused(reason):
                     self.timeline.add("refused", now_us(), reason=reason)
 
-    def _forget(self, request_id: str) -> Request | None:
+    def _forget(self, request_id: str) -> list[int]:
+        """Returns the output it had."""
         self._submits.pop(request_id, None)
-        return self._decoding.remove(request_id)
+        for request in self._decoding.requests:
+            if request.id == request_id:
+                self._decoding.requests.remove(request)
+                return request.output
+        return []

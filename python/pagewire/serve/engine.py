@@ -23,12 +23,13 @@ class Request:
     """One request in one process: its prompt, its pages, and how far it is."""
 
     submit: Submit
-    pages: list[int]
     submitted_us: int
+    pages: list[int]
     output: list[int] = field(default_factory=list)  # token ids the client gets
-    num_computed: int = 0  # prompt tokens whose KV is in the cache
-    started_us: int = 0  # of the first forward of its phase here
-    computed_us: int = 0  # P: end of the last forward
+    num_computed: int = 0  # prompt tokens whose KV a prefill here has put into the cache
+    started_us: int = 0  # start of the first prefill forward
+    computed_us: int = 0  # the prompt's KV is complete here
+    decoded_us: int = 0  # start of the first decode step
     pushed_us: int = 0  # P: start of the first push
     pushed_bytes: int = 0
     pack_us: int = 0
@@ -202,7 +203,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         """One token through both kinds of forward: a backend that refuses says so before Ready."""
-        request = Request(Submit("", [0], 2, [], Sampling()), pages=[0, 0], submitted_us=0)
+        request = Request(Submit("", [0], 2, [], Sampling()), submitted_us=0, pages=[0, 0])
         self.prefill([PromptChunk(request, 0, 1)])
         request.output = [0]
         self.decode([request])

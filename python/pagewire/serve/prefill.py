@@ -4,9 +4,10 @@ from collections import deque
 from typing import Any
 
 from pagewire.serve.channel import Channel, ChannelClosed
-from pagewire.serve.engine import Engine, PromptChunk, Request, next_chunks
+from pagewire.serve.engine import Engine, PromptChunk, Request
 from pagewire.serve.messages import Submit
-from pagewire.serve.role import Role, describe
+from pagewire.serve.role import Role
+from pagewire.serve.steps import COMPLETE, Prefilling, describe
 from pagewire.serve.timeline import now_us
 from pagewire.transfer.frames import Abort, Ack, Credit, Reserve, crc32c
 from pagewire.transfer.handoff import (
@@ -18,9 +19,9 @@ from pagewire.transfer.handoff import (
     Push,
     Refused,
     Send,
-    Sender,
 )
 from pagewire.transfer.packing import Packing
+from pagewire.transfer.sender import Sender
 from pagewire.transfer.shm import Arena
 
 
@@ -41,11 +42,11 @@ class PrefillRole(Role):
         )  # fmt: skip
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._requests: dict[str, Request] = {}  # that own pages, the unacknowledged included
-        self._prefilling: list[Request] = []
+        self._prefilling = Prefilling(self)
         self._frames: deque[Any] = deque()  # arrived during a forward, for after it
 
     def submit(self, submit: Submit) -> None:
-        self._submits[submit.request_id] = (submit, now_us())
+        self._submits.setdefault(submit.request_id, (submit, now_us()))
         problem = self.engine.problem(submit)
         self._do(self._sender.submit(submit.request_id, tuple(submit.token_ids), problem))
         if submit.request_id not in self._sender.request_ids():
@@ -74,34 +75,15 @@ class PrefillRole(Role):
     def step(self) -> bool:
         while self._frames:
             self.on_peer(self._frames.popleft())
-        chunks = next_chunks(self._prefilling, self.config.prefill_chunk)
-        if not chunks:
+        if not self._prefilling.requests:
             return False
-        start_us = now_us()
-        for chunk in chunks:
-            request = chunk.request
-            if not request.started_us:
-                request.started_us = start_us
-                self.timeline.add("queue_p", request.submitted_us, start_us, request.id)
-        try:
-            first_tokens = self.engine.prefill(chunks, lambda layer: self._on_layer(layer, chunks))
-        except ChannelClosed:
-            raise
-        except Exception as error:
-            for chunk in chunks:
-                self._do(self._sender.fail(chunk.request.id, describe(error)))
-            return True
-        for chunk in chunks:
-            args = {"start": chunk.start, "stop": chunk.stop}
-            self.timeline.add("prefill_chunk", start_us, None, chunk.request.id, **args)
-        for request, token_id in first_tokens.items():
-            if request.id in self._requests:
-                self._computed(request, token_id)
+        for request, reason in self._prefilling.step(self._on_layer):
+            self._computed(request, reason)
         self._push()
         return True
 
     def num_running_waiting(self) -> tuple[int, int]:
-        return len(self._prefilling), self._sender.num_waiting
+        return len(self._prefilling.requests), self._sender.num_waiting
 
     def request_ids(self) -> list[str]:
         return self._sender.request_ids()
@@ -112,31 +94,25 @@ class PrefillRole(Role):
                 self._sender.layer_ready(chunk.request.id, layer, chunk.start, chunk.stop)
         self._peer.flush()
         for frame in self._peer.poll():
-            # what ends or begins a request waits until no forward touches its pages
+            # what begins or ends a request waits until no forward touches its pages
             if isinstance(frame, Credit | Ack):
                 self.on_peer(frame)
             else:
                 self._frames.append(frame)
         self._push()
 
-    def _computed(self, request: Request, token_id: int | None) -> None:
-        request.computed_us = now_us()
-        self._prefilling.remove(request)
-        self.timeline.add("prefill", request.started_us, request.computed_us, request.id,
-                          tokens=request.prompt_len)  # fmt: skip
-        if token_id is None:
-            self._do(self._sender.fail(request.id, "the model gave NaN"))
-            return
-        reason = self.emit(request, token_id)
-        if reason:
+    def _computed(self, request: Request, reason: str) -> None:
+        if reason in COMPLETE:
             self.send_finished(request.id, reason, len(request.output))
             self._do(self._sender.finished(request.id))
             self._forget(request.id)
-            return
-        digests: tuple[bytes, ...] = ()
-        if self.config.verify_kv:
-            digests = self._packing.digests(request.pages, request.prompt_len)
-        self._do(self._sender.prefilled(request.id, token_id, digests))
+        elif reason:
+            self._do(self._sender.fail(request.id, reason))
+        else:
+            digests: tuple[bytes, ...] = ()
+            if self.config.verify_kv:
+                digests = self._packing.digests(request.pages, request.prompt_len)
+            self._do(self._sender.prefilled(request.id, request.output[0], digests))
 
     def _push(self) -> None:
         while (send := self._sender.next_send()) is not None:
@@ -166,9 +142,9 @@ class PrefillRole(Role):
         if request is None or not request.computed_us:
             return
         end_us = now_us()
+        args = {"bytes": request.pushed_bytes, "pack_us": request.pack_us}
         self.timeline.add("exposed", request.computed_us, end_us, request.id)
-        self.timeline.add("transfer_total", request.pushed_us, end_us, request.id,
-                          bytes=request.pushed_bytes, pack_us=request.pack_us)  # fmt: skip
+        self.timeline.add("transfer_total", request.pushed_us, end_us, request.id, **args)
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
@@ -176,26 +152,24 @@ class PrefillRole(Role):
                 case Send(frame):
                     self._peer.send(frame)
                 case Begin(request_id, pages):
-                    submit, submitted_us = self._submits[request_id]
-                    request = Request(submit, pages, submitted_us)
+                    request = Request(*self._submits[request_id], pages)
                     self._requests[request_id] = request
-                    self._prefilling.append(request)
+                    self._prefilling.requests.append(request)
                 case Failed(request_id, message):
                     self._forget(request_id)
                     self.send_failed(request_id, message)
                 case Cancelled(request_id):
-                    self.send_finished(request_id, "cancelled", self._num_output(request_id))
-                    self._forget(request_id)
+                    output = self._forget(request_id)
+                    self.send_finished(request_id, "cancelled", len(output))
                 case Dropped(request_id):
                     self._forget(request_id)
                 case Refused(reason):
                     self.timeline.add("refused", now_us(), reason=reason)
 
-    def _num_output(self, request_id: str) -> int:
-        return len(self._requests[request_id].output) if request_id in self._requests else 0
-
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str) -> list[int]:
+        """Returns the output it had."""
         self._submits.pop(request_id, None)
         request = self._requests.pop(request_id, None)
-        if request in self._prefilling:
-            self._prefilling.remove(request)
+        if request in self._prefilling.requests:
+            self._prefilling.requests.remove(request)
+        return request.output if request else []

@@ -105,8 +105,3 @@ class Role(ABC):
             self._front.send(gauges)
             self._gauges, self._gauges_us = gauges, now
         return GAUGES_US / 1e6
-
-
-def describe(error: Exception) -> str:
-    """For the client of a request that an exception ended."""
-    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,249 @@
+"""D's side of the handoff, a pure state machine; see `handoff`."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pagewire.allocator import PageAllocator
+from pagewire.transfer.coverage import Coverage
+from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
+from pagewire.transfer.handoff import (
+    CHUNK_FIELDS,
+    NO_GENERATION,
+    Action,
+    Cancelled,
+    Dropped,
+    Failed,
+    Phase,
+    Refused,
+    Send,
+    Start,
+    Unpack,
+    Wire,
+    abort_frame,
+)
+
+
+@dataclass(eq=False)
+class _Incoming:
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_pages: int
+    phase: Phase = Phase.WAITING
+    pages: list[int] = field(default_factory=list)
+    generation: int = NO_GENERATION
+    capability: bytes = b""
+    deadline_ms: int = 0
+    coverage: Coverage | None = None
+    num_unpacking: int = 0
+    commit: Commit | None = None  # arrived while chunks were still being unpacked
+
+
+class Receiver:
+    """D's side. `free + active + cached + leased == num_pages` holds after every call."""
+
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        page_size: int,
+        wire: Wire,
+        num_slots: int,
+        *,
+        vocab_size: int,
+        max_waiting: int,
+        timeout_ms: int,
+        now_ms: Callable[[], int],
+        new_capability: Callable[[], bytes],
+    ) -> None:
+        self._allocator = allocator
+        self._page_size = page_size
+        self._wire = wire
+        self._vocab_size = vocab_size
+        self._max_waiting = max_waiting
+        self._timeout_ms = timeout_ms
+        self._now_ms = now_ms
+        self._new_capability = new_capability
+        self._live: dict[str, _Incoming] = {}
+        self._waiting: deque[_Incoming] = deque()
+        self._granted_slots = set(range(num_slots))  # P's to write
+        self._unpacking: dict[int, _Incoming] = {}  # slot -> owner of the chunk in it
+        self._generation = NO_GENERATION
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def request_ids(self) -> list[str]:
+        return list(self._live)
+
+    def submit(
+        self, request_id: str, token_ids: tuple[int, ...], num_tokens: int, problem: str = ""
+    ) -> list[Action]:
+        """`num_tokens`: prompt and output together, all reserved before P may push.
+        `problem`: why the request cannot run here, as the caller found.
+        """
+        if request_id in self._live:
+            return [Refused(f"request {request_id} was submitted twice")]
+        num_pages = -(-num_tokens // self._page_size)
+        if problem:
+            pass
+        elif num_pages > self._allocator.num_pages:
+            problem = f"the request needs {num_pages} pages, D has {self._allocator.num_pages}"
+        elif len(self._waiting) >= self._max_waiting:
+            problem = f"{self._max_waiting} requests are waiting for pages, no more are queued"
+        if problem:
+            return [Failed(request_id, problem), abort_frame(request_id, NO_GENERATION, problem)]
+        incoming = _Incoming(request_id, token_ids, num_pages)
+        self._live[request_id] = incoming
+        self._waiting.append(incoming)
+        return self._admit()
+
+    def chunk(self, chunk: Chunk) -> list[Action]:
+        if chunk.slot not in self._granted_slots:
+            return [Refused(f"chunk in staging slot {chunk.slot}, which was not granted")]
+        incoming = self._receiving(chunk)
+        if incoming is None:
+            # late: its request is gone; the slot's bytes are not looked at
+            return [Send(Credit(chunk.slot))]
+        problem = self._chunk_problem(chunk, incoming)
+        if problem:
+            return [Send(Credit(chunk.slot)), *self.fail(incoming.request_id, problem)]
+        self._granted_slots.remove(chunk.slot)
+        self._unpacking[chunk.slot] = incoming
+        incoming.num_unpacking += 1
+        return [Unpack(chunk, incoming.pages)]
+
+    def unpacked(self, chunk: Chunk, problem: str = "") -> list[Action]:
+        """The answer to `Unpack`; `problem` says why the payload is not in the pages."""
+        incoming = self._unpacking.pop(chunk.slot)
+        self._granted_slots.add(chunk.slot)
+        incoming.num_unpacking -= 1
+        actions: list[Action] = [Send(Credit(chunk.slot))]
+        if incoming.phase is Phase.GONE:
+            if incoming.num_unpacking == 0:
+                self._allocator.end_lease(incoming.pages)
+                actions += self._admit()
+        elif problem:
+            actions += self.fail(incoming.request_id, problem)
+        elif incoming.commit and incoming.num_unpacking == 0:
+            actions += self.commit(incoming.commit)
+        return actions
+
+    def commit(self, commit: Commit) -> list[Action]:
+        incoming = self._receiving(commit)
+        if incoming is None:
+            return [Refused(f"COMMIT for {commit.request_id}, which is not receiving")]
+        if incoming.num_unpacking:
+            incoming.commit = commit
+            return []
+        assert incoming.coverage is not None
+        problem = ""
+        if commit.token_ids != incoming.token_ids:
+            problem = "COMMIT: its token ids are not the prompt's"
+        elif commit.first_token >= self._vocab_size:
+            problem = f"COMMIT: first token {commit.first_token}, vocabulary of {self._vocab_size}"
+        elif not incoming.coverage.complete:
+            problem = "COMMIT: KV of some layer, head and token has not arrived"
+        if problem:
+            return self.fail(incoming.request_id, problem)
+        incoming.phase = Phase.RUNNING
+        ack = Ack(incoming.request_id, incoming.generation)
+        return [Send(ack), Start(incoming.request_id, incoming.pages, commit)]
+
+    def abort(self, abort: Abort) -> list[Action]:
+        incoming = self._live.get(abort.request_id)
+        if (
+            incoming is None
+            or incoming.phase is not Phase.RECEIVING
+            or abort.generation != incoming.generation
+        ):
+            return []
+        return [Dropped(incoming.request_id), *self._end(incoming)]
+
+    def cancel(self, request_id: str) -> list[Action]:
+        return self._give_up(request_id, Cancelled(request_id), "cancelled")
+
+    def fail(self, request_id: str, message: str) -> list[Action]:
+        return self._give_up(request_id, Failed(request_id, message), message)
+
+    def release(self, request_id: str) -> list[Action]:
+        """A running request has ended in good order."""
+        incoming = self._live[request_id]
+        assert incoming.phase is Phase.RUNNING, incoming.phase
+        return self._end(incoming)
+
+    def tick(self) -> list[Action]:
+        """Fails what was granted and not committed in time."""
+        late = [
+            incoming.request_id
+            for incoming in self._live.values()
+            if incoming.phase is Phase.RECEIVING and incoming.deadline_ms <= self._now_ms()
+        ]
+        message = f"the KV did not arrive within {self._timeout_ms} ms"
+        return [action for request_id in late for action in self.fail(request_id, message)]
+
+    def _admit(self) -> list[Action]:
+        actions: list[Action] = []
+        while self._waiting and self._waiting[0].num_pages <= self._allocator.num_free:
+            incoming = self._waiting.popleft()
+            self._generation += 1
+            incoming.phase = Phase.RECEIVING
+            incoming.pages = self._allocator.alloc(incoming.num_pages)
+            incoming.generation = self._generation
+            incoming.capability = self._new_capability()
+            incoming.deadline_ms = self._now_ms() + self._timeout_ms
+            num_tokens = len(incoming.token_ids)
+            incoming.coverage = Coverage(
+                self._wire.num_layers, self._wire.num_kv_heads, 0, num_tokens
+            )
+            reserve = Reserve(
+                incoming.request_id, incoming.generation, incoming.capability, 0, num_tokens,
+                self._timeout_ms,
+            )  # fmt: skip
+            actions.append(Send(reserve))
+        return actions
+
+    def _receiving(self, frame: Chunk | Commit) -> _Incoming | None:
+        incoming = self._live.get(frame.request_id)
+        if (
+            incoming is None
+            or incoming.phase is not Phase.RECEIVING
+            or frame.generation != incoming.generation
+            or frame.capability != incoming.capability
+        ):
+            return None
+        return incoming
+
+    def _chunk_problem(self, chunk: Chunk, incoming: _Incoming) -> str:
+        assert incoming.coverage is not None
+        layers = (chunk.layer_start, chunk.layer_stop)
+        heads = (chunk.head_start, chunk.head_stop)
+        tokens = (chunk.token_start, chunk.token_stop)
+        problem = self._wire.mismatch(chunk, CHUNK_FIELDS)
+        expected_bytes = self._wire.packed_bytes(
+            layers[1] - layers[0], heads[1] - heads[0], tokens[1] - tokens[0]
+        )
+        if not problem and chunk.group != 0:
+            problem = f"group: expected 0, got {chunk.group}"
+        if not problem and chunk.payload_bytes != expected_bytes:
+            problem = f"payload_bytes: expected {expected_bytes}, got {chunk.payload_bytes}"
+        problem = problem or incoming.coverage.add(layers, heads, tokens)
+        return problem and f"CHUNK: {problem}"
+
+    def _give_up(self, request_id: str, answer: Action, reason: str) -> list[Action]:
+        incoming = self._live.get(request_id)
+        if incoming is None:
+            return []
+        actions = [answer]
+        if incoming.phase is not Phase.RUNNING:
+            actions.append(abort_frame(request_id, incoming.generation, reason))
+        return actions + self._end(incoming)
+
+    def _end(self, incoming: _Incoming) -> list[Action]:
+        del self._live[incoming.request_id]
+        if incoming.phase is Phase.WAITING:
+            self._waiting.remove(incoming)
+        # a payload on its way into these pages cannot be called back: leased until it is in
+        self._allocator.free(incoming.pages, to="leased" if incoming.num_unpacking else "free")
+        incoming.phase = Phase.GONE
+        return self._admit()

@@ -1,0 +1,154 @@
+"""Compiles what the attention launchers launch, for a GPU that need not be there; one JSON line per kernel.
+
+Run as a script, in a process without TRITON_INTERPRET: `compile_attention.py quick|full [SHARD NUM_SHARDS [WORD]]`, WORD being
+part of the wanted ids. The launches are those of the launchers, with their own specialisation; only the device is made up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from pagewire.kernels import decode, launch, prefill, tuning
+from pagewire.types import QUANT_MAX, Modifiers, dtype_name
+
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+e4m3, e5m2, int8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
+GROUP = {16: 4, 32: 24, 64: 64}  # a group size for each class of rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    arch: int
+    op: str
+    dtype: torch.dtype = bf16
+    kv_dtype: torch.dtype = bf16
+    head_dim: int = 128
+    rows: int = 16
+    page_size: int = 16
+    modified: bool = False  # every modifier at once, ragged rows, odd page size, head dims that are padded
+
+    @property
+    def id(self) -> str:
+        words = [f"sm_{self.arch}", self.op, dtype_name(self.dtype), dtype_name(self.kv_dtype)]
+        words += [f"D{self.head_dim}", f"M{self.rows}", f"P{self.page_size}"]
+        return "-".join(words + ["modified"] * self.modified)
+
+
+class NoDevice:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launches(case: Case) -> list[launch.Launch]:
+    driver.set_active(NoDevice(case.arch))
+    launch.device_of = lambda tensor: launch.Device(case.arch, 132)
+    ragged = case.op == "prefill" or case.modified
+    batch_size, num_kv_heads, group = 3, 8, GROUP[case.rows] if case.op == "decode" else 4
+    num_tokens = 4096 if case.op == "prefill" else batch_size
+    head_dim = case.head_dim - 16 * case.modified
+    page_size = 3 if case.modified else case.page_size
+    q = torch.empty(num_tokens, num_kv_heads * group, head_dim, dtype=case.dtype)
+    caches = [torch.empty(8, page_size, num_kv_heads, head_dim, dtype=case.kv_dtype) for _ in range(2)]
+    out = torch.empty_like(q, dtype=fp32 if case.modified else case.dtype)
+    lse = torch.empty(q.shape[:2]) if case.modified else None
+    table, lens, rows = (torch.zeros(s, dtype=torch.int32) for s in ((batch_size, 8), batch_size, batch_size + 1))
+    scale: torch.Tensor | float | None = 1.0 if case.kv_dtype in QUANT_MAX else None
+    m = Modifiers(0.1, causal=ragged, k_scale=scale, v_scale=scale)
+    if case.modified:
+        if scale is not None:
+            scale = torch.ones(8, page_size, num_kv_heads)
+        m = dataclasses.replace(
+            m, window_left=50, softcap=3.0, alibi_slopes=torch.ones(batch_size, q.shape[1]),
+            sinks=torch.ones(q.shape[1]), k_scale=scale, v_scale=scale,
+        )  # fmt: skip
+    word = torch.zeros(1, dtype=torch.int64)
+    if case.op == "decode":
+        return decode.plan(q, *caches, table, lens, rows if ragged else None, m, out, lse, word)
+    return prefill.plan(q, *caches, table, lens, rows, m, out, lse, word)[:1]  # the rest is decode's
+
+
+def facts(case: Case, planned: launch.Launch) -> dict:
+    kernel = planned.kernel.warmup(**planned.arguments, grid=planned.grid, **planned.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = kernel.asm["ptx"]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)(?:, [^;]*)?;", ptx)
+    return {
+        "case": case.id,
+        "arch": case.arch,
+        "kernel": planned.kernel.__name__,
+        **used,
+        "shared": kernel.metadata.shared,
+        "num_warps": planned.options["num_warps"],
+        "programs_per_processor": planned.grid[0] * planned.grid[1] / 132,
+        "copies": sorted({int(n, 0) for n in copies}),
+        "wgmma": "wgmma" in ptx,
+    }
+
+
+def every_row() -> Iterator[Case]:
+    """Each row of the tables with the dtypes it stands for, plain and with every modifier."""
+    dtypes = {
+        "16": ((bf16, bf16), (fp16, fp16)),
+        "8": ((bf16, e4m3), (bf16, e5m2), (fp16, int8)),
+        "32": ((fp32, fp32), (fp32, e4m3)),
+    }
+    for op, table in (("decode", tuning.DECODE), ("prefill", tuning.PREFILL)):
+        for key in table:
+            for i, (dtype, kv_dtype) in enumerate(dtypes[key.operands]):
+                case = Case(key.arch, op, dtype, kv_dtype, key.head_dim, key.rows or 16)
+                yield case
+                if i == 0:
+                    yield dataclasses.replace(case, modified=True)
+
+
+QUICK = [
+    Case(arch, op, *dtypes, page_size=page_size)
+    for arch in (80, 90)
+    for op, *dtypes, page_size in (
+        ("decode", bf16, bf16, 16),
+        ("decode", bf16, e4m3, 64),
+        ("prefill", bf16, bf16, 16),
+    )
+]
+QUICK += [Case(90, "decode", modified=True), Case(80, "decode", fp32, fp32)]
+
+
+def main() -> None:
+    wanted = sys.argv[4] if len(sys.argv) > 4 else ""
+    cases = [case for case in (QUICK if sys.argv[1] == "quick" else every_row()) if wanted in case.id]
+    shard, num_shards = (int(n) for n in (sys.argv[2:4] or (0, 1)))
+    for case in itertools.islice(cases, shard, None, num_shards):
+        for planned in launches(case):
+            print(json.dumps(facts(case, planned)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The attention kernels compile to sm_80 and sm_90 without a GPU: no register spills, shared memory within the limit, as many
+programs resident as the launcher counts on, K and V copied 16 bytes at a time."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = pathlib.Path(__file__).with_name("compile_attention.py")
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10}  # of one program; the rows for 80 also serve 8.6, 8.9 and 12.x
+
+
+def compiled(amount: str) -> list[dict]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), amount]
+    shards = [
+        subprocess.Popen([*command, str(i), "2"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    rows = []
+    for shard in shards:
+        out, err = shard.communicate()
+        assert shard.returncode == 0, err[-4000:]
+        rows += [json.loads(line) for line in out.splitlines()]
+    return rows
+
+
+def check(rows: list[dict]) -> None:
+    assert {row["arch"] for row in rows} == {80, 90}
+    for row in rows:
+        assert row["stack"] == row["local"] == 0, f"spills: {row}"
+        assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"shared memory: {row}"
+        if row["kernel"] == "_decode_kernel":
+            threads = 32 * row["num_warps"]
+            registers = -(-row["reg"] // 8) * 8 * threads
+            resident = min((1 << 16) // registers, (SHARED_LIMIT[row["arch"]] + 1024) // (row["shared"] + 1024))
+            assert resident >= row["programs_per_processor"], f"its grid does not fit at once: {row}"
+
+
+def test_representative_set() -> None:
+    rows = compiled("quick")
+    check(rows)
+    for row in rows:
+        if row["kernel"] != "_combine_kernel" and "float32" not in row["case"]:
+            assert 16 in row["copies"], f"K and V are not copied asynchronously, 16 bytes at a time: {row}"
+        if row["kernel"] == "_prefill_kernel":
+            assert row["wgmma"] == (row["arch"] == 90), row
+
+
+@pytest.mark.slow
+def test_every_tuning_row() -> None:
+    check(compiled("full"))
