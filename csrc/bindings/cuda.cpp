@@ -48,8 +48,7 @@ class Fields {
     size_t next_ = 0;
 };
 
-// ------------------------------------------------------------------------------------------------
-// movement
+// ------------------------------------------------------------------------------------ movement
 
 MoveSide read_side(const py::handle& tuple) {
     Fields f(tuple);
@@ -103,8 +102,7 @@ void move_op(ErrorKind kind, bool source_has_slots, const py::tuple& parts,
     move(r);
 }
 
-// ------------------------------------------------------------------------------------------------
-// merge
+// --------------------------------------------------------------------------------------- merge
 
 MergeStates read_states(const py::handle& tuple) {
     Fields f(tuple);
@@ -146,8 +144,7 @@ void merge_op(const py::tuple& first, const py::tuple& rest, int num_states,
     merge(r);
 }
 
-// ------------------------------------------------------------------------------------------------
-// attention
+// ----------------------------------------------------------------------------------- attention
 
 AttentionCache read_cache(const py::handle& tuple) {
     Fields f(tuple);
@@ -212,6 +209,8 @@ void attention_op(const py::tuple& tensors, const py::tuple& k, const py::tuple&
         p.num_tokens = f.small();
         p.num_kv_heads = f.small();
         p.group_size = f.small();
+        const int64_t strides = (p.q_stride_row | p.q_stride_head) * item_size(r.q_dtype);
+        p.q_aligned = ((reinterpret_cast<intptr_t>(p.q) | strides) & 15) == 0;
         p.num_pages = f.small();
         p.page_size = f.small();
         p.max_pages_per_seq = f.small();

@@ -52,6 +52,7 @@ struct AttentionPlan {
     int max_q_len;  // 1 for decode
     float softmax_scale, softcap;
     bool causal, out_float32;
+    bool q_aligned;                 // every row of q starts on 16 bytes
     int window_left, window_right;  // < 0: unbounded
     int split_size;                 // KV tokens; 0: work is shared out evenly instead
     int64_t* error_word;

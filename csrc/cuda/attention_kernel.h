@@ -150,17 +150,16 @@ struct AttentionBlock {
         }
     }
 
-    // --------------------------------------------------------------------------------------------
-    // work
+    // ------------------------------------------------------------------------------------ work
 
     PW_DEVICE void run() {
-        int64_t total = 0;
+        int64_t total = 0, units = 0,
+                after = 0;  // of all requests; of this thread's last; up to and with it
         int rows_end = 0;
         for (int base = 0; base < p.batch_size; base += S::kThreads) {
-            int64_t units;
             describe(base, rows_end, units);
             int64_t sum;
-            scan_sum<S::kThreads>(units, scratch64(), sum);
+            after = total + scan_sum<S::kThreads>(units, scratch64(), sum);
             total += sum;
             report_requests(base);
             write_empty_requests(base);
@@ -175,9 +174,17 @@ struct AttentionBlock {
         if (end > total) end = total;
         if (begin >= end) return;
 
-        int request = 0, row_begin = 0;
-        int64_t prefix = 0;
-        find(begin, request, prefix, row_begin);
+        int base = 0;
+        if (p.batch_size > S::kThreads) base = seek(begin, units, after);
+        // the one thread whose request unit `begin` belongs to tells the others
+        if (after - units <= begin && begin < after) {
+            store_shared(scratch64(), after - units);
+            store_shared(scratch(), thread_index());
+        }
+        sync_block();
+        const int first = load_shared(scratch());
+        int request = base + first, row_begin = load_shared(request_info(first));
+        int64_t prefix = load_shared(scratch64());  // units before the request
         RequestWork w = request_work(p, request, row_begin, next_row(row_begin, request), S::kTile);
         for (int64_t unit = begin; unit < end;) {
             while (unit >= prefix + w.total_units(p.num_kv_heads)) {
@@ -188,6 +195,20 @@ struct AttentionBlock {
             Segment s;
             unit += cut_segment(p, w, request, prefix, unit, end, share, s);
             attend(w, s);
+        }
+    }
+
+    // Describes requests again, up to those among which unit `begin` lies; returns the first of
+    // these.
+    PW_DEVICE int seek(int64_t begin, int64_t& units, int64_t& after) {
+        int64_t before = 0;
+        int rows_end = 0;
+        for (int base = 0;; base += S::kThreads) {
+            int64_t sum;
+            describe(base, rows_end, units);
+            after = before + scan_sum<S::kThreads>(units, scratch64(), sum);
+            if (begin < before + sum) return base;
+            before += sum;
         }
     }
 
@@ -247,11 +268,10 @@ struct AttentionBlock {
 
     PW_DEVICE void write_empty_requests(int base) const {
         const int count = p.batch_size - base < S::kThreads ? p.batch_size - base : S::kThreads;
-        for (int i = 0; i < count; ++i) {
-            if (static_cast<uint32_t>(base + i) % grid_x() != block_x() ||
-                load_shared(request_info(i) + 2)) {
-                continue;
-            }
+        // request r is block r % grid's; the first of its own among these:
+        const int grid = static_cast<int>(grid_x()), own = static_cast<int>(block_x());
+        for (int i = (own - base % grid + grid) % grid; i < count; i += grid) {
+            if (load_shared(request_info(i) + 2)) continue;
             const int end = load_shared(request_info(i) + 1);
             for (int row = load_shared(request_info(i)); row < end; ++row) write_empty_row(row);
         }
@@ -283,33 +303,7 @@ struct AttentionBlock {
         }
     }
 
-    // The request that unit `begin` belongs to, the units before it and its first row.
-    PW_DEVICE void find(int64_t begin, int& request, int64_t& prefix, int& row_begin) {
-        int64_t before = 0;
-        int rows_end = 0;
-        for (int base = 0; base < p.batch_size; base += S::kThreads) {
-            int64_t units, sum;
-            describe(base, rows_end, units);
-            const int64_t after = before + scan_sum<S::kThreads>(units, scratch64(), sum);
-            if (begin < before + sum) {
-                if (after - units <= begin && begin < after) {
-                    store_shared(scratch64(), after - units);
-                    store_shared(scratch(), thread_index());
-                }
-                sync_block();
-                const int i = load_shared(scratch());
-                request = base + i;
-                prefix = load_shared(scratch64());
-                row_begin = load_shared(request_info(i));
-                sync_block();
-                return;
-            }
-            before += sum;
-        }
-    }
-
-    // --------------------------------------------------------------------------------------------
-    // loading
+    // --------------------------------------------------------------------------------- loading
 
     struct Page {
         int page;    // -1: nothing to read for this lane's key
@@ -406,38 +400,49 @@ struct AttentionBlock {
     // 16 are reordered, so that one 4-byte piece of a K row is what the tensor core step wants of
     // it.
     PW_DEVICE void load_q(const RequestWork& w, const Segment& s) const {
-        constexpr int kPair = S::kTensorCore ? 2 : 1;  // elements in 4 bytes
-        constexpr int kPairs = S::kWidth / kPair;
-        for (int i = thread_index(); i < p.chunk_rows * kPairs; i += S::kThreads) {
-            const int r = i / kPairs, d = i % kPairs * kPair;
+        constexpr int kCount = 16 / static_cast<int>(sizeof(Q));
+        constexpr int kChunks = S::kWidth / kCount;
+        for (int i = thread_index(); i < p.chunk_rows * kChunks; i += S::kThreads) {
+            const int r = i / kChunks, chunk = i % kChunks, d = chunk * kCount;
             const int packed = s.chunk * p.chunk_rows + r;
-            const int token = packed / p.group_size,
-                      head = s.head * p.group_size + packed % p.group_size;
-            uint32_t bits = 0;
-            if (token < w.q_len && d < p.k.width) {
+            const int token = packed / p.group_size;
+            union {
+                Vec16 whole;
+                Q element[kCount];
+            } x;
+            x.whole = Vec16{};
+            if (token < w.q_len) {
+                const int head = s.head * p.group_size + packed - token * p.group_size;
                 const Q* row = reinterpret_cast<const Q*>(p.q) +
                                (w.row_begin + token) * p.q_stride_row + head * p.q_stride_head + d;
-                if constexpr (S::kTensorCore) {
-                    bits = load_global(row).bits;
-                    if (d + 1 < p.k.width) bits |= uint32_t(load_global(row + 1).bits) << 16;
+                if (p.q_aligned && d + kCount <= p.k.width) {
+                    x.whole = load_global(reinterpret_cast<const Vec16*>(row));
                 } else {
-                    bits = float_bits(load_global(row));
+                    PW_UNROLL
+                    for (int e = 0; e < kCount; ++e) {
+                        if (d + e < p.k.width) x.element[e] = load_global(row + e);
+                    }
                 }
             }
-            int byte = d * static_cast<int>(sizeof(Q));
             if constexpr (S::kTensorCore && S::kQuantised) {
-                // pairs 0..7 of a 16: even ones to the first chunk, odd ones to the second
-                const int pair = d / 2 % 8;
-                byte = d / 16 * 32 + pair % 2 * 16 + pair / 2 * 4;
+                // of the 8 pairs in 16 elements, even ones go to the first chunk, odd ones to the
+                // second
+                const int at = chunk % 2 * 8;
+                store_q(r, chunk & ~1, at, Vec8{{x.whole.x[0], x.whole.x[2]}});
+                store_q(r, chunk | 1, at, Vec8{{x.whole.x[1], x.whole.x[3]}});
+            } else {
+                store_q(r, chunk, 0, x.whole);
             }
-            store_shared(reinterpret_cast<uint32_t*>(
-                             q_rows() + swizzle<S::kQRowBytes>(r, byte / 16) + byte % 16),
-                         bits);
         }
     }
 
-    // --------------------------------------------------------------------------------------------
-    // attention
+    template <class V>
+    PW_DEVICE void store_q(int row, int chunk, int byte, V value) const {
+        char* at = q_rows() + swizzle<S::kQRowBytes>(row, chunk) + byte;
+        store_shared(reinterpret_cast<V*>(at), value);
+    }
+
+    // ------------------------------------------------------------------------------- attention
 
     // One thread's share of a 16-row state: rows g and g + 8 (g = lane / 4).
     struct State {
@@ -800,8 +805,7 @@ struct AttentionBlock {
         }
     }
 
-    // --------------------------------------------------------------------------------------------
-    // merging
+    // --------------------------------------------------------------------------------- merging
 
     // The warps' states become one part; a part that is not all of its item waits in memory for the
     // others.
@@ -905,9 +909,11 @@ struct AttentionBlock {
         for (int i = thread_index(); i < valid * quads; i += S::kThreads) {
             const int row = i / quads, column = i % quads * 4;
             float largest = -infinity();
+            PW_UNROLL_BY(4)
             for (int j = 0; j < count; ++j) largest = fmaxf(largest, max_of(row, j));
             const float base = largest == -infinity() ? 0.0f : largest;
             float sum = 0.0f, x[4] = {};
+            PW_UNROLL_BY(4)
             for (int j = 0; j < count; ++j) {
                 const float weight = exp2_fast(max_of(row, j) - base);
                 float part[4];

@@ -7,8 +7,7 @@
 
 namespace pagewire {
 
-// ------------------------------------------------------------------------------------------------
-// to fp32, exact
+// ------------------------------------------------------------------------------ to fp32, exact
 
 PW_DEVICE float to_float(float x) { return x; }
 PW_DEVICE float to_float(BFloat16 x) { return float_from_bits(uint32_t(x.bits) << 16); }
@@ -25,8 +24,7 @@ PW_DEVICE float to_float(Float8E4M3 x) {
     return float_from_bits(sign | float_bits(float_from_bits(rest << 20) * 0x1p120f));
 }
 
-// ------------------------------------------------------------------------------------------------
-// from fp32
+// ----------------------------------------------------------------------------------- from fp32
 
 PW_DEVICE void from_float(float x, float& y) { y = x; }
 PW_DEVICE void from_float(float x, BFloat16& y) {
@@ -72,8 +70,7 @@ PW_DEVICE void from_float(float x, int8_t& y) {
     y = static_cast<int8_t>(x > 127.0f ? 127.0f : x < -127.0f ? -127.0f : x);
 }
 
-// ------------------------------------------------------------------------------------------------
-// tensor core operands
+// ------------------------------------------------------------------------ tensor core operands
 
 // Operands of the 16-bit tensor core step.
 template <class T>

@@ -9,6 +9,8 @@
     __global__ __launch_bounds__(threads, min_blocks_per_sm)
 #define PW_UNROLL _Pragma("unroll")
 #define PW_NO_UNROLL _Pragma("unroll 1")
+#define PW_PRAGMA(x) _Pragma(#x)
+#define PW_UNROLL_BY(n) PW_PRAGMA(unroll n)
 
 namespace pagewire {
 
@@ -20,8 +22,7 @@ PW_DEVICE uint32_t block_y() { return blockIdx.y; }
 PW_DEVICE uint32_t grid_x() { return gridDim.x; }
 PW_DEVICE char* shared_memory() { return reinterpret_cast<char*>(pagewire_shared_memory); }
 
-// ------------------------------------------------------------------------------------------------
-// barriers, warps
+// ----------------------------------------------------------------------------- barriers, warps
 
 PW_DEVICE void sync_block() { __syncthreads(); }
 PW_DEVICE void sync_warp() { __syncwarp(); }
@@ -46,8 +47,7 @@ PW_DEVICE void atomic_max(int64_t* p, int64_t value) {
     atomicMax(reinterpret_cast<long long*>(p), static_cast<long long>(value));
 }
 
-// ------------------------------------------------------------------------------------------------
-// memory
+// -------------------------------------------------------------------------------------- memory
 
 PW_DEVICE uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -119,8 +119,7 @@ PW_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
 }
 
-// ------------------------------------------------------------------------------------------------
-// tensor core
+// --------------------------------------------------------------------------------- tensor core
 
 // Four 8x8 matrices of 16-bit values; lane 8i + r gives the address of row r of matrix i.
 PW_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
@@ -153,8 +152,7 @@ PW_DEVICE void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32
     }
 }
 
-// ------------------------------------------------------------------------------------------------
-// arithmetic
+// ---------------------------------------------------------------------------------- arithmetic
 
 PW_DEVICE float exp2_fast(float x) {
     float y;

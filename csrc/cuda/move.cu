@@ -93,8 +93,7 @@ PW_DEVICE int64_t scale_offset_of(const MoveSide& side, const Row& r, bool by_sl
            r.head * side.scale_stride_head;
 }
 
-// ------------------------------------------------------------------------------------------------
-// byte copy
+// ----------------------------------------------------------------------------------- byte copy
 
 template <class Chunk>
 PW_DEVICE Chunk zero_chunk() {
@@ -189,8 +188,7 @@ void copy_kernel(const MovePlan<kLayers> p) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------
-// conversion
+// ---------------------------------------------------------------------------------- conversion
 
 // kElements consecutive elements as fp32; `count` of them exist.
 template <class T>
@@ -363,8 +361,7 @@ void convert_kernel(const MovePlan<kLayers> p) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------
-// host
+// ---------------------------------------------------------------------------------------- host
 
 int64_t alignment(int64_t bits) { return bits ? std::min<int64_t>(bits & -bits, 16) : 16; }
 

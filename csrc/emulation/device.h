@@ -15,6 +15,7 @@
 #define PW_KERNEL(threads, min_blocks_per_sm)
 #define PW_UNROLL
 #define PW_NO_UNROLL
+#define PW_UNROLL_BY(n)
 
 namespace pagewire {
 
@@ -27,8 +28,7 @@ inline uint32_t block_y() { return Block::running().block().y; }
 inline uint32_t grid_x() { return Block::running().grid().x; }
 inline char* shared_memory() { return Block::running().shared(); }
 
-// ------------------------------------------------------------------------------------------------
-// barriers, warps
+// ----------------------------------------------------------------------------- barriers, warps
 
 inline void sync_block(Where where = Where::here()) { Block::running().sync_block(where); }
 inline void sync_warp(Where where = Where::here()) { Block::running().sync_warp(where); }
@@ -93,8 +93,7 @@ inline int atomic_add(int* p, int value) {
 }
 inline void atomic_max(int64_t* p, int64_t value) { *p = std::max(*p, value); }
 
-// ------------------------------------------------------------------------------------------------
-// memory
+// -------------------------------------------------------------------------------------- memory
 
 template <class T>
 T load_shared(const T* p, Where where = Where::here()) {
@@ -144,8 +143,7 @@ inline void wait_copies() {
     Block::running().wait_copies(kInFlight);
 }
 
-// ------------------------------------------------------------------------------------------------
-// arithmetic
+// ---------------------------------------------------------------------------------- arithmetic
 
 inline uint32_t float_bits(float x) {
     uint32_t bits;
@@ -245,8 +243,7 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     return result;
 }
 
-// ------------------------------------------------------------------------------------------------
-// tensor core
+// --------------------------------------------------------------------------------- tensor core
 
 inline void load_matrices(uint32_t (&r)[4], const void* row, Where where = Where::here()) {
     emulation::load_matrices(r, row, false, where);
