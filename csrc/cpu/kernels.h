@@ -8,7 +8,7 @@
 
 namespace pagewire::cpu {
 
-constexpr int kKeyBlock = 32;  // keys the few-rows kernel takes at a time
+constexpr int kKeyBlock = 64;  // keys the few-rows kernel takes at a time
 constexpr int kFewRows =
     16;  // rows (tokens x group_size) of a request up to which the few-rows kernel takes it
 constexpr int kTileRows = 192;   // rows of a tile, unless one token has more
@@ -119,6 +119,7 @@ struct Kernels {
     void (*merge_states)(const MergeParams&, int64_t row_begin, int64_t row_end,
                          float* weights);  // weights [n]
     void (*move_rows)(const MoveParams&, int64_t token_begin, int64_t token_end);
+    float (*read)(const float* data, int64_t count);  // nothing but loads: the roof of decode
 };
 
 extern const Kernels kAvx512, kAvx2, kNeon, kScalar;

@@ -38,27 +38,6 @@ inline F lane_index() {
     return load(lanes);
 }
 
-// Every load and store of fewer than kLanes elements goes through a buffer, so that nothing beyond
-// a row is touched.
-template <class T>
-inline F load_some(const T* p, int n) {
-    if (n >= kLanes) return load(p);
-    T buffer[kLanes] = {};
-    __builtin_memcpy(buffer, p, n * sizeof(T));
-    return load(buffer);
-}
-
-template <class T>
-inline void store_some(T* p, F x, int n) {
-    if (n >= kLanes) {
-        store(p, x);
-        return;
-    }
-    T buffer[kLanes];
-    store(buffer, x);
-    __builtin_memcpy(p, buffer, n * sizeof(T));
-}
-
 template <class T>
 inline void load_row(const T* from, int64_t width, float* to) {
     for (int64_t i = 0; i < width; i += kLanes)

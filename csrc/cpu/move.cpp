@@ -42,4 +42,14 @@ void merge_states(const MergeParams& p, const Kernels& kernels, int num_threads)
     });
 }
 
+float read(const float* data, int64_t count, const Kernels& kernels, int num_threads) {
+    const int64_t each = kBytesPerTask;
+    std::vector<float> tops(num_threads, data[0]);
+    parallel_for(num_threads, (count + each - 1) / each, [&](int64_t i, int slot) {
+        tops[slot] =
+            std::max(tops[slot], kernels.read(data + i * each, std::min(each, count - i * each)));
+    });
+    return *std::max_element(tops.begin(), tops.end());
+}
+
 }  // namespace pagewire::cpu

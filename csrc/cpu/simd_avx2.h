@@ -47,11 +47,12 @@ inline F scale_by_power(F p, F n) {
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(normal), _mm256_set1_epi32(127)), 23);
     return select(less(n, set1(-126.0f)), zero(), mul(p, _mm256_castsi256_ps(exponent)));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Lane i of the result is the sum of a[i].
 inline F sums(const F* a) {
     F quad[2];
+#pragma GCC unroll 4
     for (int i = 0; i < 2; ++i) {
         const F x = pair_sums(a[4 * i], a[4 * i + 1]), y = pair_sums(a[4 * i + 2], a[4 * i + 3]);
         quad[i] = _mm256_add_ps(
@@ -68,6 +69,7 @@ inline __m256d as_pd(__m256 a) { return _mm256_castps_pd(a); }
 // Rows become columns.
 inline void transpose(F* a) {
     F b[8];
+#pragma GCC unroll 4
     for (int i = 0; i < 8; i += 4) {
         const F lo0 = _mm256_unpacklo_ps(a[i], a[i + 1]), hi0 = _mm256_unpackhi_ps(a[i], a[i + 1]);
         const F lo1 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]),
@@ -77,6 +79,7 @@ inline void transpose(F* a) {
         b[i + 2] = as_ps(_mm256_unpacklo_pd(as_pd(hi0), as_pd(hi1)));
         b[i + 3] = as_ps(_mm256_unpackhi_pd(as_pd(hi0), as_pd(hi1)));
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         a[i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
         a[4 + i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
@@ -159,6 +162,7 @@ inline void store(Float8E5M2* p, F x) { store_bytes(p, to_float8<2, 15>(x)); }
 template <class T>
 struct Wide {  // see simd_avx512.h
     static constexpr int kVecs = 1;
+    static constexpr float kFactor = 1.0f;
     static void load(const T* p, F* x) { x[0] = ::pagewire::cpu::load(p); }
     static constexpr int source(int i) { return i; }
 };
@@ -166,6 +170,7 @@ struct Wide {  // see simd_avx512.h
 template <>
 struct Wide<BFloat16> {  // even elements, then odd ones
     static constexpr int kVecs = 2;
+    static constexpr float kFactor = 1.0f;
     static void load(const BFloat16* p, F* x) {
         const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         x[0] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));

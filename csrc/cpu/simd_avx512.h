@@ -31,7 +31,9 @@ inline float sum(F a) { return _mm512_reduce_add_ps(a); }
 inline float maximum(F a) { return _mm512_reduce_max_ps(a); }
 // p * 2^n for integral n in [-200, 0]; 0 where it underflows.
 inline F scale_by_power(F p, F n) { return _mm512_scalef_ps(p, n); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache: the first has room for what is being worked on, and few fill
+// buffers.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline F pair_sums(F a, F b) {  // within 128-bit lanes: a0+a2, b0+b2, a1+a3, b1+b3
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -40,6 +42,7 @@ inline F pair_sums(F a, F b) {  // within 128-bit lanes: a0+a2, b0+b2, a1+a3, b1
 // Lane i of the result is the sum of a[i].
 inline F sums(const F* a) {
     F quad[4];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         const F x = pair_sums(a[4 * i], a[4 * i + 1]), y = pair_sums(a[4 * i + 2], a[4 * i + 3]);
         quad[i] = _mm512_add_ps(
@@ -59,6 +62,7 @@ inline __m512d as_pd(__m512 a) { return _mm512_castps_pd(a); }
 // Rows become columns.
 inline void transpose(F* a) {
     F b[16];
+#pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
         const F lo0 = _mm512_unpacklo_ps(a[i], a[i + 1]), hi0 = _mm512_unpackhi_ps(a[i], a[i + 1]);
         const F lo1 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]),
@@ -88,27 +92,44 @@ inline __m256i load_words(const void* p) {
 }
 inline __m128i load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
-inline F load(const Float16* p) { return _mm512_cvtph_ps(load_words(p)); }
-inline F load(const BFloat16* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_words(p)), 16));
+inline F widen(const Float16*, __m256i words) { return _mm512_cvtph_ps(words); }
+inline F widen(const BFloat16*, __m256i words) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
-inline F load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bytes(p))); }
-inline F load(const Float8E5M2* p) {  // e5m2 is the upper byte of a half
-    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(load_bytes(p)), 8));
+inline F widen(const int8_t*, __m128i bytes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+inline F widen(const Float8E5M2*, __m128i bytes) {  // e5m2 is the upper byte of a half
+    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
 }
 inline F with_nan(M nan, F x) {  // the sign stays
     return _mm512_mask_or_ps(x, nan, x, set1(__builtin_nanf("")));
 }
-inline F load(
-    const Float8E4M3* p) {  // exponent and mantissa moved into a half are 2^-8 of the value
-    const __m128i bytes = load_bytes(p);
-    const __m256i words = _mm256_cvtepi8_epi16(bytes);
-    const __m256i half =
-        _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(short(0xbf80)));
-    const M nan =
-        _mm_cmpeq_epi8_mask(_mm_and_si128(bytes, _mm_set1_epi8(0x7f)), _mm_set1_epi8(0x7f));
-    const F x = _mm512_mul_ps(_mm512_cvtph_ps(half), set1(256.0f));
-    return with_nan(nan, x);
+inline F widen(const Float8E4M3*, __m128i bytes) {  // moved into a half: 2^-8 of the value
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7),
+                                          _mm256_set1_epi16(short(0xbf80)));
+    const __m128i magnitude = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
+    const M nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(0x7f));
+    return with_nan(nan, _mm512_mul_ps(_mm512_cvtph_ps(half), set1(256.0f)));
+}
+
+inline F load(const Float16* p) { return widen(p, load_words(p)); }
+inline F load(const BFloat16* p) { return widen(p, load_words(p)); }
+inline F load(const int8_t* p) { return widen(p, load_bytes(p)); }
+inline F load(const Float8E5M2* p) { return widen(p, load_bytes(p)); }
+inline F load(const Float8E4M3* p) { return widen(p, load_bytes(p)); }
+
+// The first n elements, 0 for the rest; nothing beyond them is touched.
+inline M first(int n) { return n >= kLanes ? M(0xffff) : M((1u << n) - 1); }
+template <class T>
+inline F load_some(const T* p, int n) {
+    if constexpr (sizeof(T) == 4) {
+        return _mm512_maskz_loadu_ps(first(n), p);
+    } else if constexpr (sizeof(T) == 2) {
+        return widen(p, _mm256_maskz_loadu_epi16(first(n), p));
+    } else {
+        return widen(p, _mm_maskz_loadu_epi8(first(n), p));
+    }
 }
 
 inline void store_bytes(void* p, __m512i lanes) {
@@ -158,26 +179,61 @@ inline __m512i to_float8(F x) {
 inline void store(Float8E4M3* p, F x) { store_bytes(p, to_float8<3, 7>(x)); }
 inline void store(Float8E5M2* p, F x) { store_bytes(p, to_float8<2, 15>(x)); }
 
-// ---- wide loads: one 64-byte load becomes kVecs vectors, in whatever order is cheapest; element i
-// of the memory order source(i) says which element lands at position i of the vectors.
+template <class T>
+inline void store_some(T* p, F x, int n) {
+    if (n >= kLanes) return store(p, x);
+    if constexpr (sizeof(T) == 4) {
+        _mm512_mask_storeu_ps(p, first(n), x);
+    } else {
+        T buffer[kLanes];
+        store(buffer, x);
+        __builtin_memcpy(p, buffer, n * sizeof(T));
+    }
+}
+
+// ---- wide loads: one cache line becomes kVecs vectors, in whatever order and scale is cheapest.
+// Position i of the vectors holds element source(i); the values are 1 / kFactor of the true ones.
 
 template <class T>
 struct Wide {
     static constexpr int kVecs = 1;
+    static constexpr float kFactor = 1.0f;
     static void load(const T* p, F* x) { x[0] = ::pagewire::cpu::load(p); }
     static constexpr int source(int i) { return i; }
 };
 
 template <>
-struct Wide<BFloat16> {  // even elements, then odd ones: a shift and a mask instead of two widening
-                         // moves
+struct Wide<BFloat16> {  // even elements, then odd ones: a shift and a mask, no widening moves
     static constexpr int kVecs = 2;
+    static constexpr float kFactor = 1.0f;
     static void load(const BFloat16* p, F* x) {
         const __m512i words = _mm512_loadu_si512(p);
         x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
         x[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
     }
     static constexpr int source(int i) { return i < 16 ? 2 * i : 2 * (i - 16) + 1; }
+};
+
+template <>
+struct Wide<Float16> {
+    static constexpr int kVecs = 2;
+    static constexpr float kFactor = 1.0f;
+    static void load(const Float16* p, F* x) {
+        x[0] = ::pagewire::cpu::load(p);
+        x[1] = ::pagewire::cpu::load(p + 16);
+    }
+    static constexpr int source(int i) { return i; }
+};
+
+template <>
+struct Wide<int8_t> {
+    static constexpr int kVecs = 4;
+    static constexpr float kFactor = 1.0f;
+    static void load(const int8_t* p, F* x) {
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) x[u] = ::pagewire::cpu::load(p + 16 * u);
+    }
+    static constexpr int source(int i) { return i; }
 };
 
 inline void widen_halves(__m512i half, F* x) {
@@ -189,6 +245,7 @@ constexpr int even_then_odd(int i) { return i < 32 ? 2 * i : 2 * (i - 32) + 1; }
 template <>
 struct Wide<Float8E5M2> {
     static constexpr int kVecs = 4;
+    static constexpr float kFactor = 1.0f;
     static void load(const Float8E5M2* p, F* x) {
         const __m512i bytes = _mm512_loadu_si512(p);
         widen_halves(_mm512_slli_epi16(bytes, 8), x);
@@ -200,22 +257,23 @@ struct Wide<Float8E5M2> {
 template <>
 struct Wide<Float8E4M3> {
     static constexpr int kVecs = 4;
+    static constexpr float kFactor = 256.0f;
     static void load(const Float8E4M3* p, F* x) {
         const __m512i bytes = _mm512_loadu_si512(p);
-        const __m512i keep = _mm512_set1_epi16(short(0xbf80));
+        const __m512i keep = _mm512_set1_epi16(short(0xbf80)), all = _mm512_set1_epi16(0x3f80);
         const __m512i even =
             _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 1), keep);
         const __m512i odd = _mm512_and_si512(_mm512_srai_epi16(bytes, 1), keep);
         widen_halves(even, x);
         widen_halves(odd, x + 2);
-        for (int j = 0; j < 4; ++j) x[j] = _mm512_mul_ps(x[j], set1(256.0f));
-        const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));
-        const __mmask64 nan = _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(0x7f));
-        if (__builtin_expect(nan != 0, 0)) {
-            for (int j = 0; j < 64; ++j) {
-                const int at = (j & 1) * 32 + j / 2;
-                if (nan >> j & 1) x[at / 16] = with_nan(M(1u << (at % 16)), x[at / 16]);
-            }
+        const __m512i low = _mm512_set1_epi8(0x7f);
+        if (__builtin_expect(_mm512_cmpeq_epi8_mask(_mm512_and_si512(bytes, low), low) != 0, 0)) {
+            const __mmask32 e = _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, all), all);
+            const __mmask32 o = _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, all), all);
+            x[0] = with_nan(M(e), x[0]);
+            x[1] = with_nan(M(e >> 16), x[1]);
+            x[2] = with_nan(M(o), x[2]);
+            x[3] = with_nan(M(o >> 16), x[3]);
         }
     }
     static constexpr int source(int i) { return even_then_odd(i); }

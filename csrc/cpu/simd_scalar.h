@@ -195,6 +195,7 @@ inline void store(Float8E5M2* p, F x) {
 template <class T>
 struct Wide {  // see simd_avx512.h
     static constexpr int kVecs = 1;
+    static constexpr float kFactor = 1.0f;
     static void load(const T* p, F* x) { x[0] = ::pagewire::cpu::load(p); }
     static constexpr int source(int i) { return i; }
 };

@@ -16,3 +16,14 @@ void merge_states(const MergeParams& p, int64_t row_begin, int64_t row_end, floa
         merge_states<typename decltype(tag)::type>(p, row_begin, row_end, weights);
     });
 }
+
+float read(const float* data, int64_t count) {
+    F x[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t i = 0; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        for (int u = 0; u < 4; ++u) {
+            prefetch(data + i + u * kLanes + 1024);
+            x[u] = max(x[u], load(data + i + u * kLanes));
+        }
+    }
+    return maximum(max(max(x[0], x[1]), max(x[2], x[3])));
+}

@@ -11,6 +11,7 @@ namespace pagewire::cpu {
 namespace {
 
 #include "cpu/simd_avx2.h"
+#include "cpu/tails-inl.h"
 #include "cpu/math-inl.h"
 #include "cpu/softmax-inl.h"
 #include "cpu/few_rows-inl.h"
@@ -21,7 +22,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", attend_few_rows, attend_tile, merge_states, move_rows};
+const Kernels kAvx2 = {"avx2", attend_few_rows, attend_tile, merge_states, move_rows, read};
 
 }  // namespace pagewire::cpu
 #endif

@@ -21,7 +21,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", attend_few_rows, attend_tile, merge_states, move_rows};
+const Kernels kAvx512 = {"avx512", attend_few_rows, attend_tile, merge_states, move_rows, read};
 
 }  // namespace pagewire::cpu
 #endif

@@ -7,6 +7,7 @@ namespace pagewire::cpu {
 namespace {
 
 #include "cpu/simd_scalar.h"
+#include "cpu/tails-inl.h"
 #include "cpu/math-inl.h"
 #include "cpu/softmax-inl.h"
 #include "cpu/few_rows-inl.h"
@@ -17,6 +18,6 @@ namespace {
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", attend_few_rows, attend_tile, merge_states, move_rows};
+const Kernels kScalar = {"scalar", attend_few_rows, attend_tile, merge_states, move_rows, read};
 
 }  // namespace pagewire::cpu

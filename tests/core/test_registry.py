@@ -76,9 +76,9 @@ def test_import_loads_no_kernel_and_touches_no_device():
 
 
 def test_import_is_quick():
-    """< 50 ms of CPU time beyond torch, byte-compiled as an installed package is; the fastest of five processes."""
+    """< 50 ms of CPU time beyond torch, byte-compiled as an installed package is; the fastest of three."""
     code = "import torch, time; t = time.process_time(); import pagewire; print(time.process_time() - t)"
-    assert min(float(run(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(5)) < 0.05
+    assert min(float(run(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(3)) < 0.05
 
 
 def test_server_package_needs_no_torch():

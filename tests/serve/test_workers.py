@@ -64,14 +64,18 @@ def test_a_pair_answers_and_every_byte_of_kv_arrives(model: Path, pair: Workers)
         (verified,) = pair.named("kv_verify", request_id)
         assert verified.args["equal"] == 1
         (transfer,) = pair.named("transfer_total", request_id)
-        assert transfer.args["bytes"] == length * 2 * 3 * 2 * 16 * 4  # K, V; layers, heads, dim, fp32
+        assert (
+            transfer.args["bytes"] == length * 2 * 3 * 2 * 16 * 4
+        )  # K, V; layers, heads, dim, fp32
 
 
 def test_the_phases_of_a_request_follow_each_other(pair: Workers) -> None:
     """queue_p, prefill, exposed, queue_d and decode partition its time, but for a frame's flight."""
     pair.submit("phases", prompt_of(50), MAX_TOKENS)
     pair.until_ended("phases")
-    pair.until(lambda: pair.named("exposed", "phases") != [] and pair.named("decode", "phases") != [])
+    pair.until(
+        lambda: pair.named("exposed", "phases") != [] and pair.named("decode", "phases") != []
+    )
     names = ("queue_p", "prefill", "exposed", "queue_d", "decode")
     spans = [pair.named(name, "phases") for name in names]
     assert [len(span) for span in spans] == [1] * len(names)
@@ -80,7 +84,12 @@ def test_the_phases_of_a_request_follow_each_other(pair: Workers) -> None:
     assert starts[1] == ends[0] and starts[2] >= ends[1] and starts[4] == ends[3]
     assert starts == sorted(starts) and ends[4] == max(ends)
     chunks = pair.named("prefill_chunk", "phases")
-    assert [(c.args["start"], c.args["stop"]) for c in chunks] == [(0, 16), (16, 32), (32, 48), (48, 50)]
+    assert [(c.args["start"], c.args["stop"]) for c in chunks] == [
+        (0, 16),
+        (16, 32),
+        (32, 48),
+        (48, 50),
+    ]
 
 
 def test_cancelled_requests_leave_no_page_behind(pair: Workers) -> None:
@@ -108,9 +117,13 @@ def test_logits_agree_with_one_process(model: Path, pair: Workers, tmp_path: Pat
     finally:
         workers.stop()
     for request_id in ids:
-        ours, theirs = (load_file(d / f"{request_id}.prefill.safetensors") for d in (record_dir, tmp_path))
+        ours, theirs = (
+            load_file(d / f"{request_id}.prefill.safetensors") for d in (record_dir, tmp_path)
+        )
         torch.testing.assert_close(ours["logits"], theirs["logits"], atol=1e-4, rtol=1e-4)
-        ours, theirs = (load_file(d / f"{request_id}.decode.safetensors") for d in (record_dir, tmp_path))
+        ours, theirs = (
+            load_file(d / f"{request_id}.decode.safetensors") for d in (record_dir, tmp_path)
+        )
         assert ours["logits"].shape == (MAX_TOKENS - 1, 320)
         assert ours["token_ids"].tolist() == pair.output(request_id)
         same = ours["token_ids"] == theirs["token_ids"]
@@ -145,7 +158,10 @@ def test_killing_p_ends_d_with_a_word_on_every_request(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"fingerprint": b"g" * 32}, "fingerprint: expected 6666666666666666, got 6767676767676767"),
+        (
+            {"fingerprint": b"g" * 32},
+            "fingerprint: expected 6666666666666666, got 6767676767676767",
+        ),
         ({"num_layers": 4}, "num_layers: expected 3, got 4"),
         ({"num_kv_heads": 8}, "num_kv_heads: expected 2, got 8"),
         ({"dtype": "bfloat16"}, "dtype: expected float32, got bfloat16"),

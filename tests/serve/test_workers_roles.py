@@ -147,7 +147,9 @@ def test_a_stop_token_ends_the_request_and_is_not_sent(pair: Stepped) -> None:
 
 
 @pytest.mark.parametrize("side", ["p", "d"])
-def test_a_forward_that_raises_fails_its_batch_only(pair: Stepped, side: str, patch: pytest.MonkeyPatch) -> None:
+def test_a_forward_that_raises_fails_its_batch_only(
+    pair: Stepped, side: str, patch: pytest.MonkeyPatch
+) -> None:
     check = bystander(pair)
     pair.until(lambda: 1 in pair.tokens["bystander"])  # in D, past P
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
@@ -167,7 +169,9 @@ def test_a_forward_that_raises_fails_its_batch_only(pair: Stepped, side: str, pa
 
 
 @pytest.mark.parametrize("side", ["p", "d"])
-def test_nan_fails_its_own_request_only(pair: Stepped, side: str, patch: pytest.MonkeyPatch) -> None:
+def test_nan_fails_its_own_request_only(
+    pair: Stepped, side: str, patch: pytest.MonkeyPatch
+) -> None:
     """Both requests are in the batch; the row of one is NaN."""
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
@@ -188,7 +192,9 @@ def test_nan_fails_its_own_request_only(pair: Stepped, side: str, patch: pytest.
     check()
 
 
-def test_packing_that_raises_fails_its_request_only(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
+def test_packing_that_raises_fails_its_request_only(
+    pair: Stepped, patch: pytest.MonkeyPatch
+) -> None:
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pack = pair.p._packing.pack
@@ -321,5 +327,7 @@ def test_bytes_that_are_no_frame_change_nothing(pair: Stepped) -> None:
     check()
     pair.until(lambda: len(pair.named("refused")) == 4)
     reasons = [str(event.args["reason"]) for event in pair.named("refused")]
-    for reason, word in zip(reasons, ("frame of 0 bytes", "version", "Ack", "not receiving"), strict=True):
+    for reason, word in zip(
+        reasons, ("frame of 0 bytes", "version", "Ack", "not receiving"), strict=True
+    ):
         assert word in reason

@@ -113,12 +113,16 @@ class FrontEnd:
 class Workers(FrontEnd):
     """P and D (or one colocated process) as real processes."""
 
-    def __init__(self, config: WorkerConfig, roles: tuple[str, ...] = ("decode", "prefill")) -> None:
+    def __init__(
+        self, config: WorkerConfig, roles: tuple[str, ...] = ("decode", "prefill")
+    ) -> None:
         super().__init__()
         self.processes: dict[str, subprocess.Popen] = {}
         peers = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for role, peer in zip(roles, peers, strict=False):
-            self.processes[role] = spawn(role, config, self.connect(role), peer if len(roles) > 1 else None)
+            self.processes[role] = spawn(
+                role, config, self.connect(role), peer if len(roles) > 1 else None
+            )
         for peer in peers:
             peer.close()
         self.until(lambda: len(self.ready) == len(roles))
@@ -127,7 +131,9 @@ class Workers(FrontEnd):
         deadline = time.monotonic() + timeout_s
         self.poll()
         while not condition():
-            assert time.monotonic() < deadline, f"not within {timeout_s} s: {self.ends}, {self.gauges}"
+            assert time.monotonic() < deadline, (
+                f"not within {timeout_s} s: {self.ends}, {self.gauges}"
+            )
             wait([c for role, c in self.channels.items() if role not in self.closed], 0.2)
             self.poll()
 

@@ -137,7 +137,9 @@ def test_a_bad_payload_fails_its_request_and_returns_the_slot() -> None:
 
 
 @pytest.mark.parametrize("end", ["cancel", "fail"])
-@pytest.mark.parametrize("phase", ["waiting", "granted", "prefilling", "draining", "pushed", "committed"])
+@pytest.mark.parametrize(
+    "phase", ["waiting", "granted", "prefilling", "draining", "pushed", "committed"]
+)
 @pytest.mark.parametrize("side", ["d", "p"])
 def test_ending_a_request_in_every_phase(side: str, phase: str, end: str) -> None:
     """One answer, one ABORT unless there is nobody to tell, nothing left behind, and the next one runs."""

@@ -189,7 +189,8 @@ class Merge:
 
     @property
     def id(self) -> str:
-        return f"merge {self.num_states}x{_count(self.num_tokens)}t H{self.num_heads} D{self.head_dim} {SHORT[self.dtype]}"
+        count = f"{self.num_states}x{_count(self.num_tokens)}t"
+        return f"merge {count} H{self.num_heads} D{self.head_dim} {SHORT[self.dtype]}"
 
     @property
     def cold_bytes(self) -> int:

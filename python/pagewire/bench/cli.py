@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         return _say("--device cuda: torch sees no CUDA device here")
     torch.set_num_threads(args.threads or machine.cores())
     if args.tune is not None:
-        return tune.main(args.tune, device)
+        return tune.main(args.tune, device, args.minutes or 5.0)
     gated = args.record or args.check
     try:
         chosen = peers.chosen(args.peers or (gate.PEERS if gated else None), device)

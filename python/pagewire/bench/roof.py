@@ -13,6 +13,7 @@ from torch import Tensor
 from pagewire.bench.timing import Clock
 
 _GPU_BYTES, _CPU_BYTES, _SMOKE_BYTES = 1 << 30, 256 << 20, 1 << 20
+_SECONDS = 1.0  # of each measurement, at most
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ def _readers(source: Tensor) -> tuple[Callable[[], object], ...]:
 
 
 def _best(clock: Clock, call: Callable[[], object]) -> float:
-    """Median µs; for a second at most."""
+    """Median µs."""
     call()
     times: list[float] = []
-    stop = time.perf_counter() + 1.0
+    stop = time.perf_counter() + _SECONDS
     while len(times) < 3 or (len(times) < 15 and time.perf_counter() < stop):
         times.append(clock.time(call)[0])
     return sorted(times)[len(times) // 2]

@@ -79,7 +79,9 @@ def run(settings: Settings, cases: Sequence[Case]) -> Result:
         if left < 0:
             result.late.append(case.id)
             continue
-        seconds = min(_SECONDS[settings.device], _SETUP_SHARE * left / (len(cases) - at))
+        seconds = min(
+            0.05 if smoke else _SECONDS[settings.device], _SETUP_SHARE * left / (len(cases) - at)
+        )
         case_rows = _case(settings, case, peers, arena, clock, roof, seconds)
         table.case(case_rows, case.op)
         result.rows += case_rows

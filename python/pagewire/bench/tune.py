@@ -1,10 +1,211 @@
-"""`--tune`: tries configurations of the Triton kernels and prints rows for the tuning table. A person commits them."""
+"""`--tune`: tries tile shapes of the Triton kernels and prints rows for the tuning table. A person commits them.
+
+One field after another is varied around the present row, each candidate checked, then timed in turn with the present
+row on the same cold buffers. The library never does this by itself: its table is data.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from pagewire.bench import machine as machines
+from pagewire.bench.arena import Arena
+from pagewire.bench.attention import AttentionWork
+from pagewire.bench.cases import Attention
+from pagewire.bench.timing import Clock, interleave
+from pagewire.bench.work import Contender, DoesNotFit
+from pagewire.kernels import tuning
+from pagewire.kernels.tuning import KernelConfig, Key
+
+KERNELS = ("decode", "prefill")
+_SECONDS = 0.3  # of timing per candidate and case
+_WORTH = 1.02  # a row is proposed when it is this much faster: less is noise
+_CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
+    "decode": {
+        "BLOCK_N": (16, 32, 64, 128),
+        "num_stages": (2, 3, 4, 5, 6),
+        "num_warps": (2, 4, 8),
+        "programs_per_processor": (1, 2, 3, 4),
+    },
+    "prefill": {
+        "BLOCK_M": (64, 128),
+        "BLOCK_N": (32, 64, 128),
+        "num_stages": (2, 3, 4),
+        "num_warps": (4, 8),
+    },
+}
 
 
-def main(kernels: str, device: str) -> int:
-    print("pagewire bench --tune: not yet", file=sys.stderr)
-    return 1
+@dataclass(frozen=True)
+class Target:
+    """One row of the table and the cases that speak for it."""
+
+    kernel: str
+    key: Key
+    cases: tuple[Attention, ...]
+
+    @property
+    def table(self) -> MutableMapping[Key, KernelConfig]:
+        return tuning.DECODE if self.kernel == "decode" else tuning.PREFILL
+
+
+def targets(kernels: Sequence[str], arch: int) -> list[Target]:
+    """The rows worth a sweep on an architecture, those of the most common models first."""
+    found = []
+    kv_dtypes = (None, torch.float8_e4m3fn)
+    for kernel in kernels:
+        batches: tuple[tuple[str, ...], ...] = (("q8k", "4q2k", "q1ks4k"),)
+        if kernel == "decode":  # 16, 32 and 64 packed rows at 4 query heads to a kv head
+            batches = (("32q1s4k", "q1s16k", "8q1s2k"), ("32q8s4k",), ("32q16s4k",))
+        for batch, kv_dtype, head_dim in product(batches, kv_dtypes, (128, 64, 256)):
+            cases = tuple(Attention("tune", b, head_dim=head_dim, kv_dtype=kv_dtype) for b in batch)
+            found.append(Target(kernel, key_of(kernel, cases[0], arch), cases))
+    return found
+
+
+def key_of(kernel: str, case: Attention, arch: int) -> Key:
+    sizes = case.dtype.itemsize, case.stored.itemsize
+    problem = tuning.Problem(arch, case.head_dim, *sizes, case.page_size)
+    rows = max(r.q_len for r in case.requests) * case.heads[0] // case.heads[1]
+    return tuning.key(problem, rows if kernel == "decode" else 0)
+
+
+def search(
+    start: KernelConfig,
+    choices: dict[str, tuple[int, ...]],
+    speedup: Callable[[KernelConfig], float | None],
+    passes: int = 2,
+) -> tuple[KernelConfig, float]:
+    """(best, its speedup over `start`): per field the best value, the others held, until nothing changes.
+
+    Args:
+        speedup: over `start`; None for a candidate that does not compile, does not fit or is wrong.
+    """
+    best, gain = start, 1.0
+    tried = {start}
+    for _ in range(passes):
+        before = best
+        for name, values in choices.items():
+            for candidate in [best._replace(**{name: value}) for value in values]:
+                if candidate in tried:
+                    continue
+                tried.add(candidate)
+                found = speedup(candidate)
+                if found is not None and found > gain:
+                    best, gain = candidate, found
+        if best == before:
+            break
+    return best, gain
+
+
+@contextmanager
+def row(target: Target, config: KernelConfig) -> Iterator[None]:
+    """The table with another row, for as long as the block runs."""
+    present = target.table[target.key]
+    target.table[target.key] = config
+    try:
+        yield
+    finally:
+        target.table[target.key] = present
+
+
+def compare(
+    target: Target, config: KernelConfig, works: Sequence[AttentionWork], clock: Clock, backend: str
+) -> tuple[list[float], list[float]]:
+    """µs per case of the present row and of `config`.
+
+    Raises:
+        ValueError: the candidate's result is wrong; whatever its compilation raises.
+    """
+    present = target.table[target.key]
+    old, new = [], []
+    for work in works:
+        ours = work.ours(backend)
+
+        def use(row_config: KernelConfig) -> Callable[[int], None]:
+            return lambda copy: target.table.__setitem__(target.key, row_config)
+
+        with row(target, config):
+            verdict = work.check(ours)
+            if not verdict.ok:
+                raise ValueError(f"wrong: {verdict.reason}")
+            pair = [
+                Contender("present", ours.call, use(present)),
+                Contender("candidate", ours.call, use(config)),
+            ]
+            times = interleave(clock, pair, work.copies, _SECONDS)
+        old.append(times["present"].median)
+        new.append(times["candidate"].median)
+    return old, new
+
+
+def _tune(target: Target, arena: Arena, clock: Clock, stop: float) -> str:
+    """The line to print for a row: a proposal with its evidence, or why the present one stays."""
+    try:
+        works = [AttentionWork(case, arena) for case in target.cases]
+    except DoesNotFit as error:
+        return f"    # {target.key}: skipped, {error}"
+    present = target.table[target.key]
+    evidence: dict[KernelConfig, str] = {}
+
+    def speedup(config: KernelConfig) -> float | None:
+        if time.perf_counter() > stop:
+            return None
+        try:
+            old, new = compare(target, config, works, clock, "triton")
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [""])[0][:100]
+            print(f"    # {tuple(config)}: {type(error).__name__}: {text}", flush=True)
+            return None
+        gain = math.exp(sum(math.log(a / b) for a, b in zip(old, new, strict=True)) / len(old))
+        pairs = zip(target.cases, old, new, strict=True)
+        evidence[config] = ", ".join(f"{c.batch} {a:.1f} -> {b:.1f} µs" for c, a, b in pairs)
+        print(f"    # {tuple(config)}: {gain:.3f}x ({evidence[config]})", flush=True)
+        return gain
+
+    best, gain = search(present, _CHOICES[target.kernel], speedup)
+    cut = ", cut off by the minutes" if time.perf_counter() > stop else ""
+    if gain < _WORTH:
+        return f"    # {_shown(target.key)}: {tuple(present)} stays, best {gain:.3f}x{cut}"
+    return f"    {_shown(target.key)}: {_shown(best)},  # {gain:.2f}x of {tuple(present)}: {evidence[best]}{cut}"
+
+
+def _shown(value: Key | KernelConfig) -> str:
+    """As a line of the table is written."""
+    fields = [f'"{v}"' if isinstance(v, str) else str(v) for v in value]
+    return f"{type(value).__name__}({', '.join(fields)})"
+
+
+def main(kernels: str, device: str, minutes: float) -> int:
+    names = kernels.split(",")
+    if set(names) - set(KERNELS):
+        print(f"pagewire bench --tune: expected some of {', '.join(KERNELS)}, got {kernels!r}")
+        return 2
+    if device == "cpu":
+        print(
+            "pagewire bench --tune: nothing to tune on a CPU: the table holds tile shapes of the Triton kernels on "
+            "sm_80 and sm_90, which a CPU only interprets",
+            file=sys.stderr,
+        )
+        return 1
+    stop = time.perf_counter() + 60 * minutes
+    found = machines.describe(device)
+    clock = Clock(device)
+    arena = Arena(device, machines.cold_bytes(device), machines.free_bytes(device) // 2)
+    major, minor = torch.cuda.get_device_capability()
+    print(f"# {found.device}, {found.clocks}, triton {found.triton}, {found.commit}, {found.date}")
+    with torch.inference_mode():
+        for target in targets(names, 10 * major + minor):
+            if time.perf_counter() > stop:
+                print(f"    # {_shown(target.key)}: not reached in {minutes:g} minutes")
+                continue
+            print(_tune(target, arena, clock, stop), flush=True)
+    return 0

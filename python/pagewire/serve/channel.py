@@ -50,7 +50,9 @@ def frame_len(prefix: bytes | bytearray, channel: "Channel | None" = None) -> in
     """Bytes of the frame's body. Raises ChannelClosed on a length no sender of ours would write."""
     (length,) = LENGTH.unpack_from(prefix)
     if length > MAX_FRAME_BYTES:
-        raise ChannelClosed(f"expected a frame of <= {MAX_FRAME_BYTES} bytes, got {length}", channel)
+        raise ChannelClosed(
+            f"expected a frame of <= {MAX_FRAME_BYTES} bytes, got {length}", channel
+        )
     return length
 
 

@@ -39,8 +39,15 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def check(self) -> None:
         """Raises ValueError with one sentence naming the field, what it must be and what came."""
-        for name in ("page_size", "max_batch_size", "max_waiting", "prefill_chunk", "num_threads",
-                     "staging_bytes", "handoff_timeout_ms"):
+        for name in (
+            "page_size",
+            "max_batch_size",
+            "max_waiting",
+            "prefill_chunk",
+            "num_threads",
+            "staging_bytes",
+            "handoff_timeout_ms",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.num_pages < 1:

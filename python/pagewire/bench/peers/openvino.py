@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pagewire.bench.attention import AttentionWork
 from pagewire.bench.cases import Attention, Case
-from pagewire.bench.machine import cores, version
+from pagewire.bench.machine import version
 from pagewire.bench.peers import ATTENTION, Peer
 from pagewire.bench.work import Contender, Work
 
@@ -89,7 +89,7 @@ def _compile(case: Attention, max_seq_len: int) -> Any:
     ):  # fmt: skip
         node.get_rt_info()[name] = value
     settings = {
-        "INFERENCE_NUM_THREADS": str(cores()),
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
         "KV_CACHE_PRECISION": "f32" if case.dtype == torch.float32 else "f16",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",

@@ -102,6 +102,13 @@ def _half_only(case: Case) -> str | None:
     return _refuses(case)
 
 
+def _cudnn(case: Case) -> str | None:
+    assert isinstance(case, Attention)
+    if any(1 < r.q_len < r.seq_len for r in case.requests):
+        return "PyTorch gives it no mask for queries behind a past"
+    return _half_only(case)
+
+
 PEERS = (
     Peer("sdpa", ATTENTION, lambda device: None, _refuses, _with_gather),
     Peer("sdpa-dense", ATTENTION, lambda device: None, _refuses, _dense("sdpa-dense", nullcontext)),
@@ -110,7 +117,7 @@ PEERS = (
         _dense("sdpa-flash", lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)), ("cuda",),
     ),
     Peer(
-        "sdpa-cudnn", ATTENTION, _needs_cuda, _half_only,
+        "sdpa-cudnn", ATTENTION, _needs_cuda, _cudnn,
         _dense("sdpa-cudnn", lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)), ("cuda",),
     ),
 )  # fmt: skip

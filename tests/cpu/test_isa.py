@@ -1,0 +1,113 @@
+"""Every instruction set of this machine: the shared cases, and conversions over all bit patterns."""
+
+import pytest
+import torch
+
+import cases
+import pagewire as pw
+import tolerance
+from cases import bf16, e4m3, e5m2, fp16, fp32, int8
+from pagewire.quant import quantise
+
+_cpu = pytest.importorskip("pagewire._cpu")
+ISAS = _cpu.usable_isas()
+EVERY_FEW = (cases.DECODE + cases.PREFILL)[::3]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("PAGEWIRE_CPU_ISA", request.param)
+    return request.param
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize])
+
+
+def same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of a NaN only that it is one: torch itself keeps or drops its sign depending on where it stands."""
+    nan = expected.float().isnan()
+    assert torch.equal(got.float().isnan(), nan)
+    assert torch.equal(bits(got)[~nan], bits(expected)[~nan])
+
+
+@pytest.mark.parametrize("case", EVERY_FEW, ids=lambda c: c.id)
+def test_attention(case, isa):
+    call = cases.build(case)
+    tolerance.check(call, *call.run("cpu"))
+
+
+def convert(x: torch.Tensor, dtype: torch.dtype, scale: float | None) -> torch.Tensor:
+    """[rows, width] through append_kv (quantising) or pack_kv (a plain cast)."""
+    rows, width = x.shape
+    if scale is not None:
+        cache = torch.zeros(rows, 1, 1, width, dtype=dtype)
+        pw.append_kv(
+            x[:, None], x[:, None], cache, cache.clone(), torch.arange(rows),
+            k_scale=scale, v_scale=scale, backend="cpu",
+        )  # fmt: skip
+        return cache[:, 0, 0]
+    # no scales for an fp8 cache: 1.0
+    one = [torch.ones(())] if x.dtype.itemsize == 1 else None
+    kv = x.reshape(rows, 1, 1, width).contiguous()
+    cache = pw.PagedKVCache([kv], [kv.clone()], layout="NHD", k_scales=one, v_scales=one)
+    return pw.pack_kv(cache, torch.arange(rows), dtype=dtype, backend="cpu").k[0, 0]
+
+
+@pytest.mark.parametrize("width", [256, 61], ids=["whole vectors", "a tail"])
+@pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=cases.SHORT.get)
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=cases.SHORT.get)
+def test_quantising_is_bitwise_as_defined(dtype, kv_dtype, width, isa):
+    """All values of a 16-bit dtype: NaN, infinities, ties and subnormals."""
+    x = torch.arange(65536 // width * width, dtype=torch.int32).to(torch.uint16).view(dtype)
+    x = x.reshape(-1, width)
+    for scale in (1.0, 0.37):
+        same_bits(convert(x, kv_dtype, scale), quantise(x, scale, kv_dtype))
+
+
+@pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=cases.SHORT.get)
+def test_quantising_fp32_between_neighbours(kv_dtype, isa):
+    """Around every stored value and every midpoint of two: the exact tie and its fp32 neighbours."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kv_dtype).float()
+    values = codes[codes.isfinite()].sort().values
+    points = torch.cat([values, (values[1:] + values[:-1]) / 2])
+    around = [torch.nextafter(points, torch.full_like(points, s * torch.inf)) for s in (-1, 1)]
+    x = torch.stack([points, *around])
+    same_bits(convert(x, kv_dtype, 1.0), quantise(x, 1.0, kv_dtype))
+
+
+@pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=cases.SHORT.get)
+def test_reading_every_stored_byte(kv_dtype, isa):
+    """As one row of 256 (whole wide loads) and as rows of 13 (tails), packed and read by attention."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kv_dtype)
+    for x in (codes[None], codes[: 256 // 13 * 13].reshape(-1, 13)):
+        same_bits(convert(x, fp32, None), x.float())
+    # one key per code: its weight is 1, so that out is the value
+    v = codes.reshape(256, 1, 1, 1).repeat(1, 1, 1, 96)
+    out = torch.full((256, 1, 96), torch.nan)
+    table = torch.arange(256, dtype=torch.int32)[:, None]
+    k = torch.zeros_like(v.view(torch.uint8)).view(kv_dtype)
+    pw.decode(
+        torch.ones(256, 1, 96), k, v, table, torch.ones(256, dtype=torch.int32),
+        k_scale=1.0, v_scale=1.0, out=out, backend="cpu",
+    )  # fmt: skip
+    expected = codes.float()[:, None, None].expand_as(out)
+    finite = expected.isfinite()
+    assert torch.equal(out[finite], expected[finite])
+    assert out[expected.isnan()].isnan().all()
+
+
+@pytest.mark.parametrize("to", [bf16, fp16], ids=cases.SHORT.get)
+def test_rounding_fp32(to, isa):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-(2**31), 2**31, (64, 80), generator=g).to(torch.int32).view(fp32)
+    x[0, :6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 65520.0, 65519.996])
+    tie = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2**-25, 3 * 2**-25])
+    x[1, :6] = tie
+    same_bits(convert(x, to, None), x.to(to))
+
+
+def test_unknown_isa(monkeypatch):
+    monkeypatch.setenv("PAGEWIRE_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match="PAGEWIRE_CPU_ISA=sse9: .* have .*scalar"):
+        cases.build(cases.Attention((3,))).run("cpu")
