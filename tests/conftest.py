@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 
 import pagewire as pw  # noqa: E402
-from pagewire import registry  # noqa: E402
+from pagewire import emulation, registry  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,14 @@ def no_error_left_behind():
     """A device guard that fired in a test which did not expect it fails that test."""
     yield
     pw.check_errors()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds the CUDA emulation before the first test's clock runs."""
+    needed = any("cuda" in item.nodeid for item in session.items)
+    if needed and not session.config.option.collectonly and pw.backends(DEVICE)["cuda"] is None:
+        if DEVICE == "cpu":
+            emulation.load(emulation.mode())
 
 
 def pytest_report_header(config: pytest.Config) -> str:

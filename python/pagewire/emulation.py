@@ -113,20 +113,29 @@ def cache_dir() -> Path:
     return Path(base) / "emulation"
 
 
-@functools.cache
-def load(kind: str) -> ModuleType:
-    """The extension module, built first where needed (about a minute; the objects are kept in the cache)."""
+def build(kind: str) -> Path:
+    """The extension's file, built where needed (about a minute; objects and result stay in the cache)."""
+    import fcntl
+
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     folder = cache_dir() / kind
-    objects = compile_objects(sources(), kind, includes, folder)
-    digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    target = folder / f"_cuda_emulated-{digest}{suffix}"
-    if not target.exists():
-        link(objects, kind, target, shared=True)
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # one process builds, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        objects = compile_objects(sources(), kind, includes, folder)
+        digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+        target = folder / f"_cuda_emulated-{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not target.exists():
+            link(objects, kind, target, shared=True)
+    return target
+
+
+@functools.cache
+def load(kind: str) -> ModuleType:
+    """The extension module, built first where needed."""
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", build(kind))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

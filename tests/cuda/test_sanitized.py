@@ -25,6 +25,7 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess:
     reason = emulation.unavailable()
     if reason is not None:
         pytest.skip(reason)
+    emulation.build("asan")
     env = {
         **os.environ,
         "PAGEWIRE_EMULATE_CUDA": "asan",
@@ -36,7 +37,7 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess:
         "TRITON_INTERPRET": "0",
     }
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-s", "--no-header", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
 
@@ -56,11 +57,12 @@ def test_own_cases_under_sanitizers():
 
 
 OUT_OF_BOUNDS = """
-import torch, pagewire as pw
-q, k = torch.zeros(1, 1, 64, dtype=torch.bfloat16), torch.zeros(4, 16, 1, 64, dtype=torch.bfloat16)
-lies = torch.as_strided(k[:1].clone(), k.shape, k.stride())  # four pages where there is one
-table, lens = torch.tensor([[0, 3]], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
-pw.decode(q, lies, lies, table, lens, backend="cuda")
+import numpy, torch, pagewire as pw
+page = numpy.zeros((1, 16, 1, 64), numpy.float16)
+lies = numpy.lib.stride_tricks.as_strided(page, (4, 16, 1, 64))  # four pages where there is one
+q, k = torch.zeros(1, 1, 64, dtype=torch.float16), torch.from_numpy(lies)
+table, lens = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
+pw.decode(q, k, k, table, lens, backend="cuda")
 """
 
 
