@@ -58,6 +58,7 @@ def write_ninja(nvcc: str, folder: Path, includes: list[str], target: Path) -> P
     flags = " ".join(FLAGS).format(cxx=os.environ.get("CXX", "g++"))
     include = " ".join(f"-I{path}" for path in (CSRC, *includes))
     lines = [
+        f"builddir = {folder}",  # ninja's own log
         "rule compile",
         f"  command = {nvcc} {flags} {include} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
         "(cat $out.log && false)",

@@ -786,20 +786,25 @@ struct AttentionBlock {
     template <int kTiles>
     PW_DEVICE void accumulate_by_fma(const float (&x)[kTiles][4], State& state, const char* v,
                                      int first) const {
-        PW_UNROLL
-        for (int key = 0; key < S::kKeys; ++key) {
-            const int owner = lane / 4 * 4 + key % 8 / 2;
-            const float weight0 = shuffle(x[key / 8][key % 2], owner);
-            const float weight1 = shuffle(x[key / 8][key % 2 + 2], owner);
+        // two keys of each tile at a time, from the lane that has their weights; not unrolled
+        // further: this path is for correctness, and its code would be the largest of all
+        PW_NO_UNROLL
+        for (int owner = 0; owner < 4; ++owner) {
             PW_UNROLL
-            for (int n = 0; n < S::kColumns; ++n) {
-                if (n * 8 >= p.v.width) break;
-                float value[2];
-                read_row(value, v, first + key, column_of(n, 0));
+            for (int j = 0; j < 2 * kTiles; ++j) {
+                const float weight0 = shuffle(x[j / 2][j % 2], lane / 4 * 4 + owner);
+                const float weight1 = shuffle(x[j / 2][j % 2 + 2], lane / 4 * 4 + owner);
+                const int key = first + j / 2 * 8 + owner * 2 + j % 2;
                 PW_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    state.out[n][i] += weight0 * value[i];
-                    state.out[n][i + 2] += weight1 * value[i];
+                for (int n = 0; n < S::kColumns; ++n) {
+                    if (n * 8 >= p.v.width) break;
+                    float value[2];
+                    read_row(value, v, key, column_of(n, 0));
+                    PW_UNROLL
+                    for (int i = 0; i < 2; ++i) {
+                        state.out[n][i] += weight0 * value[i];
+                        state.out[n][i + 2] += weight1 * value[i];
+                    }
                 }
             }
         }

@@ -4,14 +4,16 @@
 // one row of one head; each lane has kRows rows in flight. Layer pointers travel as kernel
 // arguments: nothing is uploaded or remembered.
 //
-// Plan: 128 threads, at least 8 blocks a multiprocessor (64 registers), kRows * 16 bytes in flight
-// a thread: 8 * 128 * 64 bytes = 64 KiB a multiprocessor, no shared memory.
+// Plan: 128 threads, no shared memory. Copying: 6 blocks a multiprocessor (80 registers), kRows *
+// 16 bytes in flight a thread, 48 KiB a multiprocessor. Converting: 8 blocks (64 registers), 16
+// elements a thread, 32 KiB of bf16.
 #include "cuda/move.h"
 
 #include <algorithm>
 #include <stdexcept>
 
 #include "cuda/convert.h"
+#include "cuda/error_word.h"
 #include "cuda/launch.h"
 
 namespace pagewire {
@@ -168,7 +170,7 @@ PW_DEVICE void copy_shared_scales(const MovePlan<kLayers>& p, const MovePart& pa
 }
 
 template <int kLayers>
-PW_KERNEL(kThreads, 8)
+PW_KERNEL(kThreads, 6)
 void copy_kernel(const MovePlan<kLayers> p) {
     const int part_idx = static_cast<int>(block_y()) % p.num_parts;
     const MovePart& part = p.part[part_idx];

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/error_word.h"
+#include "cuda/error_kind.h"
 #include "pagewire/dtype.h"
 
 namespace pagewire {
