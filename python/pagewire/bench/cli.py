@@ -84,10 +84,9 @@ def main(argv: list[str]) -> int:
         return _list(cases, chosen, device)
     if args.csv is not None and args.csv.exists():
         cases = _not_in(args.csv, cases)
-    settings = suite.Settings(
-        args.suite, device, args.minutes or _minutes(args.suite, device, bool(gated)), chosen, tuple(args.backend or ()),
-        args.csv,
-    )  # fmt: skip
+    minutes = args.minutes or _minutes(args.suite, device, bool(gated))
+    backends = tuple(args.backend or ())
+    settings = suite.Settings(args.suite, device, minutes, chosen, backends, args.csv)
     with torch.inference_mode():
         result = suite.run(settings, cases)
         code = 1 if result.red else 0
