@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' 2>/dev/null)
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+# nvcc takes minutes; without a GPU the CUDA sources are tested under emulation, which needs no nvcc
+export PAGEWIRE_CUDA ?= $(if $(wildcard /dev/nvidia0),1,0)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test test-slow bench bench-check bench-record lint format wheel clean

@@ -1,9 +1,11 @@
-"""Builds pagewire._cpu. Without a C++ compiler the package still installs, and says why the extension is missing."""
+"""Builds pagewire._cpu, and pagewire._cuda where nvcc is found. The package installs without either and says why."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -19,6 +21,10 @@ FLAGS += [
     "-Wno-maybe-uninitialized",
 ]  # GCC's own AVX-512 headers, when inlined
 MISSING = "_cpu_missing.txt"  # next to the extension: why it was not built
+CUDA_MISSING = "_cuda_missing.txt"
+CUDA_SOURCES = sorted(["csrc/bindings/cuda.cpp", *glob("csrc/cuda/*.cu")])
+# the emulation is built on demand, from a checkout or an unpacked sdist
+CUDA_DEPENDS = [*HEADERS, "csrc/build_cuda.py", *sorted(glob("csrc/emulation/*.cpp"))]
 
 
 def needs_recompile(obj: str, src: str) -> bool:
@@ -53,18 +59,50 @@ class BuildExtension(build_ext):
             reason_file.parent.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(reason + "\n")
 
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == "pagewire._cuda":
+            self.build_cuda()
+        else:
+            super().build_extension(ext)
+
+    def build_cuda(self) -> None:
+        """With nvcc; a failure is recorded instead of fatal, unless PAGEWIRE_REQUIRE_CUDA=1."""
+        import pybind11
+
+        target = Path(self.get_ext_fullpath("pagewire._cuda"))
+        note = target.with_name(CUDA_MISSING)
+        note.unlink(missing_ok=True)
+        recipe = load("csrc/build_cuda.py")
+        includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+        try:
+            recipe.build(Path(self.build_temp) / "cuda", includes, target)
+        except recipe.CannotBuild as error:
+            if os.environ.get("PAGEWIRE_REQUIRE_CUDA") == "1":
+                raise
+            print(
+                f"pagewire: the CUDA extension was not built ({error}); the rest installs without it"
+            )
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{error}\n")
+
     def get_outputs(self) -> list[str]:
         outputs = super().get_outputs()
         built = [path for path in outputs if os.path.exists(path)]
-        missing = Path(self.get_ext_fullpath("pagewire._cpu")).with_name(MISSING)
-        return built + ([str(missing)] if missing.exists() else [])
+        folder = Path(self.get_ext_fullpath("pagewire._cpu")).parent
+        notes = [folder / MISSING, folder / CUDA_MISSING]
+        return built + [str(note) for note in notes if note.exists()]
 
     def copy_extensions_to_source(self) -> None:  # editable and in-place builds
-        if os.path.exists(self.get_ext_fullpath("pagewire._cpu")) or self._built():
-            super().copy_extensions_to_source()
-
-    def _built(self) -> bool:
-        return os.path.exists(os.path.join(self.build_lib, self.get_ext_filename("pagewire._cpu")))
+        everything, built = self.extensions, Path(self.build_lib)
+        self.extensions = [
+            e for e in everything if (built / self.get_ext_filename(e.name)).exists()
+        ]
+        super().copy_extensions_to_source()
+        self.extensions = everything
+        note = Path(self.get_ext_fullpath("pagewire._cuda")).with_name(CUDA_MISSING)
+        note.unlink(missing_ok=True)
+        if (built / "pagewire" / CUDA_MISSING).exists():
+            self.copy_file(str(built / "pagewire" / CUDA_MISSING), str(note))
 
     def build_extensions(self) -> None:
         # imported here: without it the reason is recorded like any other
@@ -93,11 +131,26 @@ def extension() -> Extension:
     )
 
 
+def cuda_extension() -> Extension:
+    # optional: copied into the source tree only if it was built
+    return Extension("pagewire._cuda", CUDA_SOURCES, depends=CUDA_DEPENDS, optional=True)
+
+
+def load(path: str):  # noqa: ANN201
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class BinaryDistribution(Distribution):
     def has_ext_modules(self) -> bool:
         return True
 
 
 setup(
-    ext_modules=[extension()], cmdclass={"build_ext": BuildExtension}, distclass=BinaryDistribution
+    ext_modules=[extension(), cuda_extension()],
+    cmdclass={"build_ext": BuildExtension},
+    distclass=BinaryDistribution,
 )

@@ -1,4 +1,5 @@
-"""One suite for every machine: on a GPU the backends run there; without one, Triton runs under its interpreter.
+"""One suite for every machine: on a GPU the backends run there; without one, Triton runs under its interpreter and
+the CUDA sources under their emulation (built by g++ on first use, about a minute).
 
 TRITON_INTERPRET is read when Triton is imported, so it is set here, before anything imports it. Tests that compile
 kernels for real do so in a subprocess without it.
@@ -11,12 +12,13 @@ import torch
 DEVICE = os.environ.get("PAGEWIRE_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("PAGEWIRE_EMULATE_CUDA", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
 import pagewire as pw  # noqa: E402
-from pagewire import registry  # noqa: E402
+from pagewire import emulation, registry  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +40,14 @@ def no_error_left_behind():
     """A device guard that fired in a test which did not expect it fails that test."""
     yield
     pw.check_errors()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds the CUDA emulation before the first test's clock runs."""
+    needed = any("cuda" in item.nodeid for item in session.items)
+    if needed and not session.config.option.collectonly and pw.backends(DEVICE)["cuda"] is None:
+        if DEVICE == "cpu":
+            emulation.load(emulation.mode())
 
 
 def pytest_report_header(config: pytest.Config) -> str:

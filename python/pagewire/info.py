@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
 import platform
+from pathlib import Path
 
 import torch
 
@@ -20,6 +23,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _built(extension: str) -> str:
+    if importlib.util.find_spec(f"pagewire.{extension}") is None:
+        note = Path(__file__).with_name(f"{extension}_missing.txt")  # left by setup.py
+        return f"not built ({note.read_text().strip() if note.exists() else 'never tried'})"
+    if extension != "_cuda":
+        return "built"
+    return f"built with {importlib.import_module('pagewire._cuda').built_with()}"
+
+
 def report() -> str:
     """The text `pagewire info` prints."""
     lines = [
@@ -28,6 +40,7 @@ def report() -> str:
         f"torch      {torch.__version__}",
     ]
     lines += [f"{name:<10} {_version(name)}" for name in OPTIONAL]
+    lines += [f"{name:<10} {_built(name)}" for name in ("_cpu", "_cuda")]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(
         f"devices    cpu ({torch.get_num_threads()} threads), "

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from pagewire import emulation
 from pagewire.errors import BackendError
 from pagewire.types import FLOAT_DTYPES, KV_DTYPES, Problem, dtype_name
 
@@ -115,7 +116,46 @@ def _cpu_unavailable(device: str) -> str | None:
     return _cpu_missing() if device == "cpu" else f"runs on CPU tensors only, not on {device!r}"
 
 
+def _cuda_unavailable(device: str) -> str | None:
+    if device == "cpu":
+        if emulation.mode() is None:
+            return "runs on CPU tensors only under PAGEWIRE_EMULATE_CUDA=1 (tests and debugging)"
+        return emulation.unavailable()
+    if device != "cuda":
+        return f"device {device!r} is not one of 'cpu', 'cuda'"
+    if importlib.util.find_spec("pagewire._cuda") is None:
+        note = Path(__file__).with_name("_cuda_missing.txt")  # left by setup.py
+        reason = note.read_text().strip() if note.exists() else "nvcc was not there at build time"
+        return f"pagewire._cuda is not built ({reason})"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def _cuda_special(problem: Problem) -> str | None:
+    if problem.device == "cuda":
+        major, minor = torch.cuda.get_device_capability(problem.device_index)
+        if major < 8:
+            return f"needs sm_80 or newer, this device is sm_{major}{minor}"
+    if problem.op not in ("decode", "prefill"):
+        return None
+    widest = max(problem.head_dim, problem.head_dim_v)
+    if widest > 256:
+        return f"head_dim = {widest} is above 256"
+    if problem.op == "prefill" and problem.max_q_len is None:
+        return "prefill is for short queries: it needs the caller's promise max_q_len <= 16"
+    return None
+
+
 BACKENDS: tuple[Backend, ...] = (  # best first; adding one is an entry here and a file in backends/
+    Backend(
+        "cuda",
+        "pagewire.backends.cuda",
+        frozenset(OPS),
+        _cuda_unavailable,
+        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
+        special=_cuda_special,
+    ),
     Backend(
         "triton",
         "pagewire.backends.triton",
@@ -151,12 +191,13 @@ def choose(problem: Problem, backend: str | None) -> ModuleType:
     Raises:
         BackendError: `backend` (or PAGEWIRE_BACKEND) refuses it or does not exist, or nothing takes it.
     """
-    return _choose(problem, backend, os.environ.get("PAGEWIRE_BACKEND") or None, interpreting())
+    on_cpu = (interpreting(), emulation.mode())
+    return _choose(problem, backend, os.environ.get("PAGEWIRE_BACKEND") or None, on_cpu)
 
 
 @functools.cache
 def _choose(
-    problem: Problem, argument: str | None, environment: str | None, interpret: bool
+    problem: Problem, argument: str | None, environment: str | None, on_cpu: tuple[bool, str | None]
 ) -> ModuleType:
     taken = _select(problem, argument, environment)
     if taken.name == "reference" and argument is None and environment is None:
@@ -176,6 +217,8 @@ def _select(problem: Problem, argument: str | None, environment: str | None) -> 
             raise BackendError(f"{source}{name!r} refuses this {problem.op}: {reason}")
         return _BY_NAME[name]
     for candidate in BACKENDS:
+        if candidate.name == "cuda" and problem.device == "cpu":
+            continue  # emulated: for tests and debugging, by name only
         if candidate.refuses(problem) is None:
             return candidate
     raise BackendError(f"no backend takes this {problem.op}:\n" + _table(problem))

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python" / "pagewire"
 # lowest first; a module may import its own layer and those before it
 LAYERS = [
     {"kernels", "version"},
-    {"types", "errors"},
+    {"types", "errors", "emulation"},
     {"quant", "packed", "pages", "allocator", "cache"},
     {"check", "registry"},
     {"backends"},  # reached by name only, from the registry

@@ -1,0 +1,106 @@
+// Chooses the attention kernel, its grid and its work space. Nothing here depends on a length: only
+// on shapes and the device, so a captured graph serves any lengths.
+#include "cuda/attention.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/attention_instances.h"
+
+namespace pagewire {
+
+template <>
+AttentionKernel attention_kernel_for<BFloat16, 64>(DType);
+template <>
+AttentionKernel attention_kernel_for<BFloat16, 128>(DType);
+template <>
+AttentionKernel attention_kernel_for<BFloat16, 256>(DType);
+template <>
+AttentionKernel attention_kernel_for<Float16, 64>(DType);
+template <>
+AttentionKernel attention_kernel_for<Float16, 128>(DType);
+template <>
+AttentionKernel attention_kernel_for<Float16, 256>(DType);
+template <>
+AttentionKernel attention_kernel_for<float, 256>(DType);
+
+namespace {
+
+AttentionKernel choose(const AttentionRequest& r) {
+    const int width = std::max(r.plan.k.width, r.plan.v.width);
+    if (width > 256)
+        throw std::invalid_argument("pagewire: expected head_dim <= 256, got " +
+                                    std::to_string(width));
+    const auto of = [&](auto for64, auto for128, auto for256) {
+        return width <= 64    ? for64(r.kv_dtype)
+               : width <= 128 ? for128(r.kv_dtype)
+                              : for256(r.kv_dtype);
+    };
+    switch (r.q_dtype) {
+        case DType::kBFloat16:
+            return of(attention_kernel_for<BFloat16, 64>, attention_kernel_for<BFloat16, 128>,
+                      attention_kernel_for<BFloat16, 256>);
+        case DType::kFloat16:
+            return of(attention_kernel_for<Float16, 64>, attention_kernel_for<Float16, 128>,
+                      attention_kernel_for<Float16, 256>);
+        case DType::kFloat32:
+            return attention_kernel_for<float, 256>(r.kv_dtype);
+        default:
+            throw std::invalid_argument("pagewire: expected q in fp16, bf16 or fp32");
+    }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Geometry {
+    int64_t grid, num_slots, num_counters;
+};
+
+// Fills in what the plan leaves to the launcher.
+Geometry arrange(AttentionPlan& p, const AttentionKernel& kernel) {
+    const int64_t rows = int64_t(p.max_q_len) * p.group_size;
+    const int num_warps = kernel.num_threads / 32;
+    p.warps_m = 1;
+    while (p.warps_m < num_warps && 16 * p.warps_m < rows) p.warps_m *= 2;
+    p.chunk_rows = 16 * p.warps_m;
+    p.max_chunks = static_cast<int>(ceil_div(rows, p.chunk_rows));
+    const int64_t capacity = int64_t(p.max_pages_per_seq) * p.page_size;
+    const int64_t items = int64_t(p.batch_size) * p.num_kv_heads * p.max_chunks;
+    const int64_t on_device = int64_t(num_multiprocessors()) *
+                              blocks_per_multiprocessor(kernel.kernel, kernel.num_threads,
+                                                        kernel.shared_bytes(p.warps_m));
+    const int64_t unit = p.split_size > 0 ? p.split_size : kernel.tile;
+    p.max_splits = p.split_size > 0
+                       ? static_cast<int>(std::min<int64_t>(64, ceil_div(capacity, p.split_size)))
+                       : 0;
+    Geometry g{};
+    // rows of empty requests are written by all blocks too
+    g.grid = std::min(on_device, std::max<int64_t>(items * ceil_div(capacity, unit), p.num_tokens));
+    g.num_slots = p.split_size == 0 ? 2 * g.grid : p.max_splits > 1 ? items * p.max_splits : 0;
+    g.num_counters = p.split_size == 0 ? g.grid : items;
+    return g;
+}
+
+}  // namespace
+
+AttentionSpace attention_space(const AttentionRequest& request) {
+    UseDevice guard(request.device);
+    AttentionRequest r = request;
+    const AttentionKernel kernel = choose(r);
+    const Geometry g = arrange(r.plan, kernel);
+    return {g.num_slots * r.plan.chunk_rows * kernel.part_stride, g.num_counters};
+}
+
+void attention(const AttentionRequest& request) {
+    if (request.plan.num_tokens == 0) return;
+    UseDevice guard(request.device);
+    AttentionRequest r = request;
+    const AttentionKernel kernel = choose(r);
+    const Geometry g = arrange(r.plan, kernel);
+    launch(kernel.kernel,
+           LaunchConfig{kernel.name, static_cast<uint32_t>(g.grid), 1, kernel.num_threads,
+                        kernel.shared_bytes(r.plan.warps_m), r.stream},
+           r.plan);
+}
+
+}  // namespace pagewire

@@ -1,0 +1,152 @@
+// Runs the blocks of a grid one after another, a block's threads as fibers that switch only at
+// collective operations.
+//
+// Reported as an exception that names kernel, block, thread and source line: barriers and warp
+// operations that some threads never reach, misaligned vector accesses, and everything SharedMemory
+// knows. A fault abandons the launch.
+//
+// What this cannot show, because one block runs at a time and memory is sequentially consistent:
+//   - ordering between blocks: a missing __threadfence, a stale L1 line, a block that waits for a
+//   later one;
+//   - races between threads on global memory, and their order (set PAGEWIRE_EMULATION_ORDER=reverse
+//   to run blocks and
+//     threads backwards: a result that changes depends on it);
+//   - register pressure, bank conflicts, occupancy, time.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "emulation/fiber.h"
+#include "emulation/shared_memory.h"
+
+namespace pagewire::emulation {
+
+struct Fault : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct Where {
+    const char* file;
+    int line;
+    static constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+};
+
+struct Index3 {
+    uint32_t x, y, z;
+};
+
+class Block {
+  public:
+    static constexpr int kWarp = 32;
+    static constexpr int kMaxThreads = 1024;
+
+    // The block that is running; kernels run nowhere else.
+    static Block& running();
+
+    void run_grid(const char* kernel, Index3 grid, int num_threads, size_t shared_bytes,
+                  const std::function<void()>& body);
+
+    int thread() const { return thread_; }
+    int num_threads() const { return num_threads_; }
+    Index3 block() const { return block_; }
+    Index3 grid() const { return grid_; }
+    char* shared() { return shared_.data(); }
+
+    void sync_block(Where where);
+
+    // All 32 lanes arrive with their arguments; the last one runs `operation(arguments of every
+    // lane)`.
+    template <class Arguments, class Operation>
+    void collective(const char* name, Where where, Arguments& mine, Operation operation) {
+        Warp& warp = warps_[thread_ / kWarp];
+        arrive(warp, name, where, &mine);
+        if (warp.num_arrived < kWarp) {
+            wait(name, where, kAtWarp);
+            return;
+        }
+        warp.num_arrived = 0;
+        operation(reinterpret_cast<Arguments**>(warp.arguments));
+        release(thread_ / kWarp * kWarp, kWarp, kAtWarp);
+    }
+    void sync_warp(Where where) {
+        int nothing = 0;
+        collective("sync_warp", where, nothing, [&](int**) { ++epochs_[thread_ / kWarp]; });
+    }
+
+    void check_shared_read(const void* p, size_t bytes, Where where, bool by_whole_warp = false) {
+        report(shared_.read(p, bytes, thread_, epoch(), by_whole_warp), where);
+    }
+    void check_shared_write(const void* p, size_t bytes, Where where) {
+        report(shared_.write(p, bytes, thread_, epoch()), where);
+    }
+    void check_alignment(const void* p, size_t bytes, Where where) {
+        if (reinterpret_cast<uintptr_t>(p) % bytes) {
+            report("misaligned access of " + std::to_string(bytes) + " bytes", where);
+        }
+    }
+
+    // `size` bytes of shared memory, of which `bytes` come from global memory and the rest are
+    // zeros.
+    void copy_async(void* shared, const void* global, int size, int bytes, Where where);
+    void commit_copies();
+    void wait_copies(size_t still_in_flight);
+
+    // Ends the launch with a Fault if `fault` says something.
+    void report(const std::string& fault, Where where);
+
+  private:
+    enum State : uint8_t { kReady, kAtBlock, kAtWarp, kDone };
+
+    struct Copy {
+        void* shared;
+        const void* global;
+        int size, bytes;
+    };
+    struct Thread {
+        State state = kDone;
+        const char* waits_at = "";
+        Where where{"", 0};
+        std::vector<std::vector<Copy>> copies;  // committed groups, oldest first
+        std::vector<Copy> uncommitted;
+    };
+    struct Warp {
+        int num_arrived = 0;
+        const char* name = "";
+        Where where{"", 0};
+        void* arguments[kWarp] = {};
+    };
+
+    void run_block();
+    static void enter(void* self);
+    void arrive(Warp& warp, const char* name, Where where, void* arguments);
+    void wait(const char* name, Where where, State state);
+    void release(int first, int count, State waiting);
+    void land(Thread& thread, std::vector<Copy>& group);
+    std::string stuck() const;
+    Epoch epoch() const { return {block_epoch_, epochs_[static_cast<size_t>(thread_ / kWarp)]}; }
+
+    std::string kernel_;
+    Index3 grid_{}, block_{};
+    int num_threads_ = 0, thread_ = 0;
+    size_t shared_bytes_ = 0;
+    bool reverse_ = false;
+    const std::function<void()>* body_ = nullptr;
+    std::vector<std::unique_ptr<Fiber>> fibers_;
+    std::vector<Thread> threads_;
+    std::vector<Warp> warps_;
+    std::vector<uint32_t> epochs_;  // per warp
+    uint32_t block_epoch_ = 0;
+    int num_at_block_ = 0;
+    Where block_where_{"", 0};
+    SharedMemory shared_;
+    std::string fault_;
+};
+
+}  // namespace pagewire::emulation

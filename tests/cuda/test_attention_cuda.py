@@ -1,0 +1,173 @@
+"""What the shared cases leave out of the CUDA kernel: every modifier and scale on the tensor core, every way of sharing
+a tile among warps, work that is cut in the middle, blocks in another order.
+
+The shared cases run it too (tests/ops); most of their modifiers come with fp32 queries, which take the FMA path.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import cases
+import pagewire as pw
+import tolerance
+from cases import Attention, bf16, e4m3, e5m2, fp16, int8
+
+
+@pytest.fixture(autouse=True)
+def runs_here(device):
+    reason = pw.backends(device.type)["cuda"]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def check(case, device):
+    call = cases.build(case, device)
+    tolerance.check(call, *call.run("cuda"))
+
+
+MODIFIERS = {
+    "window": {"window": (7, -1)},
+    "window00": {"window": (0, 0)},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi": 1},
+    "all": {"alibi": 2, "softcap": 5.0, "sinks": True, "window": (12, 3)},
+    "full": {"window": (4, 6), "causal": False, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("q_lens", [None, (3, 1, 16)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=cases.SHORT.get)
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_modifiers_on_the_tensor_core(name, dtype, q_lens, device):
+    check(Attention((90, 5, 33), q_lens, dtype=dtype, **MODIFIERS[name]), device)
+
+
+@pytest.mark.parametrize("scale", ["float", "head", "batch_head", "token_head"])
+@pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=cases.SHORT.get)
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=cases.SHORT.get)
+def test_quantised_caches(dtype, kv_dtype, scale, device):
+    case = Attention((150, 40), dtype=dtype, kv_dtype=kv_dtype, scale=scale, head_dim=80)
+    check(case, device)
+
+
+WIDTHS = ((40, 24), (64, 64), (80, 80), (96, 128), (128, 48), (192, 128), (256, 256))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, int8], ids=["same", "int8"])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_widths(widths, kv_dtype, device):
+    head_dim, head_dim_v = widths
+    scale = "head" if kv_dtype else None
+    case = Attention(
+        (70, 33), heads=(5, 1), dtype=bf16, head_dim=head_dim, head_dim_v=head_dim_v, kv_dtype=kv_dtype, scale=scale
+    )  # fmt: skip
+    check(case, device)
+
+
+@pytest.mark.parametrize("split_size", [None, 48], ids=["even", "split48"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("rows", [(12, 16), (20, 1), (33, 1), (8, 12), (48, 3)], ids=str)
+def test_rows_beyond_one_tile(rows, head_dim, split_size, device):
+    """group_size * q_len of 17 .. 192: two and four warps over one tile, then several chunks."""
+    group, q_len = rows
+    case = Attention(
+        (100, 19), (q_len, min(q_len, 2)), heads=(group, 1), dtype=bf16, head_dim=head_dim, split_size=split_size,
+        max_q_len=16,
+    )  # fmt: skip
+    check(case, device)
+
+
+@pytest.mark.parametrize("num_sms", ["1", "3", "7", "64"])
+@pytest.mark.parametrize(
+    "lens", [(1, 700, 0, 64, 65), (513,), (3,) * 20], ids=["mixed", "one", "short"]
+)
+def test_however_the_work_is_cut(lens, num_sms, device, monkeypatch):
+    """Items cut in the middle, cut into many, several to a block, blocks without work."""
+    if device.type != "cpu":
+        pytest.skip("a real device has its own number of multiprocessors")
+    monkeypatch.setenv("PAGEWIRE_EMULATION_SMS", num_sms)
+    check(Attention(lens, dtype=bf16, heads=(4, 2), sinks=True), device)
+
+
+def test_more_requests_than_threads(device):
+    """The scan over seq_lens takes several rounds; empty requests lie between the others."""
+    lens = tuple((7 * i) % 23 if i % 5 else 0 for i in range(140))
+    check(Attention(lens, dtype=bf16, heads=(2, 1), head_dim=64), device)
+    q_lens = tuple((3 * i) % 4 for i in range(140))
+    check(Attention(lens, q_lens, dtype=bf16, heads=(2, 1), max_q_len=16, padding_rows=3), device)
+
+
+@pytest.mark.parametrize("split_size", [None, 64])
+def test_blocks_and_threads_in_reverse(split_size, device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("the emulation's switch")
+    case = Attention(
+        (300, 90), dtype=bf16, split_size=split_size, kv_dtype=e4m3, scale="token_head"
+    )
+    call = cases.build(case, device)
+    forward = call.run("cuda")
+    monkeypatch.setenv("PAGEWIRE_EMULATION_ORDER", "reverse")
+    backward = call.run("cuda")
+    assert torch.equal(forward[0], backward[0]) and torch.equal(forward[1], backward[1])
+
+
+def test_split_size_bits_do_not_depend_on_the_batch(device):
+    """prefill of short queries: alone and among others."""
+    lens, q_lens = (150, 3, 700), (2, 3, 16)
+    call = cases.build(Attention(lens, q_lens, dtype=bf16, split_size=32, max_q_len=16), device)
+    together, together_lse = call.run("cuda")
+    row = 0
+    for b, n in enumerate(q_lens):
+        q, k, v, table, seq_lens = call.args[:5]
+        offsets = torch.tensor([0, n], dtype=torch.int32, device=device)
+        args = (q[row : row + n], k, v, table[b : b + 1], seq_lens[b : b + 1], offsets)
+        alone, lse = dataclasses.replace(call, args=args).run("cuda")
+        assert torch.equal(alone, together[row : row + n]), f"request {b}"
+        assert torch.equal(lse, together_lse[row : row + n]), f"request {b}"
+        row += n
+
+
+def test_rows_off_sixteen_bytes(device):
+    """A cache whose rows start anywhere takes the narrow path."""
+    call = cases.build(Attention((70, 33), dtype=bf16, head_dim=72), device)
+    q, k, v, *rest = call.args
+    shifted = []
+    for cache in (k, v):
+        wide = torch.empty((*cache.shape[:-1], 73), dtype=bf16, device=device)
+        wide[..., 1:] = cache
+        shifted.append(wide[..., 1:])
+    expected = call.run("cuda")
+    got = dataclasses.replace(call, args=(q, *shifted, *rest)).run("cuda")
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_counters_are_left_at_zero(device):
+    from pagewire.backends import cuda
+
+    check(Attention((700, 3), dtype=bf16), device)
+    check(Attention((700, 3), dtype=bf16, split_size=64), device)
+    assert cuda._counter_buffers and not any(
+        int(c.sum()) for _, c in cuda._counter_buffers.values()
+    )
+
+
+def test_long_prefill_is_refused_with_its_reason(device):
+    call = cases.build(Attention((40,), (40,), dtype=bf16, max_q_len=17), device)
+    with pytest.raises(pw.BackendError, match="max_q_len <= 16"):
+        call.run("cuda")
+
+
+def test_emulation_is_never_chosen_silently(device):
+    if device.type != "cpu":
+        pytest.skip("on a GPU it is no emulation")
+    assert "-> cuda" not in pw.explain("decode", device="cpu", dtype=bf16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", cases.matrix(), ids=lambda c: ("decode-" if c.q_lens is None else "prefill-") + c.id
+)
+def test_matrix_in_sixteen_bits(case, device):
+    check(dataclasses.replace(case, dtype=fp16 if case.dtype == fp16 else bf16), device)
