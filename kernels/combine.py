@@ -3,19 +3,19 @@
 import triton
 import triton.language as tl
 
-from pagewire.kernels import launch
+from pagewire.kernels import launch, tuning
 from pagewire.kernels.common import finish, load_sinks, store_rows
 from pagewire.kernels.spans import load_row_stop, load_seq_lens, split_units
 from pagewire.kernels.work import row_tiles, units_before
 
 # arguments taken over from the decode kernel
 SHARED = (
-    "part_out", "part_lse", "num_slots", "seq_lens", "seq_lens_stride", "max_seq_len", "cu_seqlens_q", "num_tokens",
-    "max_q_len", "sinks", "out", "lse", "lse_stride_token", "lse_stride_head", "batch_size", "window_left",
-    "split_size", "spec",
+    "part_out", "part_lse", "num_slots", "part_rows", "seq_lens", "seq_lens_stride", "max_seq_len",
+    "cu_seqlens_q", "num_tokens", "max_q_len", "sinks", "out", "lse", "lse_stride_token", "lse_stride_head",
+    "batch_size", "window_left", "split_size", "spec",
 )  # fmt: skip
 
-_BLOCK_S = tl.constexpr(16)  # partials loaded together
+_BLOCK_S = tl.constexpr(tuning.COMBINE.BLOCK_N)  # partials loaded together
 
 
 @triton.jit
@@ -23,8 +23,8 @@ def store_partial(partials, values, lse_log2, kv_head, slot, row_ok, spec: tl.co
     """values: fp32 [BLOCK_M, BLOCK_DV], lse_log2: [BLOCK_M]."""
     BLOCK_M: tl.constexpr = spec.BLOCK_M
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
-    out_ptr, lse_ptr, num_slots = partials
-    row = (kv_head * num_slots + slot).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out_ptr, lse_ptr, num_slots, part_rows = partials
+    row = (kv_head * num_slots + slot).to(tl.int64) * part_rows + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_DV)
     mask = row_ok[:, None] & (dim < spec.HEAD_DIM_V)[None, :]
     tl.store(out_ptr + row[:, None] * spec.HEAD_DIM_V + dim[None, :], values, mask=mask)
@@ -36,6 +36,7 @@ def _combine_kernel(
     part_out,  # arguments as in decode.py
     part_lse,
     num_slots,
+    part_rows,
     seq_lens,
     seq_lens_stride,
     max_seq_len,
@@ -107,7 +108,7 @@ def _combine_kernel(
             for start in range(0, num_parts, BLOCK_S):
                 part = start + tl.arange(0, BLOCK_S)
                 slot = tl.where(part == 0, first_slot, next_slot + (part - 1) * STEP)
-                part_row = (kv_head * num_slots + slot).to(tl.int64) * BLOCK_M + row % BLOCK_M
+                part_row = (kv_head * num_slots + slot).to(tl.int64) * part_rows + row % BLOCK_M
                 part_ok = part < num_parts
                 lse_log2 = tl.load(part_lse + part_row, mask=part_ok, other=float("-inf"))
                 ptrs = part_out + part_row[:, None] * spec.HEAD_DIM_V + dim[None, :]

@@ -56,9 +56,10 @@ def _decode_kernel(
     cu_seqlens_q,  # int32 [batch_size + 1]; RAGGED only
     num_tokens,
     max_q_len,
-    part_out,  # fp32 [num_kv_heads, num_slots, BLOCK_M, HEAD_DIM_V]
-    part_lse,  # fp32 [num_kv_heads, num_slots, BLOCK_M], base 2
+    part_out,  # fp32 [num_kv_heads, num_slots, part_rows, HEAD_DIM_V]
+    part_lse,  # fp32 [num_kv_heads, num_slots, part_rows], base 2
     num_slots,
+    part_rows,  # rows of a tile that can exist
     error_word,
     split_size,
     batch_size,
@@ -77,7 +78,7 @@ def _decode_kernel(
     table = (page_table, table_stride, num_pages)
     lengths = (seq_lens, seq_lens_stride, max_seq_len)
     rows = (cu_seqlens_q, num_tokens, max_q_len)
-    partials = (part_out, part_lse, num_slots)
+    partials = (part_out, part_lse, num_slots, part_rows)
     windows = (window_left, window_right)
     logit = (scale_log2, softcap, v_factor)
     BLOCK_M: tl.constexpr = spec.BLOCK_M
@@ -98,7 +99,8 @@ def _decode_kernel(
         request, request_unit, row_start = find_unit(
             unit, lengths, rows, batch_size, window_left, split_size, spec
         )
-    while unit < stop_unit:
+    # the second bound: lengths that change under the kernel must not lead past the batch
+    while (unit < stop_unit) & (request < batch_size):
         row_stop = row_start + 1
         if spec.RAGGED:
             row_stop = tl.maximum(row_start, load_row_stop(rows, request))
@@ -192,9 +194,8 @@ def plan(
     """The two launches of a call: split attention, and the merge that also writes every row nobody computed."""
     batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]
     device = launch.device_of(q.device)
-    longest = 1 if cu_seqlens_q is None else min(q.shape[0], m.max_q_len or q.shape[0])
-    rows = longest * (q.shape[1] // num_kv_heads)
-    rows = min(rows, row_limit or rows)
+    # packed rows of a request at most; never from num_tokens, on which no request's tiles may depend
+    rows = row_limit or (1 if cu_seqlens_q is None else m.max_q_len) * (q.shape[1] // num_kv_heads)
     config = tuning.decode_config(launch.problem(q, k_cache, v_cache, device), rows)
     ragged = cu_seqlens_q is not None
     spec = launch.attention_spec(
@@ -208,16 +209,18 @@ def plan(
     if spec.SPLIT:
         splits = min(MAX_SPLITS, -(-page_table.shape[1] * spec.PAGE_SIZE // m.split_size))
         num_slots = batch_size * -(-rows // spec.BLOCK_M) * splits
-    slots = (num_kv_heads, num_slots, spec.BLOCK_M)
+    part_rows = min(spec.BLOCK_M, rows)
+    slots = (num_kv_heads, num_slots, part_rows)
     arguments["part_out"] = torch.empty(
         (*slots, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device
     )
     arguments["part_lse"] = torch.empty(slots, dtype=torch.float32, device=q.device)
     arguments["num_slots"] = num_slots
+    arguments["part_rows"] = part_rows
     arguments["split_size"] = min(m.split_size or 0, 1 << 30)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = launch.options(config)
     with_padding = ragged and row_limit == 0
-    lanes = min(spec.BLOCK_M, rows) if device.arch else 1
+    lanes = part_rows if device.arch else 1
     shared = {name: arguments[name] for name in combine.SHARED}
     return [
         Launch(_decode_kernel, (num_kv_heads, num_programs), arguments, options),
@@ -225,6 +228,6 @@ def plan(
             combine._combine_kernel,
             (batch_size + with_padding, lanes, num_kv_heads),
             {**shared, "num_programs": num_programs},
-            {"num_warps": 4},
+            launch.options(tuning.COMBINE),
         ),
     ]

@@ -25,8 +25,8 @@ _V_LIFT = {"float": 1.0, "e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 # that a model fixes, strides foremost, travel in tuples, which Triton always specialises
 PER_CALL = [
     "page_table", "table_stride", "num_pages", "seq_lens", "seq_lens_stride", "max_seq_len", "cu_seqlens_q",
-    "num_tokens", "max_q_len", "lse", "lse_stride_token", "lse_stride_head", "num_slots", "batch_size", "window_left",
-    "window_right", "split_size", "num_programs",
+    "num_tokens", "max_q_len", "lse", "lse_stride_token", "lse_stride_head", "num_slots", "part_rows",
+    "batch_size", "window_left", "window_right", "split_size", "num_programs",
 ]  # fmt: skip
 
 
@@ -34,7 +34,16 @@ class Launch(NamedTuple):
     kernel: Any  # a triton.JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
+
+
+def options(config: KernelConfig) -> dict[str, Any]:
+    # said explicitly: the default of fusing a * b + c changes in Triton 3.10
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
 class Device(NamedTuple):

@@ -230,6 +230,6 @@ def plan(
     )
     arguments = launch.attention_arguments(*tensors, spec)
     most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    long = Launch(_prefill_kernel, (most_tiles, num_kv_heads), arguments, options)
+    grid = (most_tiles, num_kv_heads)
+    long = Launch(_prefill_kernel, grid, arguments, launch.options(config))
     return [long, *decode.plan(*tensors, row_limit)] if batch_size else [long]

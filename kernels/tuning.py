@@ -143,3 +143,7 @@ _EXACT = {  # FMA units, as in DECODE
     ("32x8", 256): KernelConfig(16, 16, 16, 1),
 }
 PREFILL |= {Key(arch, *kind): config for arch in (80, 90) for kind, config in _EXACT.items()}
+
+COMBINE = KernelConfig(
+    1, 16, 4, 2
+)  # one row, 16 partials of it at a time: 8 KiB in flight at 128 dims

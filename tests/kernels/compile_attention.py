@@ -97,12 +97,12 @@ def launches(
         m = dataclasses.replace(
             m, window_left=50, softcap=3.0, alibi_slopes=torch.ones(batch_size, q.shape[1]),
             sinks=torch.ones(q.shape[1]), k_scale=scale, v_scale=scale,
+            max_q_len=case.rows // group if case.op == "decode" else None,
         )  # fmt: skip
     word = torch.zeros(1, dtype=torch.int64)
     if case.op == "decode":
         return decode.plan(q, *caches, table, lens, rows if ragged else None, m, out, lse, word)
-    planned = prefill.plan(q, *caches, table, lens, rows, m, out, lse, word)
-    return planned[:1]  # the others are decode's
+    return prefill.plan(q, *caches, table, lens, rows, m, out, lse, word)
 
 
 def facts(case: Case, planned: launch.Launch) -> dict:
@@ -160,15 +160,14 @@ QUICK += [Case(90, "decode", modified=True), Case(80, "decode", fp32, fp32)]
 
 
 def compilations() -> None:
-    """How often each kernel is compiled for calls that differ only in batch, lengths, pages and alignment."""
+    """How often each kernel is compiled for calls that differ only in batch, rows, pages and alignment."""
     counts = {}
     shapes = [(3, 128, 8, 8), (1, 1, 1, 1), (16, 256, 1024, 64), (7, 77, 999, 33)]
     for case in (Case(90, "decode"), Case(90, "prefill", modified=True)):
         for batch_size, num_tokens, *pages in shapes:
             rows = batch_size if case.op == "decode" else num_tokens
-            for planned in launches(case, batch_size, rows, *pages):
-                kernel = planned.kernel
-                kernel.warmup(**planned.arguments, grid=planned.grid, **planned.options)
+            for kernel, grid, arguments, options in launches(case, batch_size, rows, *pages):
+                kernel.warmup(**arguments, grid=grid, **options)
                 counts[kernel.__name__] = len(kernel.device_caches[90][0])
     print(json.dumps(counts), flush=True)
 
@@ -183,7 +182,8 @@ def main() -> None:
     ]
     shard, num_shards = (int(n) for n in (sys.argv[2:4] or (0, 1)))
     for case in itertools.islice(cases, shard, None, num_shards):
-        for planned in launches(case):
+        # a prefill's other launches are decode's
+        for planned in launches(case)[: 1 if case.op == "prefill" else 2]:
             print(json.dumps(facts(case, planned)), flush=True)
 
 
