@@ -8,6 +8,9 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev
 # nvcc takes minutes; without a GPU the CUDA sources are tested under emulation, which needs no nvcc
 export PAGEWIRE_CUDA ?= $(if $(wildcard /dev/nvidia0),1,0)
 export OMP_NUM_THREADS ?= 1
+# one worker a core here; a file's tests stay together, since they share a server or a build
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: setup demo test test-slow bench bench-check bench-record lint format wheel clean
 
@@ -30,10 +33,10 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # SUITE=full, ARGS='--csv FILE --peers all ...': python -m pagewire bench --help
 SUITE ?= quick

@@ -40,6 +40,7 @@ class Step:
     missing: str | None = None
     output: str | None = None  # a file that gets the command's output besides the log
     tail: int = 12
+    always: bool = False  # repeated in every go: it is short, and reads what the others left
 
 
 @dataclass
@@ -57,7 +58,7 @@ def main() -> int:
     stop = time.monotonic() + 60 * options.minutes
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    if options.resume is not None and options.resume.resolve() != out.resolve():
+    if options.resume is not None and options.resume != out:
         for name in FILES:
             if (options.resume / name).exists():
                 shutil.copyfile(options.resume / name, out / name)
@@ -67,11 +68,8 @@ def main() -> int:
         if options.steps and step.name not in options.steps:
             continue
         before = states.get(step.name)
-        if (
-            before is not None
-            and before.status in ("done", "failed")
-            and step.name not in options.again
-        ):
+        finished = before is not None and before.status in ("done", "failed")
+        if before is not None and finished and not step.always and step.name not in options.again:
             print(f"{step.name}: {before.status} in an earlier go")
             continue
         states[step.name] = _run(step, out, environment, stop)
@@ -104,7 +102,11 @@ def _options() -> argparse.Namespace:
         action="store_true",
         help="every step at its smallest, on a CPU; nothing is built",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name in ("out", "resume", "peers", "scratch"):  # the steps run in the source tree
+        given = getattr(options, name)
+        setattr(options, name, given.resolve() if given is not None else None)
+    return options
 
 
 def _steps(options: argparse.Namespace, out: Path) -> list[Step]:
@@ -117,7 +119,7 @@ def _steps(options: argparse.Namespace, out: Path) -> list[Step]:
     smallest = ("--suite", "smoke", "--minutes", "0.5", "--threads", "1")
     quick = smallest if dry else ("--suite", "quick")
     tests = (
-        ("tests/test_pages.py",)
+        ("tests/bench/test_cases.py",)
         if dry
         else ("tests/ops", "tests/core", "tests/kernels", "tests/bench")
     )
@@ -166,9 +168,10 @@ def _steps(options: argparse.Namespace, out: Path) -> list[Step]:
         ),
         Step(
             "plot",
-            (python, "benches/plot.py", str(out / "quick.csv"), "--out", str(out)),
+            (python, "benches/plot.py", *(str(out / n) for n in ("quick.csv", "full.csv")), "--out", str(out)),
             2,
             None if _has("matplotlib") else "matplotlib is not installed (pip install 'pagewire[bench]')",
+            always=True,
         ),
     ]  # fmt: skip
 
@@ -198,7 +201,7 @@ def _environment(options: argparse.Namespace, out: Path) -> dict[str, str]:
         added["PAGEWIRE_COMMIT"] = options.commit
     if options.peers is not None:
         added["PAGEWIRE_PEER_FA3"] = str(site / "fa3.so")
-        added["PAGEWIRE_PEER_VLLM_TRITON"] = str(options.peers.resolve() / "vllm_triton")
+        added["PAGEWIRE_PEER_VLLM_TRITON"] = str(options.peers / "vllm_triton")
         added["FLASHINFER_DISABLE_JIT"] = (
             "1"  # prebuilt modules only: a compilation would eat the minutes
         )

@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args(argv)
-    found = [(row, machine) for path in args.csv for row, machine in bench_rows.read(path)]
+    present = [path for path in args.csv if path.exists()]
+    for path in args.csv:
+        if path not in present:
+            print(f"plot: {path} does not exist, left out", file=sys.stderr)
+    found = [(row, machine) for path in present for row, machine in bench_rows.read(path)]
     timed = [row for row, _ in found if row.status == "ok" and row.us > 0]
     if not timed:
         print(f"plot: no timed rows in {', '.join(map(str, args.csv))}", file=sys.stderr)

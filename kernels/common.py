@@ -1,6 +1,7 @@
-"""Words and small steps that the attention kernels share: the compile-time spec, the dot, stored values, the softmax's end.
+"""Words and small steps that the attention kernels share: the compile-time spec, the dot, rows in and out.
 
-Logits live in base 2 inside the kernels: log2(e) is folded into the scale, `exp2` is one instruction. `*_log2` says so.
+Logits live in base 2 inside the kernels: log2(e) is folded into the scale, `exp2` is one
+instruction. `*_log2` says so.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,9 @@ class Spec(NamedTuple):
     GROUP_SIZE: int
     PAGE_SIZE: int
     FORMAT: str  # what the cache stores: "float" (q's dtype), "e4m3", "e5m2", "int8"
-    NATIVE_E4M3: bool  # the target has an e4m3 type (sm_89 and newer); without it the bits are decoded
+    NATIVE_E4M3: (
+        bool  # the target has an e4m3 type (sm_89 and newer); without it the bits are decoded
+    )
     BLOCK_M: int  # packed rows, (token, head in group) with the head fastest
     BLOCK_N: int  # keys; tiles start at absolute multiples of it
     BLOCK_D: int  # head_dim, padded
@@ -83,7 +86,9 @@ def finish(acc, maximum_log2, total, sink_log2, SINKS: tl.constexpr):
         total = total * rescale + tl.exp2(sink_log2 - joint)
         maximum_log2 = joint
     divisor = tl.where(total == 0.0, 1.0, total)
-    return acc / divisor[:, None], tl.where(total == 0.0, float("-inf"), maximum_log2 + tl.log2(divisor))
+    return acc / divisor[:, None], tl.where(
+        total == 0.0, float("-inf"), maximum_log2 + tl.log2(divisor)
+    )
 
 
 @triton.jit

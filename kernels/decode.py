@@ -1,8 +1,9 @@
 """Split-KV attention of few rows per request over paged KV: decode, and the short requests of a prefill.
 
-The work of a call is a line of units (KV tiles; with split_size, splits) over all requests, cut on the device into equal
-pieces, one per program, whatever the mix of lengths. A program that has only a part of a row tile's keys leaves a partial
-state, which `combine.py` merges; nothing here or there depends on more than tensor shapes until it runs.
+The work of a call is a line of units (KV tiles; with split_size, splits) over all requests, cut on the
+device into equal pieces, one per program, whatever the mix of lengths. A program that has only a part
+of a row tile's keys leaves a partial state, which `combine.py` merges. The grid depends on tensor
+shapes alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from pagewire.kernels import combine, launch, tuning
 from pagewire.kernels import error_codes as codes
-from pagewire.kernels.attend import at_kv_head, at_request, attend, empty_state, logit_terms, value_factor
+from pagewire.kernels.attend import (
+    at_kv_head,
+    at_request,
+    attend,
+    empty_state,
+    logit_terms,
+    value_factor,
+)
 from pagewire.kernels.common import finish, load_q, load_sinks, store_rows, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Launch, run
@@ -26,39 +34,60 @@ from pagewire.kernels.work import count_units, find_unit, row_tiles
 _PAGE = tl.constexpr((codes.DECODE_PAGE, codes.PREFILL_PAGE))  # [RAGGED]
 
 
-@triton.jit(do_not_specialize=["table", "seq_lens", "rows", "lse", "partials", "batch_size", "windows", "split_size"])
+@triton.jit(do_not_specialize=launch.PER_CALL)
 def _decode_kernel(
     q,  # (pointer, stride_token, stride_head)
     k,  # (pointer, stride_page, stride_token, stride_head)
     v,
     k_scale,  # (pointer, stride_request, stride_head), or with K_SCALE "token" as k
     v_scale,
-    table,  # (pointer, stride_request, num_pages)
-    seq_lens,  # (pointer, stride, largest)
-    rows,  # (cu_seqlens_q, num_tokens, max_q_len)
     alibi,  # (pointer, stride_request, stride_head)
     sinks,  # (pointer, stride_head)
     out,  # (pointer, stride_token, stride_head)
-    lse,
-    partials,  # (out fp32 [num_kv_heads, num_slots, BLOCK_M, HEAD_DIM_V], lse_log2 [..., BLOCK_M], num_slots)
+    lse,  # fp32 [num_tokens, num_qo_heads] or None
+    lse_stride_token,
+    lse_stride_head,
+    page_table,  # int32 [batch_size, max_pages_per_seq]
+    table_stride,
+    num_pages,
+    seq_lens,  # int32 [batch_size]
+    seq_lens_stride,
+    max_seq_len,
+    cu_seqlens_q,  # int32 [batch_size + 1]; RAGGED only
+    num_tokens,
+    max_q_len,
+    part_out,  # fp32 [num_kv_heads, num_slots, part_rows, HEAD_DIM_V]
+    part_lse,  # fp32 [num_kv_heads, num_slots, part_rows], base 2
+    num_slots,
+    part_rows,  # rows of a tile that can exist
     error_word,
-    batch_size,
-    windows,  # (left, right)
     split_size,
-    logit,  # (scale_log2, softcap, v_factor) fp32
+    batch_size,
+    window_left,
+    window_right,
+    scale_log2,
+    softcap,
+    v_factor,
     spec: tl.constexpr,
 ):
-    """grid: [num_kv_heads, num_programs]; a program takes 1 / num_programs of all units of its kv head, and walks through
-    the row tiles they belong to. Bound by KV bytes: each is read once for all query heads of its group, and evicted first.
+    """grid: [num_kv_heads, num_programs]; a program takes 1 / num_programs of all units of its kv head,
+    and walks through the row tiles they belong to. Bound by KV bytes: each is read once for all query
+    heads of its group, and evicted first.
     """
+    lse_rows = (lse, lse_stride_token, lse_stride_head)
+    table = (page_table, table_stride, num_pages)
+    lengths = (seq_lens, seq_lens_stride, max_seq_len)
+    rows = (cu_seqlens_q, num_tokens, max_q_len)
+    partials = (part_out, part_lse, num_slots, part_rows)
+    windows = (window_left, window_right)
+    logit = (scale_log2, softcap, v_factor)
     BLOCK_M: tl.constexpr = spec.BLOCK_M
-    BLOCK_N: tl.constexpr = spec.BLOCK_N
-    BLOCK_DV: tl.constexpr = spec.BLOCK_DV
     kv_head = tl.program_id(0)
     program = tl.program_id(1)
-    left = windows[0]
     records = (kv_head == 0) & (program == 0)
-    num_units = count_units(seq_lens, rows, batch_size, left, split_size, error_word, records, spec)
+    num_units = count_units(
+        lengths, rows, batch_size, window_left, split_size, error_word, records, spec
+    )
     share = (num_units + tl.num_programs(1) - 1) // tl.num_programs(1)
     first_unit = program * share
     stop_unit = tl.minimum(first_unit + share, num_units)
@@ -68,15 +97,16 @@ def _decode_kernel(
     row_start = 0
     if unit < stop_unit:
         request, request_unit, row_start = find_unit(
-            unit, seq_lens, rows, batch_size, left, split_size, spec
+            unit, lengths, rows, batch_size, window_left, split_size, spec
         )
-    while unit < stop_unit:
+    # the second bound: lengths that change under the kernel must not lead past the batch
+    while (unit < stop_unit) & (request < batch_size):
         row_stop = row_start + 1
         if spec.RAGGED:
             row_stop = tl.maximum(row_start, load_row_stop(rows, request))
         q_len = row_stop - row_start
-        seq_len = load_seq_lens(seq_lens, request, True)[0]
-        size, first, num = split_units(q_len, seq_len, left, split_size, spec)
+        seq_len = load_seq_lens(lengths, request, True)[0]
+        size, first, num = split_units(q_len, seq_len, window_left, split_size, spec)
         num_tiles = row_tiles(q_len, rows, spec)
         if unit >= request_unit + num * num_tiles:
             request_unit += num * num_tiles
@@ -117,8 +147,10 @@ def _decode_kernel(
             acc *= value_factor(logit, v_scale, request, kv_head, spec)
 
             if taken == num:
-                values, lse_log2 = finish(acc, maximum, total, load_sinks(sinks, head, row_ok, spec), spec.SINKS)
-                store_rows(out, lse, values, lse_log2, row_start + token, head, row_ok, spec)
+                values, lse_log2 = finish(
+                    acc, maximum, total, load_sinks(sinks, head, row_ok, spec), spec.SINKS
+                )
+                store_rows(out, lse_rows, values, lse_log2, row_start + token, head, row_ok, spec)
             else:
                 values, lse_log2 = finish(acc, maximum, total, maximum, False)
                 if spec.SPLIT:
@@ -141,7 +173,9 @@ def decode(
     error_word: Tensor,  # int64 [1]
 ) -> None:
     if q.shape[0] > 0:
-        run(plan(q, k_cache, v_cache, page_table, seq_lens, None, m, out, lse, error_word), q.device)
+        run(
+            plan(q, k_cache, v_cache, page_table, seq_lens, None, m, out, lse, error_word), q.device
+        )
 
 
 def plan(
@@ -159,10 +193,9 @@ def plan(
 ) -> list[Launch]:
     """The two launches of a call: split attention, and the merge that also writes every row nobody computed."""
     batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]
-    device = launch.device_of(q)
-    longest = 1 if cu_seqlens_q is None else min(q.shape[0], m.max_q_len or q.shape[0])
-    rows = longest * (q.shape[1] // num_kv_heads)
-    rows = min(rows, row_limit or rows)
+    device = launch.device_of(q.device)
+    # packed rows of a request at most; never from num_tokens, on which no request's tiles may depend
+    rows = row_limit or (1 if cu_seqlens_q is None else m.max_q_len) * (q.shape[1] // num_kv_heads)
     config = tuning.decode_config(launch.problem(q, k_cache, v_cache, device), rows)
     ragged = cu_seqlens_q is not None
     spec = launch.attention_spec(
@@ -176,23 +209,25 @@ def plan(
     if spec.SPLIT:
         splits = min(MAX_SPLITS, -(-page_table.shape[1] * spec.PAGE_SIZE // m.split_size))
         num_slots = batch_size * -(-rows // spec.BLOCK_M) * splits
-    slots = (num_kv_heads, num_slots, spec.BLOCK_M)
-    arguments["partials"] = (
-        torch.empty((*slots, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device),
-        torch.empty(slots, dtype=torch.float32, device=q.device),
-        num_slots,
+    part_rows = min(spec.BLOCK_M, rows)
+    slots = (num_kv_heads, num_slots, part_rows)
+    arguments["part_out"] = torch.empty(
+        (*slots, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device
     )
+    arguments["part_lse"] = torch.empty(slots, dtype=torch.float32, device=q.device)
+    arguments["num_slots"] = num_slots
+    arguments["part_rows"] = part_rows
     arguments["split_size"] = min(m.split_size or 0, 1 << 30)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = launch.options(config)
     with_padding = ragged and row_limit == 0
-    lanes = min(spec.BLOCK_M, rows) if device.arch else 1
+    lanes = part_rows if device.arch else 1
     shared = {name: arguments[name] for name in combine.SHARED}
     return [
         Launch(_decode_kernel, (num_kv_heads, num_programs), arguments, options),
         Launch(
             combine._combine_kernel,
             (batch_size + with_padding, lanes, num_kv_heads),
-            {**shared, "window_left": arguments["windows"][0], "num_programs": num_programs},
-            {"num_warps": 4},
+            {**shared, "num_programs": num_programs},
+            launch.options(tuning.COMBINE),
         ),
     ]

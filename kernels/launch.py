@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,11 +21,29 @@ _LOG2_E = math.log2(math.e)
 _V_LIFT = {"float": 1.0, "e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 
 
+# Arguments that change from call to call: neither their values nor their alignment lead to another compilation. Those
+# that a model fixes, strides foremost, travel in tuples, which Triton always specialises
+PER_CALL = [
+    "page_table", "table_stride", "num_pages", "seq_lens", "seq_lens_stride", "max_seq_len", "cu_seqlens_q",
+    "num_tokens", "max_q_len", "lse", "lse_stride_token", "lse_stride_head", "num_slots", "part_rows",
+    "batch_size", "window_left", "window_right", "split_size", "num_programs",
+]  # fmt: skip
+
+
 class Launch(NamedTuple):
     kernel: Any  # a triton.JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
+
+
+def options(config: KernelConfig) -> dict[str, Any]:
+    # said explicitly: the default of fusing a * b + c changes in Triton 3.10
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
 class Device(NamedTuple):
@@ -32,10 +51,11 @@ class Device(NamedTuple):
     num_processors: int
 
 
-def device_of(tensor: Tensor) -> Device:
-    if tensor.device.type != "cuda":
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    if device.type != "cuda":
         return Device(0, 3)  # few, so that small tests split and share work
-    properties = torch.cuda.get_device_properties(tensor.device)
+    properties = torch.cuda.get_device_properties(device)
     return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
@@ -50,7 +70,9 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
 
 def problem(q: Tensor, k_cache: Tensor, v_cache: Tensor, device: Device) -> Problem:
     head_dim = max(k_cache.shape[3], v_cache.shape[3])
-    return Problem(device.arch, head_dim, q.element_size(), k_cache.element_size(), k_cache.shape[1])
+    return Problem(
+        device.arch, head_dim, q.element_size(), k_cache.element_size(), k_cache.shape[1]
+    )
 
 
 def attention_spec(
@@ -81,7 +103,8 @@ def attention_spec(
         RAGGED=ragged,
         ROW_LIMIT=row_limit,
         LEFT=m.window_left >= 0,
-        RIGHT=ragged and (m.causal or m.window_right >= 0),  # a lone row is the last: nothing is right of it
+        RIGHT=ragged
+        and (m.causal or m.window_right >= 0),  # a lone row is the last: nothing is right of it
         SOFTCAP=m.softcap > 0,
         ALIBI=m.alibi_slopes is not None,
         SINKS=m.sinks is not None,
@@ -132,17 +155,28 @@ def attention_arguments(
         "v": _cache(v_cache),
         "k_scale": _scale(m.k_scale),
         "v_scale": _scale(m.v_scale),
-        "table": (page_table, page_table.stride(0), k_cache.shape[0]),
-        "seq_lens": (seq_lens, seq_lens.stride(0), min(capacity, _MAX_KEYS)),
-        "rows": (seq_lens if cu_seqlens_q is None else cu_seqlens_q, num_tokens, longest),
+        "page_table": page_table,
+        "table_stride": page_table.stride(0),
+        "num_pages": k_cache.shape[0],
+        "seq_lens": seq_lens,
+        "seq_lens_stride": seq_lens.stride(0),
+        "max_seq_len": min(capacity, _MAX_KEYS),
+        "cu_seqlens_q": cu_seqlens_q,
+        "num_tokens": num_tokens,
+        "max_q_len": longest,
         "alibi": _per_request(m.alibi_slopes),
         "sinks": None if m.sinks is None else (m.sinks, m.sinks.stride(0)),
         "out": (out, out.stride(0), out.stride(1)),
-        "lse": None if lse is None else (lse, lse.stride(0), lse.stride(1)),
+        "lse": lse,
+        "lse_stride_token": 0 if lse is None else lse.stride(0),
+        "lse_stride_head": 0 if lse is None else lse.stride(1),
         "error_word": error_word,
         "batch_size": page_table.shape[0],
-        "windows": (min(m.window_left, _MAX_KEYS), min(right, _MAX_KEYS)),
-        "logit": (float(scale_log2), float(m.softcap), float(v_factor)),
+        "window_left": min(m.window_left, _MAX_KEYS),
+        "window_right": min(right, _MAX_KEYS),
+        "scale_log2": float(scale_log2),
+        "softcap": float(m.softcap),
+        "v_factor": float(v_factor),
         "spec": spec,
     }
 

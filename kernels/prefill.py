@@ -1,4 +1,8 @@
-"""Attention of many rows per request over paged KV. Requests with few rows are left to the decode kernel, which splits KV."""
+"""Attention of many rows per request over paged KV.
+
+Requests with few rows (tuning.row_limit) are left to the decode kernel, which splits their KV: a call is
+up to three launches, of which those with nothing to do end at once.
+"""
 
 from __future__ import annotations
 
@@ -78,40 +82,57 @@ def _find_tile(tile, rows, batch_size, spec: tl.constexpr):
     return request, request_tile, row_start, row_stop
 
 
-@triton.jit(do_not_specialize=["table", "seq_lens", "rows", "lse", "batch_size", "windows"])
+@triton.jit(do_not_specialize=launch.PER_CALL)
 def _prefill_kernel(
     q,  # arguments as in decode.py
     k,
     v,
     k_scale,
     v_scale,
-    table,
-    seq_lens,
-    rows,
     alibi,
     sinks,
     out,
     lse,
+    lse_stride_token,
+    lse_stride_head,
+    page_table,
+    table_stride,
+    num_pages,
+    seq_lens,
+    seq_lens_stride,
+    max_seq_len,
+    cu_seqlens_q,
+    num_tokens,
+    max_q_len,
     error_word,
     batch_size,
-    windows,
-    logit,
+    window_left,
+    window_right,
+    scale_log2,
+    softcap,
+    v_factor,
     spec: tl.constexpr,
 ):
-    """grid: [num_tokens * group_size // BLOCK_M + batch_size + 1, num_kv_heads]; a program computes one row tile, a block
-    of BLOCK_M packed rows of one request, over all keys its rows see. Bound by the tensor cores. Long requests' tiles come
-    in reverse, so that under causal the heavy ones start first; then those of the rows that no request owns, left empty.
+    """grid: [num_tokens * group_size // BLOCK_M + batch_size + 1, num_kv_heads]; a program computes one
+    row tile, a block of BLOCK_M packed rows of one request, over all keys its rows see. Bound by the
+    tensor cores. Long requests' tiles come in reverse, so that under causal the heavy ones start first;
+    then those of the rows that no request owns, left empty.
     """
+    lse_rows = (lse, lse_stride_token, lse_stride_head)
+    table = (page_table, table_stride, num_pages)
+    lengths = (seq_lens, seq_lens_stride, max_seq_len)
+    rows = (cu_seqlens_q, num_tokens, max_q_len)
+    windows = (window_left, window_right)
+    logit = (scale_log2, softcap, v_factor)
     BLOCK_M: tl.constexpr = spec.BLOCK_M
     kv_head = tl.program_id(1)
     records = (kv_head == 0) & (tl.program_id(0) == 0)
-    num_tiles, owned_rows = _count_tiles(seq_lens, rows, batch_size, error_word, records, spec)
+    num_tiles, owned_rows = _count_tiles(lengths, rows, batch_size, error_word, records, spec)
     tile = num_tiles - 1 - tl.program_id(0)
-    _, num_tokens, max_q_len = rows
     if tile >= 0:
         request, request_tile, row_start, row_stop = _find_tile(tile, rows, batch_size, spec)
         q_len = row_stop - row_start
-        seq_len = load_seq_lens(seq_lens, request, True)[0]
+        seq_len = load_seq_lens(lengths, request, True)[0]
         seq_len = tl.where(q_len > max_q_len, 0, seq_len)
         tile_m = tile - request_tile
     else:
@@ -156,8 +177,10 @@ def _prefill_kernel(
         )  # fmt: skip
         record_error(error_word, _PAGE, request, bad_entry, bad_entry >= 0)
         acc *= value_factor(logit, v_scale, request, kv_head, spec)
-        values, lse_log2 = finish(acc, maximum, total, load_sinks(sinks, head, row_ok, spec), spec.SINKS)
-        store_rows(out, lse, values, lse_log2, row_start + token, head, row_ok, spec)
+        values, lse_log2 = finish(
+            acc, maximum, total, load_sinks(sinks, head, row_ok, spec), spec.SINKS
+        )
+        store_rows(out, lse_rows, values, lse_log2, row_start + token, head, row_ok, spec)
 
 
 def prefill(
@@ -173,7 +196,10 @@ def prefill(
     error_word: Tensor,  # int64 [1]
 ) -> None:
     if q.shape[0] > 0:
-        run(plan(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word), q.device)
+        run(
+            plan(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word),
+            q.device,
+        )
 
 
 def plan(
@@ -193,15 +219,17 @@ def plan(
     num_tokens, num_qo_heads, _ = q.shape
     batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]
     group_size = num_qo_heads // num_kv_heads
-    device = launch.device_of(q)
+    device = launch.device_of(q.device)
     problem = launch.problem(q, k_cache, v_cache, device)
     row_limit = tuning.row_limit(problem)
     if m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
         return decode.plan(*tensors)
     config = tuning.prefill_config(problem)
-    spec = launch.attention_spec(q, k_cache, v_cache, m, lse, config, device.arch, ragged=True, row_limit=row_limit)
+    spec = launch.attention_spec(
+        q, k_cache, v_cache, m, lse, config, device.arch, ragged=True, row_limit=row_limit
+    )
     arguments = launch.attention_arguments(*tensors, spec)
     most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    long = Launch(_prefill_kernel, (most_tiles, num_kv_heads), arguments, options)
+    grid = (most_tiles, num_kv_heads)
+    long = Launch(_prefill_kernel, grid, arguments, launch.options(config))
     return [long, *decode.plan(*tensors, row_limit)] if batch_size else [long]

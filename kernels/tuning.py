@@ -1,9 +1,11 @@
-"""Tile shapes per kind of problem: a table, and a pure rule that reads it. Nothing here knows the batch or a length, so a
-request is computed the same way in whatever company.
+"""Tile shapes per kind of problem: a table, and a pure rule that reads it.
 
-No row has been measured on a GPU yet. Until one is, a row's reason is static: the tile must compile without register spills
-for every dtype and modifier (tests/kernels/test_attention_compile.py), `programs_per_processor` programs must fit a
-processor's registers and shared memory at once, and decode must keep at least 32 KiB of KV in flight per processor.
+Nothing here knows the batch or a length, so a request is computed the same way in whatever company.
+
+No row has been measured on a GPU yet. Until one is, a row's reason is static: the tile compiles without
+register spills for every dtype and modifier (tests/kernels/test_attention_compile.py),
+`programs_per_processor` programs fit a processor's registers and shared memory at once, and decode keeps
+at least 32 KiB of KV in flight per processor.
 """
 
 from typing import NamedTuple
@@ -27,16 +29,22 @@ class Problem(NamedTuple):
 
 class Key(NamedTuple):
     arch: int  # 80: 8.x and 12.x, 99 KiB of shared memory on the smallest; 90: 9.x to 11.x, 227 KiB; 0
-    operands: str  # "16": fp16 or bf16; "8": the same over an fp8 or int8 cache; "32": fp32 over anything
+    operands: (
+        str  # "16": fp16 or bf16; "16x8": the same over an fp8 or int8 cache; "32": fp32; "32x8"
+    )
     head_dim: int  # 64, 128 or 256, rounded up
-    rows: int = 0  # decode: 16, 32 or 64 packed rows, rounded up, more take several tiles; prefill: 0
+    rows: int = (
+        0  # decode: 16, 32 or 64 packed rows, rounded up, more take several tiles; prefill: 0
+    )
 
 
 def key(problem: Problem, rows: int = 0) -> Key:
     arch = 0 if problem.arch == 0 else 90 if 90 <= problem.arch < 120 else 80
-    operands = "32" if problem.q_bytes == 4 else "8" if problem.kv_bytes == 1 else "16"
+    operands = ("32" if problem.q_bytes == 4 else "16") + ("x8" if problem.kv_bytes == 1 else "")
     head_dim = next(d for d in (64, 128, 256) if problem.head_dim <= d)
-    return Key(arch, operands, head_dim, min(64, max(16, 1 << (rows - 1).bit_length())) if rows else 0)
+    return Key(
+        arch, operands, head_dim, min(64, max(16, 1 << (rows - 1).bit_length())) if rows else 0
+    )
 
 
 def decode_config(problem: Problem, rows: int) -> KernelConfig:
@@ -44,7 +52,10 @@ def decode_config(problem: Problem, rows: int) -> KernelConfig:
     found = key(problem, rows)
     if found.arch == 0:
         return _INTERPRETER._replace(BLOCK_M=found.rows)
-    small = found.arch == 80 and problem.arch not in (80, 87)  # 100 KiB of shared memory for all programs together
+    small = found.arch == 80 and problem.arch not in (
+        80,
+        87,
+    )  # 100 KiB of shared memory for all programs together
     return DECODE[found]._replace(programs_per_processor=1) if small else DECODE[found]
 
 
@@ -71,17 +82,19 @@ DECODE = {
     Key(90, "16", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 48 KiB; wgmma
     Key(90, "16", 256, 16): KernelConfig(16, 32, 4, 3, 2),  # 64 KiB
     Key(90, "16", 256, 32): KernelConfig(32, 32, 8, 3),  # 64 KiB
-    Key(90, "16", 256, 64): KernelConfig(32, 32, 8, 3),  # 64 rows of 256 spill: two tiles share K and V through L2
+    Key(90, "16", 256, 64): KernelConfig(
+        32, 32, 8, 3
+    ),  # 64 rows of 256 spill: two tiles share K and V through L2
     # 8 bit: the converted tile passes through registers, half the bytes a key
-    Key(90, "8", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # 24 KiB
-    Key(90, "8", 64, 32): KernelConfig(32, 32, 4, 6, 2),  # 20 KiB
-    Key(90, "8", 64, 64): KernelConfig(64, 32, 4, 6, 2),  # 20 KiB
-    Key(90, "8", 128, 16): KernelConfig(16, 64, 4, 4, 2),  # 48 KiB
-    Key(90, "8", 128, 32): KernelConfig(32, 32, 4, 4, 2),  # 24 KiB
-    Key(90, "8", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 24 KiB
-    Key(90, "8", 256, 16): KernelConfig(16, 32, 4, 4, 2),  # 48 KiB
-    Key(90, "8", 256, 32): KernelConfig(32, 32, 8, 4),  # 48 KiB
-    Key(90, "8", 256, 64): KernelConfig(32, 32, 8, 4),  # 48 KiB
+    Key(90, "16x8", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # 24 KiB
+    Key(90, "16x8", 64, 32): KernelConfig(32, 32, 4, 6, 2),  # 20 KiB
+    Key(90, "16x8", 64, 64): KernelConfig(64, 32, 4, 6, 2),  # 20 KiB
+    Key(90, "16x8", 128, 16): KernelConfig(16, 64, 4, 4, 2),  # 48 KiB
+    Key(90, "16x8", 128, 32): KernelConfig(32, 32, 4, 4, 2),  # 24 KiB
+    Key(90, "16x8", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 24 KiB
+    Key(90, "16x8", 256, 16): KernelConfig(16, 32, 4, 4, 2),  # 48 KiB
+    Key(90, "16x8", 256, 32): KernelConfig(32, 32, 8, 4),  # 48 KiB
+    Key(90, "16x8", 256, 64): KernelConfig(32, 32, 8, 4),  # 48 KiB
     # 32 bit: exact multiplication runs on the FMA units, whose operands live in registers: 8 warps share them
     Key(90, "32", 64, 16): KernelConfig(16, 32, 8, 3),
     Key(90, "32", 64, 32): KernelConfig(32, 32, 8, 3),
@@ -92,28 +105,45 @@ DECODE = {
     Key(90, "32", 256, 16): KernelConfig(16, 16, 8, 3),
     Key(90, "32", 256, 32): KernelConfig(32, 16, 8, 3),
     Key(90, "32", 256, 64): KernelConfig(32, 16, 8, 3),
+    # converted as well as exact: without room for a pipeline
+    Key(90, "32x8", 64, 16): KernelConfig(16, 32, 8, 1),
+    Key(90, "32x8", 64, 32): KernelConfig(32, 32, 8, 1),
+    Key(90, "32x8", 64, 64): KernelConfig(64, 32, 8, 1),
+    Key(90, "32x8", 128, 16): KernelConfig(16, 16, 8, 1),
+    Key(90, "32x8", 128, 32): KernelConfig(32, 32, 8, 1),
+    Key(90, "32x8", 128, 64): KernelConfig(32, 32, 8, 1),
+    Key(90, "32x8", 256, 16): KernelConfig(16, 16, 16, 1),
+    Key(90, "32x8", 256, 32): KernelConfig(16, 16, 16, 1),
+    Key(90, "32x8", 256, 64): KernelConfig(16, 16, 16, 1),
 }
 DECODE |= {k._replace(arch=80): c for k, c in DECODE.items()}
 
 PREFILL = {
-    Key(90, "16", 64): KernelConfig(128, 64, 4, 3),
+    # 128 rows: two warpgroups of wgmma, 64 accumulator registers a thread at 128 dims
+    Key(90, "16", 64): KernelConfig(128, 64, 8, 3),
     Key(90, "16", 128): KernelConfig(128, 64, 8, 3),
-    Key(90, "16", 256): KernelConfig(128, 32, 8, 2),
-    Key(90, "8", 64): KernelConfig(128, 64, 8, 3),
-    Key(90, "8", 128): KernelConfig(128, 32, 8, 3),
-    Key(90, "8", 256): KernelConfig(64, 32, 8, 2),
-    Key(90, "32", 64): KernelConfig(32, 32, 8, 2),
-    Key(90, "32", 128): KernelConfig(32, 32, 8, 2),
-    Key(90, "32", 256): KernelConfig(32, 16, 8, 2),
-}
-PREFILL |= {
+    Key(90, "16", 256): KernelConfig(64, 32, 8, 3),  # 128 rows spill
+    Key(90, "16x8", 64): KernelConfig(128, 64, 8, 3),
+    Key(90, "16x8", 128): KernelConfig(128, 32, 8, 3),
+    Key(90, "16x8", 256): KernelConfig(64, 16, 8, 3),
+    # mma.sync: every warp reads the whole K tile into registers, so that tiles are narrower
     Key(80, "16", 64): KernelConfig(128, 64, 8, 3),
-    Key(80, "16", 128): KernelConfig(128, 32, 8, 3),
+    Key(80, "16", 128): KernelConfig(128, 32, 8, 2),
     Key(80, "16", 256): KernelConfig(64, 32, 8, 2),
-    Key(80, "8", 64): KernelConfig(128, 32, 8, 3),
-    Key(80, "8", 128): KernelConfig(64, 32, 8, 3),
-    Key(80, "8", 256): KernelConfig(32, 32, 8, 2),
-    Key(80, "32", 64): KernelConfig(32, 32, 8, 2),
-    Key(80, "32", 128): KernelConfig(32, 32, 8, 2),
-    Key(80, "32", 256): KernelConfig(32, 16, 8, 2),
+    Key(80, "16x8", 64): KernelConfig(128, 32, 8, 3),
+    Key(80, "16x8", 128): KernelConfig(64, 32, 8, 3),
+    Key(80, "16x8", 256): KernelConfig(32, 32, 8, 2),
 }
+_EXACT = {  # FMA units, as in DECODE
+    ("32", 64): KernelConfig(32, 32, 8, 2),
+    ("32", 128): KernelConfig(32, 32, 8, 2),
+    ("32", 256): KernelConfig(32, 32, 8, 2),
+    ("32x8", 64): KernelConfig(32, 32, 8, 1),
+    ("32x8", 128): KernelConfig(32, 32, 8, 1),
+    ("32x8", 256): KernelConfig(16, 16, 16, 1),
+}
+PREFILL |= {Key(arch, *kind): config for arch in (80, 90) for kind, config in _EXACT.items()}
+
+COMBINE = KernelConfig(
+    1, 16, 4, 2
+)  # one row, 16 partials of it at a time: 8 KiB in flight at 128 dims

@@ -1,4 +1,4 @@
-"""How decode's work is shared out on the device: all requests' units in one line, scanned BLOCK_B requests at a time."""
+"""How decode's work is shared out on the device: all requests' units in one line, scanned BLOCK_B at a time."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,9 @@ def row_tiles(q_len, rows, spec: tl.constexpr):
 
 
 @triton.jit
-def _chunk(request, first_row, seq_lens, rows, batch_size, window_left, split_size, spec: tl.constexpr):
+def _chunk(
+    request, first_row, seq_lens, rows, batch_size, window_left, split_size, spec: tl.constexpr
+):
     """Of BLOCK_B consecutive requests: (units, row start, row stop, whether the rows, the length had to be clamped)."""
     mask = request < batch_size
     seq_len, bad_seq_len = load_seq_lens(seq_lens, request, mask)
@@ -29,11 +31,19 @@ def _chunk(request, first_row, seq_lens, rows, batch_size, window_left, split_si
     else:
         start, stop, bad_rows = request, request + 1, bad_seq_len
     _, _, num = split_units(stop - start, seq_len, window_left, split_size, spec)
-    return tl.where(mask, num * row_tiles(stop - start, rows, spec), 0), start, stop, bad_rows, bad_seq_len
+    return (
+        tl.where(mask, num * row_tiles(stop - start, rows, spec), 0),
+        start,
+        stop,
+        bad_rows,
+        bad_seq_len,
+    )
 
 
 @triton.jit
-def count_units(seq_lens, rows, batch_size, window_left, split_size, error_word, records, spec: tl.constexpr):
+def count_units(
+    seq_lens, rows, batch_size, window_left, split_size, error_word, records, spec: tl.constexpr
+):
     """All units of one kv head. records: this program leaves what was clamped in the error word."""
     BLOCK_B: tl.constexpr = spec.BLOCK_B
     total = 0
@@ -44,7 +54,16 @@ def count_units(seq_lens, rows, batch_size, window_left, split_size, error_word,
             request, first_row, seq_lens, rows, batch_size, window_left, split_size, spec
         )
         mask = request < tl.where(records, batch_size, 0)
-        record_spans(error_word, request, stop - start, bad_rows & mask, bad_seq_len & mask, mask, rows, spec.RAGGED)
+        record_spans(
+            error_word,
+            request,
+            stop - start,
+            bad_rows & mask,
+            bad_seq_len & mask,
+            mask,
+            rows,
+            spec.RAGGED,
+        )
         total += tl.sum(units)
         first_row = tl.max(stop)
     return total

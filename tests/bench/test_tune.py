@@ -1,5 +1,6 @@
 """The sweep's search, the row it prints, and that the table is left as it was."""
 
+import pytest
 import torch
 
 from pagewire.bench import tune
@@ -69,6 +70,16 @@ def test_a_comparison_runs_both_rows_and_puts_the_table_back(monkeypatch):
     old, new = tune.compare(target, candidate, [work], Clock("cpu"), "reference")
     assert len(old) == len(new) == 1 and min(*old, *new) > 0
     assert seen == {present, candidate}
+    assert tuning.DECODE[target.key] == present
+
+
+def test_a_failure_puts_the_table_back():
+    target = tune.Target("decode", _key(), ())
+    present = tuning.DECODE[target.key]
+    candidate = present._replace(BLOCK_N=16)
+    with pytest.raises(ValueError, match="wrong"), tune.row(target, candidate):
+        assert tuning.DECODE[target.key] == candidate
+        raise ValueError("wrong")
     assert tuning.DECODE[target.key] == present
 
 

@@ -1,7 +1,8 @@
 """Compiles what the attention launchers launch, for a GPU that need not be there; one JSON line per kernel.
 
-Run as a script, in a process without TRITON_INTERPRET: `compile_attention.py quick|full [SHARD NUM_SHARDS [WORD]]`, WORD being
-part of the wanted ids. The launches are those of the launchers, with their own specialisation; only the device is made up.
+Run as a script, in a process without TRITON_INTERPRET: `compile_attention.py quick|full [SHARD NUM_SHARDS [WORD]]`,
+WORD being part of the wanted ids, or `compile_attention.py shapes`. The launches are the launchers' own, specialised
+as they would be; only the device is made up.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Case:
     head_dim: int = 128
     rows: int = 16
     page_size: int = 16
-    modified: bool = False  # every modifier at once, ragged rows, odd page size, head dims that are padded
+    modified: bool = False  # every modifier, ragged rows, odd page size, padded head dims
 
     @property
     def id(self) -> str:
@@ -62,32 +63,46 @@ class NoDevice:
         return 0
 
 
-def launches(case: Case) -> list[launch.Launch]:
+def launches(
+    case: Case,
+    batch_size: int = 3,
+    num_tokens: int | None = None,
+    num_pages: int = 8,
+    max_pages: int = 8,
+) -> list[launch.Launch]:
     driver.set_active(NoDevice(case.arch))
-    launch.device_of = lambda tensor: launch.Device(case.arch, 132)
+    launch.device_of = lambda device: launch.Device(case.arch, 132)
     ragged = case.op == "prefill" or case.modified
-    batch_size, num_kv_heads, group = 3, 8, GROUP[case.rows] if case.op == "decode" else 4
-    num_tokens = 4096 if case.op == "prefill" else batch_size
+    num_kv_heads, group = 8, GROUP[case.rows] if case.op == "decode" else 4
+    if num_tokens is None:
+        num_tokens = 4096 if case.op == "prefill" else batch_size
     head_dim = case.head_dim - 16 * case.modified
     page_size = 3 if case.modified else case.page_size
     q = torch.empty(num_tokens, num_kv_heads * group, head_dim, dtype=case.dtype)
-    caches = [torch.empty(8, page_size, num_kv_heads, head_dim, dtype=case.kv_dtype) for _ in range(2)]
+    caches = [
+        torch.empty(num_pages, page_size, num_kv_heads, head_dim, dtype=case.kv_dtype)
+        for _ in range(2)
+    ]
     out = torch.empty_like(q, dtype=fp32 if case.modified else case.dtype)
     lse = torch.empty(q.shape[:2]) if case.modified else None
-    table, lens, rows = (torch.zeros(s, dtype=torch.int32) for s in ((batch_size, 8), batch_size, batch_size + 1))
+    table, lens, rows = (
+        torch.zeros(s, dtype=torch.int32)
+        for s in ((batch_size, max_pages), batch_size, batch_size + 1)
+    )
     scale: torch.Tensor | float | None = 1.0 if case.kv_dtype in QUANT_MAX else None
     m = Modifiers(0.1, causal=ragged, k_scale=scale, v_scale=scale)
     if case.modified:
         if scale is not None:
-            scale = torch.ones(8, page_size, num_kv_heads)
+            scale = torch.ones(num_pages, page_size, num_kv_heads)
         m = dataclasses.replace(
             m, window_left=50, softcap=3.0, alibi_slopes=torch.ones(batch_size, q.shape[1]),
             sinks=torch.ones(q.shape[1]), k_scale=scale, v_scale=scale,
+            max_q_len=case.rows // group if case.op == "decode" else None,
         )  # fmt: skip
     word = torch.zeros(1, dtype=torch.int64)
     if case.op == "decode":
         return decode.plan(q, *caches, table, lens, rows if ragged else None, m, out, lse, word)
-    return prefill.plan(q, *caches, table, lens, rows, m, out, lse, word)[:1]  # the rest is decode's
+    return prefill.plan(q, *caches, table, lens, rows, m, out, lse, word)
 
 
 def facts(case: Case, planned: launch.Launch) -> dict:
@@ -99,7 +114,9 @@ def facts(case: Case, planned: launch.Launch) -> dict:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)(?:, [^;]*)?;", ptx)
+    copies = re.findall(
+        r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)(?:, [^;]*)?;", ptx
+    )
     return {
         "case": case.id,
         "arch": case.arch,
@@ -117,8 +134,9 @@ def every_row() -> Iterator[Case]:
     """Each row of the tables with the dtypes it stands for, plain and with every modifier."""
     dtypes = {
         "16": ((bf16, bf16), (fp16, fp16)),
-        "8": ((bf16, e4m3), (bf16, e5m2), (fp16, int8)),
-        "32": ((fp32, fp32), (fp32, e4m3)),
+        "16x8": ((bf16, e4m3), (bf16, e5m2), (fp16, int8)),
+        "32": ((fp32, fp32),),
+        "32x8": ((fp32, e4m3), (fp32, int8)),
     }
     for op, table in (("decode", tuning.DECODE), ("prefill", tuning.PREFILL)):
         for key in table:
@@ -141,12 +159,31 @@ QUICK = [
 QUICK += [Case(90, "decode", modified=True), Case(80, "decode", fp32, fp32)]
 
 
+def compilations() -> None:
+    """How often each kernel is compiled for calls that differ only in batch, rows, pages and alignment."""
+    counts = {}
+    shapes = [(3, 128, 8, 8), (1, 1, 1, 1), (16, 256, 1024, 64), (7, 77, 999, 33)]
+    for case in (Case(90, "decode"), Case(90, "prefill", modified=True)):
+        for batch_size, num_tokens, *pages in shapes:
+            rows = batch_size if case.op == "decode" else num_tokens
+            for kernel, grid, arguments, options in launches(case, batch_size, rows, *pages):
+                kernel.warmup(**arguments, grid=grid, **options)
+                counts[kernel.__name__] = len(kernel.device_caches[90][0])
+    print(json.dumps(counts), flush=True)
+
+
 def main() -> None:
+    if sys.argv[1] == "shapes":
+        compilations()
+        return
     wanted = sys.argv[4] if len(sys.argv) > 4 else ""
-    cases = [case for case in (QUICK if sys.argv[1] == "quick" else every_row()) if wanted in case.id]
+    cases = [
+        case for case in (QUICK if sys.argv[1] == "quick" else every_row()) if wanted in case.id
+    ]
     shard, num_shards = (int(n) for n in (sys.argv[2:4] or (0, 1)))
     for case in itertools.islice(cases, shard, None, num_shards):
-        for planned in launches(case):
+        # a prefill's other launches are decode's
+        for planned in launches(case)[: 1 if case.op == "prefill" else 2]:
             print(json.dumps(facts(case, planned)), flush=True)
 
 
