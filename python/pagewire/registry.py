@@ -147,15 +147,9 @@ def _cuda_special(problem: Problem) -> str | None:
     return None
 
 
-BACKENDS: tuple[Backend, ...] = (  # best first; adding one is an entry here and a file in backends/
-    Backend(
-        "cuda",
-        "pagewire.backends.cuda",
-        frozenset(OPS),
-        _cuda_unavailable,
-        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
-        special=_cuda_special,
-    ),
+# in order of preference; adding one is an entry here and a file in backends/. Neither triton nor cuda has been measured
+# on a GPU: triton, which compiles without spills and takes every problem, comes first until one has
+BACKENDS: tuple[Backend, ...] = (
     Backend(
         "triton",
         "pagewire.backends.triton",
@@ -164,6 +158,14 @@ BACKENDS: tuple[Backend, ...] = (  # best first; adding one is an entry here and
         {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
         max_head_dim=256,
         special=_triton_special,
+    ),
+    Backend(
+        "cuda",
+        "pagewire.backends.cuda",
+        frozenset(OPS),
+        _cuda_unavailable,
+        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
+        special=_cuda_special,
     ),
     Backend(
         "cpu",
@@ -217,8 +219,8 @@ def _select(problem: Problem, argument: str | None, environment: str | None) -> 
             raise BackendError(f"{source}{name!r} refuses this {problem.op}: {reason}")
         return _BY_NAME[name]
     for candidate in BACKENDS:
-        if candidate.name == "cuda" and problem.device == "cpu":
-            continue  # emulated: for tests and debugging, by name only
+        if candidate.name in ("cuda", "triton") and problem.device == "cpu":
+            continue  # emulated or interpreted: for tests and debugging, by name only
         if candidate.refuses(problem) is None:
             return candidate
     raise BackendError(f"no backend takes this {problem.op}:\n" + _table(problem))
