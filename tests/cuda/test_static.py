@@ -21,8 +21,8 @@ pytestmark = [
     pytest.mark.timeout(1500),
     pytest.mark.skipif(
         os.environ.get("PAGEWIRE_TEST_STATIC") != "1",
-        reason="the nvcc build is not finished: copy_kernel and the fp32 attention kernels spill, and the extension has "
-        "never been linked; PAGEWIRE_TEST_STATIC=1 runs these checks all the same",
+        reason="the nvcc build is not finished: copy_kernel and the fp32 attention kernels spill, and the extension "
+        "has never been linked; PAGEWIRE_TEST_STATIC=1 runs these checks all the same",
     ),
 ]
 
