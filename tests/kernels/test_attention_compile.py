@@ -73,5 +73,6 @@ def test_no_compilation_for_another_batch_or_length() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)  # hundreds of compilations
 def test_every_tuning_row() -> None:
     check(compiled("full"))

@@ -49,5 +49,6 @@ def test_quick_set() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)  # hundreds of compilations
 def test_every_combination() -> None:
     check(compiled("full"))
