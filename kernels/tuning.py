@@ -89,7 +89,7 @@ DECODE = {
     Key(90, "16x8", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 64, 32): KernelConfig(32, 32, 4, 6, 2),  # 20 KiB
     Key(90, "16x8", 64, 64): KernelConfig(64, 32, 4, 6, 2),  # 20 KiB
-    Key(90, "16x8", 128, 16): KernelConfig(16, 64, 4, 4, 2),  # 48 KiB
+    Key(90, "16x8", 128, 16): KernelConfig(16, 32, 4, 6, 2),  # 40 KiB; 64 keys spill where a tile lies in a page
     Key(90, "16x8", 128, 32): KernelConfig(32, 32, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 256, 16): KernelConfig(16, 32, 4, 4, 2),  # 48 KiB
@@ -108,7 +108,7 @@ DECODE = {
     # converted as well as exact: without room for a pipeline
     Key(90, "32x8", 64, 16): KernelConfig(16, 32, 8, 1),
     Key(90, "32x8", 64, 32): KernelConfig(32, 32, 8, 1),
-    Key(90, "32x8", 64, 64): KernelConfig(64, 32, 8, 1),
+    Key(90, "32x8", 64, 64): KernelConfig(32, 32, 8, 1),
     Key(90, "32x8", 128, 16): KernelConfig(16, 16, 8, 1),
     Key(90, "32x8", 128, 32): KernelConfig(32, 32, 8, 1),
     Key(90, "32x8", 128, 64): KernelConfig(32, 32, 8, 1),
@@ -117,6 +117,9 @@ DECODE = {
     Key(90, "32x8", 256, 64): KernelConfig(16, 16, 16, 1),
 }
 DECODE |= {k._replace(arch=80): c for k, c in DECODE.items()}
+DECODE |= {  # e4m3 is decoded from its bits there: a fourth stage spills 8 bytes
+    Key(80, "16x8", 256, rows): KernelConfig(32, 32, 8, 3) for rows in (32, 64)
+}
 
 PREFILL = {
     # 128 rows: two warpgroups of wgmma, 64 accumulator registers a thread at 128 dims
@@ -132,15 +135,15 @@ PREFILL = {
     Key(80, "16", 256): KernelConfig(64, 32, 8, 2),
     Key(80, "16x8", 64): KernelConfig(128, 32, 8, 3),
     Key(80, "16x8", 128): KernelConfig(64, 32, 8, 3),
-    Key(80, "16x8", 256): KernelConfig(32, 32, 8, 2),
+    Key(80, "16x8", 256): KernelConfig(32, 16, 8, 2),
 }
 _EXACT = {  # FMA units, as in DECODE
     ("32", 64): KernelConfig(32, 32, 8, 2),
-    ("32", 128): KernelConfig(32, 32, 8, 2),
+    ("32", 128): KernelConfig(16, 32, 4, 2),
     ("32", 256): KernelConfig(32, 32, 8, 2),
     ("32x8", 64): KernelConfig(32, 32, 8, 1),
     ("32x8", 128): KernelConfig(32, 32, 8, 1),
-    ("32x8", 256): KernelConfig(16, 16, 16, 1),
+    ("32x8", 256): KernelConfig(16, 16, 8, 1),
 }
 PREFILL |= {Key(arch, *kind): config for arch in (80, 90) for kind, config in _EXACT.items()}
 
