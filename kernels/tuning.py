@@ -89,7 +89,9 @@ DECODE = {
     Key(90, "16x8", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 64, 32): KernelConfig(32, 32, 4, 6, 2),  # 20 KiB
     Key(90, "16x8", 64, 64): KernelConfig(64, 32, 4, 6, 2),  # 20 KiB
-    Key(90, "16x8", 128, 16): KernelConfig(16, 32, 4, 6, 2),  # 40 KiB; 64 keys spill where a tile lies in a page
+    Key(90, "16x8", 128, 16): KernelConfig(
+        16, 32, 4, 6, 2
+    ),  # 40 KiB; 64 keys spill where a tile lies in a page
     Key(90, "16x8", 128, 32): KernelConfig(32, 32, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 256, 16): KernelConfig(16, 32, 4, 4, 2),  # 48 KiB
