@@ -150,7 +150,8 @@ class BinaryDistribution(Distribution):
 
 
 setup(
-    ext_modules=[extension(), cuda_extension()],
+    # a sanitized build is of the CPU extension alone
+    ext_modules=[extension()] if SANITIZE else [extension(), cuda_extension()],
     cmdclass={"build_ext": BuildExtension},
     distclass=BinaryDistribution,
 )
