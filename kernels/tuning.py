@@ -3,7 +3,8 @@
 Nothing here knows the batch or a length, so a request is computed the same way in whatever company.
 
 No row has been measured on a GPU yet. Until one is, a row's reason is static: the tile compiles without
-register spills for every dtype and modifier (tests/kernels/test_attention_compile.py),
+register spills for every dtype and modifier (tests/kernels/test_attention_compile.py; fp32 with every
+modifier at once spills up to 128 bytes),
 `programs_per_processor` programs fit a processor's registers and shared memory at once, and decode keeps
 at least 32 KiB of KV in flight per processor.
 """
