@@ -52,18 +52,24 @@ def pair(model: Path, tmp_path_factory: pytest.TempPathFactory):
     pair.stop()
 
 
-def test_a_pair_answers_and_every_byte_of_kv_arrives(model: Path, pair: Workers) -> None:
-    assert {ready.role for ready in pair.ready.values()} == {"decode", "prefill"}
-    assert pair.ready["decode"].pool_tokens == 512 and pair.ready["decode"].vocab_size == 320
+@pytest.fixture(scope="module")
+def answered(pair: Workers) -> list[str]:
+    """The ids of requests the pair has answered, one for each of LENS."""
     ids = submit_all(pair)
     pair.until_ended(*ids)
-    pair.until(lambda: pair.all_free() and len(pair.named("transfer_total")) == len(ids))
-    for length, request_id in zip(LENS, ids, strict=True):
+    pair.until(pair.all_free)
+    return ids
+
+
+def test_a_pair_answers_and_every_byte_of_kv_arrives(pair: Workers, answered: list[str]) -> None:
+    assert {ready.role for ready in pair.ready.values()} == {"decode", "prefill"}
+    assert pair.ready["decode"].pool_tokens == 512 and pair.ready["decode"].vocab_size == 320
+    for length, request_id in zip(LENS, answered, strict=True):
         assert pair.ends[request_id] == [Finished(request_id, "length", MAX_TOKENS)]
         assert len(pair.output(request_id)) == MAX_TOKENS
-        (verified,) = pair.named("kv_verify", request_id)
+        (verified,) = pair.reported("kv_verify", request_id)
         assert verified.args["equal"] == 1
-        (transfer,) = pair.named("transfer_total", request_id)
+        (transfer,) = pair.reported("transfer_total", request_id)
         assert (
             transfer.args["bytes"] == length * 2 * 3 * 2 * 16 * 4
         )  # K, V; layers, heads, dim, fp32
@@ -73,11 +79,8 @@ def test_the_phases_of_a_request_follow_each_other(pair: Workers) -> None:
     """queue_p, prefill, exposed, queue_d and decode partition its time, but for a frame's flight."""
     pair.submit("phases", prompt_of(50), MAX_TOKENS)
     pair.until_ended("phases")
-    pair.until(
-        lambda: pair.named("exposed", "phases") != [] and pair.named("decode", "phases") != []
-    )
     names = ("queue_p", "prefill", "exposed", "queue_d", "decode")
-    spans = [pair.named(name, "phases") for name in names]
+    spans = [pair.reported(name, "phases") for name in names]
     assert [len(span) for span in spans] == [1] * len(names)
     starts = [span[0].start_us for span in spans]
     ends = [span[0].start_us + span[0].duration_us for span in spans]
@@ -107,16 +110,17 @@ def test_cancelled_requests_leave_no_page_behind(pair: Workers) -> None:
         assert {end.reason for end in pair.ends[f"cancel{i}"]} == {"cancelled"}
 
 
-def test_logits_agree_with_one_process(model: Path, pair: Workers, tmp_path: Path) -> None:
+def test_logits_agree_with_one_process(
+    model: Path, pair: Workers, answered: list[str], tmp_path: Path
+) -> None:
     record_dir = Path(pair_record_dir(pair))
     workers = Workers(config_of(model, record_dir=str(tmp_path)), roles=("colocated",))
     try:
-        ids = submit_all(workers)
-        workers.until_ended(*ids)
+        workers.until_ended(*submit_all(workers))
         workers.until(workers.all_free)
     finally:
         workers.stop()
-    for request_id in ids:
+    for request_id in answered:
         ours, theirs = (
             load_file(d / f"{request_id}.prefill.safetensors") for d in (record_dir, tmp_path)
         )

@@ -64,10 +64,10 @@ def test_one_request(pair: Stepped) -> None:
     pair.until_ended("a")
     assert pair.ends["a"] == [Finished("a", "length", MAX_TOKENS)]
     assert len(pair.output("a")) == MAX_TOKENS
-    pair.until(lambda: pair.pages_free() and pair.named("transfer_total", "a") != [])
-    (verified,) = pair.named("kv_verify", "a")
+    pair.until(pair.pages_free)
+    (verified,) = pair.reported("kv_verify", "a")
     assert verified.args["equal"] == 1
-    (transfer,) = pair.named("transfer_total", "a")
+    (transfer,) = pair.reported("transfer_total", "a")
     # K and V, 3 layers x 2 heads x 16 fp32 a token
     assert transfer.args["bytes"] == PROMPT_LEN * 2 * 3 * 2 * 16 * 4
 
@@ -243,8 +243,7 @@ def test_kv_that_differs_is_found_by_digest(pair: Stepped, patch: pytest.MonkeyP
     patch.setattr(pair.d._packing, "unpack", misplaced)
     pair.until_ended("a")
     patch.undo()
-    pair.until(lambda: pair.named("kv_verify", "a") != [])
-    assert pair.named("kv_verify", "a")[0].args["equal"] == 0
+    assert pair.reported("kv_verify", "a")[0].args["equal"] == 0
     assert [type(end) for end in pair.ends["a"]] == [Failed]
     check()
 
@@ -303,9 +302,9 @@ def test_bfloat16_on_the_wire_of_a_float32_cache(model: str, patch: pytest.Monke
     pair = Stepped(config_of(model))
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.until_ended("a")
-    pair.until(lambda: pair.named("transfer_total", "a") != [])
-    assert pair.named("transfer_total", "a")[0].args["bytes"] == PROMPT_LEN * 2 * 3 * 2 * 16 * 2
-    assert pair.named("kv_verify", "a")[0].args["equal"] == 1
+    (transfer,) = pair.reported("transfer_total", "a")
+    assert transfer.args["bytes"] == PROMPT_LEN * 2 * 3 * 2 * 16 * 2
+    assert pair.reported("kv_verify", "a")[0].args["equal"] == 1
 
 
 def test_bytes_that_are_no_frame_change_nothing(pair: Stepped) -> None:

@@ -102,6 +102,14 @@ class FrontEnd:
             if event.name == name and request_id in (None, event.request_id)
         ]
 
+    def reported(self, name: str, request_id: str) -> list[Event]:
+        """`named`, once a worker has sent any: events leave a worker some turns after they happen."""
+        self.until(lambda: self.named(name, request_id) != [])
+        return self.named(name, request_id)
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+        raise NotImplementedError
+
     def all_free(self) -> bool:
         return len(self.gauges) == len(self.channels) and all(
             gauges.num_pages["free"] == gauges.num_pages["total"]
