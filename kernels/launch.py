@@ -30,6 +30,9 @@ PER_CALL = [
 ]  # fmt: skip
 
 
+REGISTERS_OF_A_PROCESSOR = 1 << 16  # 32-bit ones
+
+
 class Launch(NamedTuple):
     kernel: Any  # a triton.JITFunction
     grid: tuple[int, ...]
@@ -38,10 +41,13 @@ class Launch(NamedTuple):
 
 
 def options(config: KernelConfig) -> dict[str, Any]:
-    # said explicitly: the default of fusing a * b + c changes in Triton 3.10
+    threads = 32 * config.num_warps * config.programs_per_processor
     return {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        # left to itself, ptxas spills a few bytes for a higher occupancy than the row plans
+        "maxnreg": min(255, REGISTERS_OF_A_PROCESSOR // threads // 8 * 8),
+        # said explicitly: the default of fusing a * b + c changes in Triton 3.10
         "enable_fp_fusion": True,
     }
 

@@ -3,8 +3,7 @@
 Nothing here knows the batch or a length, so a request is computed the same way in whatever company.
 
 No row has been measured on a GPU yet. Until one is, a row's reason is static: the tile compiles without
-register spills for every dtype and modifier (tests/kernels/test_attention_compile.py; fp32 with every
-modifier at once spills up to 128 bytes),
+register spills for every dtype and modifier (tests/kernels/test_attention_compile.py),
 `programs_per_processor` programs fit a processor's registers and shared memory at once, and decode keeps
 at least 32 KiB of KV in flight per processor.
 """
@@ -17,7 +16,7 @@ class KernelConfig(NamedTuple):
     BLOCK_N: int  # keys
     num_warps: int
     num_stages: int
-    programs_per_processor: int = 1  # decode's grid: all resident at once
+    programs_per_processor: int = 1  # they share its registers; decode's grid: all resident at once
 
 
 class Problem(NamedTuple):
@@ -102,19 +101,19 @@ DECODE = {
     Key(90, "32", 64, 16): KernelConfig(16, 32, 8, 3),
     Key(90, "32", 64, 32): KernelConfig(32, 32, 8, 3),
     Key(90, "32", 64, 64): KernelConfig(64, 32, 8, 3),
-    Key(90, "32", 128, 16): KernelConfig(16, 32, 8, 3),
-    Key(90, "32", 128, 32): KernelConfig(32, 32, 8, 3),
-    Key(90, "32", 128, 64): KernelConfig(32, 32, 8, 3),
+    Key(90, "32", 128, 16): KernelConfig(16, 16, 8, 3),
+    Key(90, "32", 128, 32): KernelConfig(32, 16, 8, 3),
+    Key(90, "32", 128, 64): KernelConfig(32, 16, 8, 3),
     Key(90, "32", 256, 16): KernelConfig(16, 16, 8, 3),
-    Key(90, "32", 256, 32): KernelConfig(32, 16, 8, 3),
-    Key(90, "32", 256, 64): KernelConfig(32, 16, 8, 3),
+    Key(90, "32", 256, 32): KernelConfig(16, 16, 8, 3),
+    Key(90, "32", 256, 64): KernelConfig(16, 16, 8, 3),
     # converted as well as exact: without room for a pipeline
     Key(90, "32x8", 64, 16): KernelConfig(16, 32, 8, 1),
     Key(90, "32x8", 64, 32): KernelConfig(32, 32, 8, 1),
     Key(90, "32x8", 64, 64): KernelConfig(32, 32, 8, 1),
     Key(90, "32x8", 128, 16): KernelConfig(16, 16, 8, 1),
-    Key(90, "32x8", 128, 32): KernelConfig(32, 32, 8, 1),
-    Key(90, "32x8", 128, 64): KernelConfig(32, 32, 8, 1),
+    Key(90, "32x8", 128, 32): KernelConfig(32, 16, 8, 1),
+    Key(90, "32x8", 128, 64): KernelConfig(32, 16, 8, 1),
     Key(90, "32x8", 256, 16): KernelConfig(16, 16, 16, 1),
     Key(90, "32x8", 256, 32): KernelConfig(16, 16, 16, 1),
     Key(90, "32x8", 256, 64): KernelConfig(16, 16, 16, 1),
@@ -142,14 +141,13 @@ PREFILL = {
 }
 _EXACT = {  # FMA units, as in DECODE
     ("32", 64): KernelConfig(32, 32, 8, 2),
-    ("32", 128): KernelConfig(16, 32, 4, 2),
-    ("32", 256): KernelConfig(32, 32, 8, 2),
+    ("32", 128): KernelConfig(32, 16, 8, 2),
+    ("32", 256): KernelConfig(16, 16, 8, 2),
     ("32x8", 64): KernelConfig(32, 32, 8, 1),
     ("32x8", 128): KernelConfig(32, 32, 8, 1),
     ("32x8", 256): KernelConfig(16, 16, 8, 1),
 }
 PREFILL |= {Key(arch, *kind): config for arch in (80, 90) for kind, config in _EXACT.items()}
 
-COMBINE = KernelConfig(
-    1, 16, 4, 2
-)  # one row, 16 partials of it at a time: 8 KiB in flight at 128 dims
+# one row, 16 partials of it at a time: 8 KiB in flight at 128 dims
+COMBINE = KernelConfig(1, 16, 4, 2, 5)

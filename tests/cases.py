@@ -142,8 +142,15 @@ def random(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def build(case: Attention, device: torch.device | str = "cpu", seed: int = 0) -> Call:
-    """NaN (int8: a NaN scale or 127) in every slot that no request owns; permuted pages; padding in the table."""
+def build(
+    case: Attention, device: torch.device | str = "cpu", seed: int = 0, backend: str = ""
+) -> Call:
+    """NaN (int8: a NaN scale or 127) in every slot that no request owns; permuted pages; padding in the table.
+
+    `backend`: cuda has no fp32 queries and gets fp16 ones, the most exact it takes.
+    """
+    if backend == "cuda" and case.dtype == torch.float32:
+        case = replace(case, dtype=torch.float16)
     device = torch.device(device)
     g = torch.Generator().manual_seed(seed)
     qo_heads, kv_heads = case.heads

@@ -21,8 +21,6 @@ template <>
 AttentionKernel attention_kernel_for<Float16, 128>(DType);
 template <>
 AttentionKernel attention_kernel_for<Float16, 256>(DType);
-template <>
-AttentionKernel attention_kernel_for<float, 256>(DType);
 
 namespace {
 
@@ -43,10 +41,8 @@ AttentionKernel choose(const AttentionRequest& r) {
         case DType::kFloat16:
             return of(attention_kernel_for<Float16, 64>, attention_kernel_for<Float16, 128>,
                       attention_kernel_for<Float16, 256>);
-        case DType::kFloat32:
-            return attention_kernel_for<float, 256>(r.kv_dtype);
         default:
-            throw std::invalid_argument("pagewire: expected q in fp16, bf16 or fp32");
+            throw std::invalid_argument("pagewire: expected q in fp16 or bf16");
     }
 }
 

@@ -30,27 +30,17 @@ namespace pagewire {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-template <class T>
-struct IsTensorCore {
-    static constexpr bool value = true;
-};
-template <>
-struct IsTensorCore<float> {
-    static constexpr bool value = false;
-};
-
 // Everything that follows from the element types and the padded width.
 template <class Q, class KV, int kWidth_>
 struct Shape {
     static constexpr int kWidth = kWidth_;
-    static constexpr bool kTensorCore = IsTensorCore<Q>::value;
     static constexpr bool kQuantised = sizeof(KV) == 1;
     static constexpr int kWarps = kWidth == 256 ? 2 : 4;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kMinBlocks = kWidth == 64 ? 3 : 2;
     static constexpr int kStages = kWidth == 64 ? 4 : 3;
     static constexpr int kKeys =
-        32 / static_cast<int>(sizeof(KV));  // a warp's, of a tile: 32, 16 or 8
+        32 / static_cast<int>(sizeof(KV));  // a warp's, of a tile: 32 or 16
     static constexpr int kTile = kKeys * kWarps;
     static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(KV));
     static constexpr int kRowChunks = kRowBytes / 16;
@@ -58,7 +48,7 @@ struct Shape {
     static constexpr int kStageBytes = 2 * kTileBytes;
     static constexpr int kQRowBytes = kWidth * static_cast<int>(sizeof(Q));
     static constexpr int kColumns = kWidth / 8;  // column tiles of out
-    static constexpr bool kQInRegisters = kTensorCore && kWidth <= 128;
+    static constexpr bool kQInRegisters = kWidth <= 128;
     static constexpr int kOutStride = kWidth + 8;  // floats, of the rows the warps exchange
     static constexpr int kPartStride = kWidth + 4;
     static constexpr int kBitsOffset = 0;                         // uint32 [kStages][kWarps]
@@ -424,7 +414,7 @@ struct AttentionBlock {
                     }
                 }
             }
-            if constexpr (S::kTensorCore && S::kQuantised) {
+            if constexpr (S::kQuantised) {
                 // of the 8 pairs in 16 elements, even ones go to the first chunk, odd ones to the
                 // second
                 const int at = chunk % 2 * 8;
@@ -560,11 +550,7 @@ struct AttentionBlock {
             PW_UNROLL
             for (int i = 0; i < 4; ++i) x[n][i] = 0.0f;
         }
-        if constexpr (S::kTensorCore) {
-            logits(x, q, tile(stage, 0), group * S::kKeys, m);
-        } else {
-            logits_by_fma(x, tile(stage, 0), group * S::kKeys, m);
-        }
+        logits(x, q, tile(stage, 0), group * S::kKeys, m);
         mask_and_scale(x, rows, stage, group, first_key, scale);
         float rescale[2];
         softmax(x, state, rescale);
@@ -585,11 +571,7 @@ struct AttentionBlock {
                 }
             }
         }
-        if constexpr (S::kTensorCore) {
-            accumulate(x, state, tile(stage, 1), group * S::kKeys);
-        } else {
-            accumulate_by_fma(x, state, tile(stage, 1), group * S::kKeys);
-        }
+        accumulate(x, state, tile(stage, 1), group * S::kKeys);
     }
 
     // x[row][key] of this thread: rows g, g + 8; keys 8n + 2t, 8n + 2t + 1 (t = lane % 4).
@@ -741,73 +723,8 @@ struct AttentionBlock {
     // The column of out[n][i], and of out[n][i + 2].
     PW_DEVICE int column_of(int n, int i) const {
         const int column = lane % 4 * 2 + i;
-        if constexpr (S::kTensorCore && S::kQuantised) return n / 2 * 16 + 2 * column + n % 2;
+        if constexpr (S::kQuantised) return n / 2 * 16 + 2 * column + n % 2;
         return n * 8 + column;
-    }
-
-    // fp32 queries have no tensor core step of their precision: the same places, filled by FMA.
-    template <int kCount>
-    PW_DEVICE static void read_row(float (&x)[kCount], const char* rows, int row, int column) {
-        const int byte = column * static_cast<int>(sizeof(KV));
-        const KV* p =
-            reinterpret_cast<const KV*>(rows + swizzle<S::kRowBytes>(row, byte / 16) + byte % 16);
-        PW_UNROLL
-        for (int i = 0; i < kCount; ++i) x[i] = to_float(load_shared(p + i));
-    }
-
-    template <int kTiles>
-    PW_DEVICE void logits_by_fma(float (&x)[kTiles][4], const char* k, int first, int m) const {
-        PW_NO_UNROLL
-        for (int d = 0; d < p.k.width; d += 4) {
-            float q[2][4];
-            PW_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const float* row = reinterpret_cast<const float*>(
-                    q_rows() + swizzle<S::kQRowBytes>(m * 16 + lane / 4 + 8 * half, d / 4));
-                PW_UNROLL
-                for (int i = 0; i < 4; ++i) q[half][i] = load_shared(row + i);
-            }
-            PW_UNROLL
-            for (int n = 0; n < kTiles; ++n) {
-                PW_UNROLL
-                for (int j = 0; j < 2; ++j) {
-                    float key[4];
-                    read_row(key, k, first + n * 8 + lane % 4 * 2 + j, d);
-                    PW_UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        x[n][j] += q[0][i] * key[i];
-                        x[n][j + 2] += q[1][i] * key[i];
-                    }
-                }
-            }
-        }
-    }
-
-    template <int kTiles>
-    PW_DEVICE void accumulate_by_fma(const float (&x)[kTiles][4], State& state, const char* v,
-                                     int first) const {
-        // two keys of each tile at a time, from the lane that has their weights; not unrolled
-        // further: this path is for correctness, and its code would be the largest of all
-        PW_NO_UNROLL
-        for (int owner = 0; owner < 4; ++owner) {
-            PW_UNROLL
-            for (int j = 0; j < 2 * kTiles; ++j) {
-                const float weight0 = shuffle(x[j / 2][j % 2], lane / 4 * 4 + owner);
-                const float weight1 = shuffle(x[j / 2][j % 2 + 2], lane / 4 * 4 + owner);
-                const int key = first + j / 2 * 8 + owner * 2 + j % 2;
-                PW_UNROLL
-                for (int n = 0; n < S::kColumns; ++n) {
-                    if (n * 8 >= p.v.width) break;
-                    float value[2];
-                    read_row(value, v, key, column_of(n, 0));
-                    PW_UNROLL
-                    for (int i = 0; i < 2; ++i) {
-                        state.out[n][i] += weight0 * value[i];
-                        state.out[n][i + 2] += weight1 * value[i];
-                    }
-                }
-            }
-        }
     }
 
     // --------------------------------------------------------------------------------- merging

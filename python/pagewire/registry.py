@@ -90,18 +90,6 @@ def _triton_unavailable(device: str) -> str | None:
     return None
 
 
-def _triton_special(problem: Problem) -> str | None:
-    """Appending and packing convert e4m3 from its bits; attention leaves that to Triton."""
-    if problem.op not in ("decode", "prefill"):
-        return None
-    if problem.device != "cuda" or problem.kv_dtype != torch.float8_e4m3fn:
-        return None
-    major, minor = torch.cuda.get_device_capability(problem.device_index)
-    if (major, minor) < (8, 9):
-        return f"Triton has no float8_e4m3fn on sm_{major}{minor} (sm_89 and newer); use float8_e5m2 or int8"
-    return None
-
-
 @functools.cache
 def _cpu_missing() -> str | None:
     """Looked up without importing the extension."""
@@ -139,6 +127,8 @@ def _cuda_special(problem: Problem) -> str | None:
             return f"needs sm_80 or newer, this device is sm_{major}{minor}"
     if problem.op not in ("decode", "prefill"):
         return None
+    if problem.dtype == torch.float32:
+        return "queries are fp16 or bf16, not float32: they meet K and V on the tensor core"
     widest = max(problem.head_dim, problem.head_dim_v)
     if widest > 256:
         return f"head_dim = {widest} is above 256"
@@ -148,7 +138,7 @@ def _cuda_special(problem: Problem) -> str | None:
 
 
 # in order of preference; adding one is an entry here and a file in backends/. Neither triton nor cuda has been measured
-# on a GPU: triton, which compiles without spills and takes every problem, comes first until one has
+# on a GPU: triton, which takes every problem, comes first until one has
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "triton",
@@ -157,7 +147,6 @@ BACKENDS: tuple[Backend, ...] = (
         _triton_unavailable,
         {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
         max_head_dim=256,
-        special=_triton_special,
     ),
     Backend(
         "cuda",

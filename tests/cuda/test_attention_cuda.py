@@ -1,7 +1,7 @@
-"""What the shared cases leave out of the CUDA kernel: every modifier and scale on the tensor core, every way of sharing
+"""What the shared cases leave out of the CUDA kernel: every modifier and scale in both dtypes, every way of sharing
 a tile among warps, work that is cut in the middle, blocks in another order.
 
-The shared cases run it too (tests/ops); most of their modifiers come with fp32 queries, which take the FMA path.
+The shared cases run it too (tests/ops), those of fp32 queries with fp16 ones.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ MODIFIERS = {
 @pytest.mark.parametrize("q_lens", [None, (3, 1, 16)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=cases.SHORT.get)
 @pytest.mark.parametrize("name", MODIFIERS)
-def test_modifiers_on_the_tensor_core(name, dtype, q_lens, device):
+def test_modifiers(name, dtype, q_lens, device):
     check(Attention((90, 5, 33), q_lens, dtype=dtype, **MODIFIERS[name]), device)
 
 
@@ -163,11 +163,3 @@ def test_emulation_is_never_chosen_silently(device):
     if device.type != "cpu":
         pytest.skip("on a GPU it is no emulation")
     assert "-> cuda" not in pw.explain("decode", device="cpu", dtype=bf16)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", cases.matrix(), ids=lambda c: ("decode-" if c.q_lens is None else "prefill-") + c.id
-)
-def test_matrix_in_sixteen_bits(case, device):
-    check(dataclasses.replace(case, dtype=fp16 if case.dtype == fp16 else bf16), device)

@@ -16,15 +16,7 @@ from pagewire import emulation
 sys.path.insert(0, str(emulation.CSRC))
 import build_cuda  # noqa: E402
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(
-        os.environ.get("PAGEWIRE_TEST_STATIC") != "1",
-        reason="the nvcc build is not finished: copy_kernel and the fp32 attention kernels spill, and the extension "
-        "has never been linked; PAGEWIRE_TEST_STATIC=1 runs these checks all the same",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 # bytes of shared memory and registers of one multiprocessor, and what a block takes besides its own
@@ -42,16 +34,16 @@ IN_FLIGHT = 32 * 1024
 def extension() -> Path:
     import pybind11
 
+    # the Makefile leaves CUDA out of its own build, not out of this test
+    os.environ.pop("PAGEWIRE_CUDA", None)
     try:
         build_cuda.find_nvcc()
-        folder = Path(
-            os.environ.get("PAGEWIRE_CUDA_BUILD") or emulation.cache_dir().parent / "nvcc"
-        )
-        target = folder / "pagewire" / "_cuda.so"
-        includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-        build_cuda.build(folder / "objects", includes, target)
     except build_cuda.CannotBuild as error:
         pytest.skip(str(error))
+    folder = emulation.cache_dir().parent / "nvcc"
+    target = folder / "pagewire" / "_cuda.so"
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    build_cuda.build(folder / "objects", includes, target)
     return target
 
 
@@ -112,7 +104,7 @@ def test_both_architectures_and_ptx_are_there():
     assert {arch for arch, _ in resources()} == set(ARCHITECTURES)
     assert re.search(r"\.target sm_90\b", dump("--dump-ptx"))
     attention = [name for arch, name in resources() if arch == "sm_80" and "attention" in name]
-    assert len(attention) == 28  # (fp16, bf16) x 3 widths x 4 cache types, and fp32 x 4
+    assert len(attention) == 24  # (fp16, bf16) x 3 widths x 4 cache types
 
 
 def test_nothing_spills():
@@ -127,19 +119,18 @@ def test_nothing_spills():
 def test_occupancy_is_the_plan(arch):
     """Registers and shared memory of a decode block (one warp for the rows) against a multiprocessor."""
     for name in kernels(arch, "attention_kernel"):
-        width, fp32 = width_of(name), "attention_kernelIf" in name
+        width = width_of(name)
         threads = 64 if width == 256 else 128
         stages = 4 if width == 64 else 3
         stage = 32 * 1024 * width // 128 * threads // 128  # K and V of a tile
         # stages, query rows, the scan's and the scales' space (Shape in attention_kernel.h)
-        used = stages * stage + 16 * width * (4 if fp32 else 2)
+        used = stages * stage + 16 * width * 2
         used += 256 + threads * 16 + stages * 2 * threads * 4 + 128 + RESERVED
         registers = -(-resources()[arch, name]["REG"] // 8) * 8 * threads
         blocks = min(SHARED[arch] // used, REGISTERS // registers)
-        planned = 1 if fp32 else PLAN[width, arch]  # fp32 queries are not tuned
-        assert blocks >= planned, f"{name}: {blocks} blocks"
+        assert blocks >= PLAN[width, arch], f"{name}: {blocks} blocks"
         assert blocks * (stages - 1) * stage >= IN_FLIGHT
-    for word, planned in (("copy_kernel", 6), ("convert_kernel", 8), ("merge_kernel", 8)):
+    for word, planned in (("copy_kernel", 7), ("convert_kernel", 8), ("merge_kernel", 8)):
         for name in kernels(arch, word):
             registers = -(-resources()[arch, name]["REG"] // 8) * 8 * 128
             assert REGISTERS // registers >= planned, name
@@ -149,9 +140,6 @@ def test_occupancy_is_the_plan(arch):
 def test_attention_copies_asynchronously_and_multiplies_on_the_tensor_core(arch):
     for name, code in kernels(arch, "attention_kernel").items():
         assert "LDGSTS.E.BYPASS.128" in code or re.search(r"LDGSTS\.\S*128", code), name
-        if width_of(name) == 256 and "attention_kernelIf" in name:
-            assert "FFMA" in code, name  # fp32 queries
-            continue
         assert "HMMA.16816.F32" in code, name
         assert "LDSM.16.M88.4" in code and "LDSM.16.MT88.4" in code, name
         assert "MUFU.EX2" in code, name
