@@ -8,10 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    os.environ.get("PAGEWIRE_TEST_SANITIZED") != "1",
-    reason="a whole run of the sanitized suite has not been seen to pass yet; PAGEWIRE_TEST_SANITIZED=1 runs it",
-)
 
 
 def gcc_file(name: str) -> str:
