@@ -1,0 +1,167 @@
+// Merging parts: a block writes its part, fences, then counts itself in; the block that counts last
+// has, by its own fence, every other part before it, reads them past L1 and resets the counter for
+// the next launch on the stream.
+#pragma once
+
+#include "cuda/attention_step.h"
+
+namespace pagewire {
+
+template <class S, class Q, class KV>
+struct AttentionMerge : AttentionStep<S, Q, KV> {
+    using Below = AttentionStep<S, Q, KV>;
+    using Below::Below;
+    using Below::column_of;
+    using Below::lane;
+    using Below::p;
+    using Below::scratch;
+    using Below::shared;
+    using Below::shared_scale;
+    using Below::store_lse;
+    using Below::store_out;
+    using Below::valid_rows;
+    using typename Below::State;
+
+    // The warps' states become one part; a part that is not all of its item waits in memory for the
+    // others.
+    PW_DEVICE void finish(const RequestWork& w, const Segment& s, State& state, int m,
+                          int key_group) {
+        float* outs =
+            reinterpret_cast<float*>(shared + S::kStageOffset);  // [kWarps * 16][kOutStride]
+        float* maxima = outs + S::kWarps * 16 * S::kOutStride;   // [kWarps * 16]
+        float* sums = maxima + S::kWarps * 16;
+        static_assert((S::kWarps * 16 * (S::kOutStride + 2)) * 4 <= S::kStages * S::kStageBytes,
+                      "the exchanged states fit into the stages");
+        PW_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            state.sum[half] += shuffle_xor(state.sum[half], 1);
+            state.sum[half] += shuffle_xor(state.sum[half], 2);
+            // rows of the block, key group after key group
+            const int row = (key_group * p.warps_m + m) * 16 + lane / 4 + 8 * half;
+            if (lane % 4 == 0) {
+                store_shared(maxima + row, state.max[half]);
+                store_shared(sums + row, state.sum[half]);
+            }
+            PW_UNROLL
+            for (int n = 0; n < S::kColumns; ++n) {
+                PW_UNROLL
+                for (int i = 0; i < 2; ++i) {
+                    store_shared(outs + row * S::kOutStride + column_of(n, i),
+                                 state.out[n][2 * half + i]);
+                }
+            }
+        }
+        sync_block();
+        const int valid = valid_rows(w, s), groups = S::kWarps / p.warps_m;
+        const auto part_max = [&](int row, int i) {
+            return load_shared(maxima + i * p.chunk_rows + row);
+        };
+        const auto part_sum = [&](int row, int i) {
+            return load_shared(sums + i * p.chunk_rows + row);
+        };
+        const auto part_out = [&](int row, int i, int column, float (&x)[4]) {
+            const float* from = outs + (i * p.chunk_rows + row) * S::kOutStride + column;
+            PW_UNROLL
+            for (int e = 0; e < 4; ++e) x[e] = load_shared(from + e);
+        };
+        if (s.num_parts == 1) {
+            merge_rows(valid, groups, part_max, part_sum, part_out,
+                       [&](int row, int column, float max, float sum, const float (&x)[4]) {
+                           store_result(w, s, row, column, max, sum, x);
+                       });
+            return;
+        }
+        float* own = p.partial + s.slot * p.chunk_rows * S::kPartStride;
+        merge_rows(valid, groups, part_max, part_sum, part_out,
+                   [&](int row, int column, float max, float sum, const float (&x)[4]) {
+                       float* to = own + row * S::kPartStride;
+                       store_global(reinterpret_cast<Vec16*>(to + column),
+                                    Vec16{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]),
+                                           float_bits(x[3])}});
+                       if (column == 0) {
+                           store_global(to + S::kWidth, max);
+                           store_global(to + S::kWidth + 1, sum);
+                       }
+                   });
+        fence_device();
+        sync_block();
+        if (thread_index() == 0) {
+            const bool last = atomic_add(p.counters + s.counter, 1) == s.num_parts - 1;
+            if (last) store_global(p.counters + s.counter, 0);
+            store_shared(scratch(), last ? 1 : 0);
+        }
+        sync_block();
+        if (!load_shared(scratch())) return;
+        fence_device();
+        const auto slot = [&](int row, int i) {
+            return p.partial + (s.slot_of(i) * p.chunk_rows + row) * S::kPartStride;
+        };
+        merge_rows(
+            valid, s.num_parts,
+            [&](int row, int i) { return load_global_fresh(slot(row, i) + S::kWidth); },
+            [&](int row, int i) { return load_global_fresh(slot(row, i) + S::kWidth + 1); },
+            [&](int row, int i, int column, float (&x)[4]) {
+                const Vec16 four =
+                    load_global_fresh(reinterpret_cast<const Vec16*>(slot(row, i) + column));
+                PW_UNROLL
+                for (int e = 0; e < 4; ++e) x[e] = float_from_bits(four.x[e]);
+            },
+            [&](int row, int column, float max, float sum, const float (&x)[4]) {
+                store_result(w, s, row, column, max, sum, x);
+            });
+    }
+
+    // Merges `count` states of each row in their order, four columns a thread.
+    template <class Max, class Sum, class Out, class Store>
+    PW_DEVICE void merge_rows(int valid, int count, Max max_of, Sum sum_of, Out out_of,
+                              Store store) const {
+        const int quads = (p.v.width + 3) / 4;
+        for (int i = thread_index(); i < valid * quads; i += S::kThreads) {
+            const int row = i / quads, column = i % quads * 4;
+            float largest = -infinity();
+            PW_UNROLL_BY(4)
+            for (int j = 0; j < count; ++j) largest = fmaxf(largest, max_of(row, j));
+            const float base = largest == -infinity() ? 0.0f : largest;
+            float sum = 0.0f, x[4] = {};
+            PW_UNROLL_BY(4)
+            for (int j = 0; j < count; ++j) {
+                const float weight = exp2_fast(max_of(row, j) - base);
+                float part[4];
+                out_of(row, j, column, part);
+                sum += weight * sum_of(row, j);
+                PW_UNROLL
+                for (int e = 0; e < 4; ++e) x[e] += weight * part[e];
+            }
+            store(row, column, largest, sum, x);
+        }
+    }
+
+    // The sink joins, the sum divides, V's scale multiplies.
+    PW_DEVICE void store_result(const RequestWork& w, const Segment& s, int row, int column,
+                                float max, float sum, const float (&x)[4]) const {
+        const int packed = s.chunk * p.chunk_rows + row;
+        const int q_row = w.row_begin + packed / p.group_size;
+        const int head = s.head * p.group_size + packed % p.group_size;
+        float shrink = 1.0f;
+        if (p.sinks) {
+            const float sink = load_global(p.sinks + head * p.sinks_stride) * kLog2E;
+            const float larger = fmaxf(max, sink), base = larger == -infinity() ? 0.0f : larger;
+            shrink = exp2_fast(max - base);
+            sum = sum * shrink + exp2_fast(sink - base);
+            max = larger;
+        }
+        float factor = sum > 0.0f ? divide(shrink, sum) : 0.0f;
+        factor *= p.v.scale.form == ScaleForm::kTokenHead
+                      ? 1.0f / scale_lift<KV>()
+                      : shared_scale(p.v.scale, s.request, s.head);
+        PW_UNROLL
+        for (int e = 0; e < 4; ++e) {
+            if (column + e < p.v.width) store_out(q_row, head, column + e, x[e] * factor);
+        }
+        if (column == 0 && p.lse) {
+            store_lse(q_row, head, sum > 0.0f ? (max + log2_fast(sum)) * kLn2 : -infinity());
+        }
+    }
+};
+
+}  // namespace pagewire
