@@ -1,4 +1,4 @@
-"""A captured decode step serves any lengths: append, decode and a short prefill, replayed with other tensors' contents."""
+"""A captured decode step serves any lengths: append, decode and a short prefill, replayed over other contents."""
 
 import pytest
 import torch
