@@ -121,7 +121,13 @@ def _steps(options: argparse.Namespace, out: Path) -> list[Step]:
     tests = (
         ("tests/bench/test_cases.py",)
         if dry
-        else ("tests/ops", "tests/core", "tests/kernels", "tests/bench")
+        else (
+            "tests/ops",
+            "tests/cuda/test_attention_cuda.py",
+            "tests/core",
+            "tests/kernels",
+            "tests/bench",
+        )
     )
     workers = ("-n", "4") if _has("xdist") and not dry else ()
     sanitizer = shutil.which("compute-sanitizer")

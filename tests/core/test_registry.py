@@ -82,6 +82,7 @@ def test_import_is_quick():
 
 
 def test_server_package_needs_no_torch():
+    pytest.importorskip("msgspec", reason="pagewire[serve] is not installed")
     assert (
         run("import sys, pagewire.serve.messages; print('torch' in sys.modules)").strip() == "False"
     )
