@@ -160,7 +160,7 @@ def _gather(
 ) -> Tensor:
     """Real values of the given slots, `[len(slots), num_kv_heads, width]`."""
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
-    values = cache[page, offset].to(compute_dtype)
+    values = _take(cache, page, offset).to(compute_dtype)
     kind = scale_kind(scale)
     if kind == "none":
         return values
@@ -265,6 +265,13 @@ def _store(x: Tensor, cache: Tensor, page: Tensor, offset: Tensor, scale: Scale)
     _put(cache, page, offset, quantise(x, divisor, cache.dtype))
 
 
+def _take(cache: Tensor, page: Tensor, offset: Tensor) -> Tensor:
+    """`cache[page, offset]`, also of fp8 on a CPU with torch 2.9."""
+    if cache.dtype.itemsize == 1:
+        return cache.view(torch.uint8)[page, offset].view(cache.dtype)
+    return cache[page, offset]
+
+
 def _put(cache: Tensor, page: Tensor, offset: Tensor, stored: Tensor) -> None:
     """Indexed write of stored values; torch has no indexed write for fp8, so bytes are moved."""
     if cache.dtype in QUANT_MAX:
@@ -339,7 +346,7 @@ def _pack_layer(
     cache: Tensor, scale: Tensor | None, slots: Tensor, target: Tensor, target_scale: Tensor | None
 ) -> None:
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
-    stored = cache[page, offset].transpose(0, 1)  # [num_heads, num_tokens, width]
+    stored = _take(cache, page, offset).transpose(0, 1)  # [num_heads, num_tokens, width]
     row_scale = _per_head_token(scale, page, offset)
     if target.dtype == cache.dtype:
         target.copy_(stored)
