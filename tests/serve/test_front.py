@@ -114,8 +114,10 @@ def test_errors(server):
     ids=["prompt", "prompt+max_tokens", "characters"],
 )
 def test_context_length(server, prompt, max_tokens, numbers):
-    status, _, code, message = server.error("/v1/completions", prompt=prompt, max_tokens=max_tokens)
-    assert (status, code) == (400, "context_length_exceeded")
+    status, param, code, message = server.error(
+        "/v1/completions", prompt=prompt, max_tokens=max_tokens
+    )
+    assert (status, param, code) == (400, "prompt", "context_length_exceeded")
     assert all(number in message for number in numbers), message
 
 

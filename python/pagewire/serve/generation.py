@@ -129,7 +129,7 @@ class Generation:
             (len(p) for p in request.prompts if isinstance(p, str)), default=0
         )
         if chars > most_chars:
-            raise _too_long(
+            raise self._too_long(
                 f"this model's context is {pair.max_context} tokens, at most {most_chars} characters "
                 f"of text; the prompt has {chars}"
             )
@@ -150,20 +150,27 @@ class Generation:
             )
         return request.prompts  # type: ignore[return-value]
 
+    @property
+    def _prompt_field(self) -> str:
+        return "messages" if self.answer.chat else "prompt"
+
+    def _too_long(self, message: str) -> ApiError:
+        return ApiError(400, message, param=self._prompt_field, code="context_length_exceeded")
+
     def _max_tokens(self, prompt: list[int], pair: Ready) -> int:
         """Output tokens to reserve for. Raises ApiError when prompt and output can never fit."""
         if not prompt:
             raise ApiError(
                 400,
                 "prompt: expected at least one token, got an empty prompt",
-                param="messages" if self.answer.chat else "prompt",
+                param=self._prompt_field,
             )
         what, most = "context", pair.max_context
         if pair.pool_tokens < most:
             what, most = "KV pool", pair.pool_tokens
         room = most - len(prompt)
         if room < 1:
-            raise _too_long(
+            raise self._too_long(
                 f"this model's {what} holds {most} tokens; the prompt has {len(prompt)} and at least "
                 "one more must fit"
             )
@@ -171,7 +178,7 @@ class Generation:
         default = limits.default_max_chat_tokens if self.answer.chat else limits.default_max_tokens
         wanted = self.request.max_tokens or min(default, room)
         if wanted > room:
-            raise _too_long(
+            raise self._too_long(
                 f"this model's {what} holds {most} tokens; the request needs {len(prompt) + wanted} "
                 f"({len(prompt)} in the prompt, {wanted} to generate)"
             )
@@ -233,7 +240,3 @@ class Generation:
         self.front.events.add(
             Event("request", "front", start_us, duration_us, output.submit.request_id, args)
         )
-
-
-def _too_long(message: str) -> ApiError:
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
