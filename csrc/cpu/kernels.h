@@ -91,24 +91,26 @@ struct TileScratch {
     float* keys;     // K transposed, in panels of columns: [panel][head_dim][panel width]
     float* values;   // V in panels of columns: [panel][kTileKeys][panel width]
     float* logits;   // [R, kTileKeys]
+    float* weights;  // [R, kTileKeys / 2]: room for them in bf16
     float *top, *total, *rescale;  // [R padded]
     float *k_scale, *v_scale;      // [kTileKeys]
-    float* row;
     int64_t ld_acc;
 
-    void carve(Arena& arena, int64_t R, int64_t head_dim, int64_t head_dim_v) {
+    // Rows and widths have room for whole tiles of 32 x 32.
+    void carve(Arena& arena, int64_t num_rows, int64_t head_dim, int64_t head_dim_v) {
+        const int64_t R = round_up(num_rows, 32);
         ld_acc = round_up(head_dim_v, kAlign);
-        q = arena.take<float>(R * head_dim);
+        q = arena.take<float>(R * round_up(head_dim, 32));
         acc = arena.take<float>(R * ld_acc);
         keys = arena.take<float>(kTileKeys * round_up(head_dim, kAlign));
         values = arena.take<float>(kTileKeys * ld_acc);
         logits = arena.take<float>(R * kTileKeys);
+        weights = arena.take<float>(R * kTileKeys / 2);
         top = arena.take<float>(round_up(R, kAlign));
         total = arena.take<float>(round_up(R, kAlign));
         rescale = arena.take<float>(round_up(R, kAlign));
         k_scale = arena.take<float>(kTileKeys);
         v_scale = arena.take<float>(kTileKeys);
-        row = arena.take<float>(round_up(head_dim, kAlign) + ld_acc);
     }
 };
 
@@ -122,6 +124,12 @@ struct Kernels {
     float (*read)(const float* data, int64_t count);  // nothing but loads: the roof of decode
 };
 
-extern const Kernels kAvx512, kAvx2, kNeon, kScalar;
+// AMX needs the operating system's permission, which is asked for on Linux, and a compiler that has
+// its intrinsics.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
+#define PAGEWIRE_AMX 1
+#endif
+
+extern const Kernels kAmx, kAvx512, kAvx2, kNeon, kScalar;
 
 }  // namespace pagewire::cpu

@@ -41,17 +41,19 @@ __attribute__((noinline)) inline float apply_rule(const LogitRule& rule, float* 
     return maximum(top);
 }
 
-// logits become weights 2^(x - top); returns their sum. A row that has seen nothing has top = -inf:
-// all weights are 0.
-__attribute__((noinline)) inline float weigh(float* logits, int num_keys, float top,
-                                             const float* v_scale) {
+// Weights 2^(x - top) of the logits, times v_scale if that is given, go to put(key, weights of
+// kLanes keys); returns their sum without v_scale. A row that has seen nothing has top = -inf: all
+// weights are 0.
+template <class Put>
+__attribute__((noinline)) float weigh(const float* logits, int num_keys, float top,
+                                      const float* v_scale, Put put) {
     const F shift = set1(top == -infinity() ? 0.0f : top);
     F total = zero();
     for (int i = 0; i < num_keys; i += kLanes) {
         F w = exp2_negative(sub(load(logits + i), shift));
         total = add(total, w);
         if (v_scale != nullptr) w = mul(w, load(v_scale + i));
-        store(logits + i, w);
+        put(i, w);
     }
     return sum(total);
 }

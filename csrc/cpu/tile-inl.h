@@ -1,6 +1,6 @@
-// Attention of many rows: a tile of query rows against blocks of keys, K and V converted to fp32
-// panels once per block and multiplied by a register-blocked GEMM. Bound by FMA. Included inside
-// the anonymous namespace of a target.
+// Attention of many rows: a tile of query rows against blocks of keys, K and V packed once per
+// block and multiplied by a GEMM; FmaTile is the one every target has, over fp32 panels. Bound by
+// arithmetic. Included inside the anonymous namespace of a target.
 
 constexpr int kPanel = kGemmVecs * kLanes;  // columns of a panel
 
@@ -108,7 +108,37 @@ void pack_values(const TileKeys& keys, int64_t width, float* panels) {
     }
 }
 
+// The two products of a tile in fp32: how queries, keys and values lie in the scratch.
 template <class T>
+struct FmaTile {
+    static constexpr int kKeyStep = kLanes;  // keys of a block are padded to it
+    // Rows that go from logits to result together, beginning at a multiple of it: all.
+    static constexpr int64_t kRowBlock = int64_t(1) << 32;
+
+    const TileScratch& s;
+    int64_t D, Dv;
+
+    void take_query(int64_t r, DType dtype, const char* row) const {
+        load_row(dtype, row, D, s.q + r * D);
+    }
+    void pack(const TileKeys& keys) const {
+        pack_keys<T>(keys, D, s.keys);
+        pack_values<T>(keys, Dv, s.values);
+    }
+    void logits(int64_t row, int64_t rows, int num_keys) const {
+        gemm(s.q + row * D, D, rows, s.keys, D * kPanel, D, num_keys, s.logits, kTileKeys, nullptr);
+    }
+    // Takes the weights of row `r` of the rows at hand: here they replace their logits.
+    auto put_weights(int64_t r) const {
+        return [row = s.logits + r * kTileKeys](int key, F x) { store(row + key, x); };
+    }
+    void add_values(int64_t row, int64_t rows, int num_keys) const {
+        gemm(s.logits, kTileKeys, rows, s.values, kTileKeys * kPanel, num_keys, Dv,
+             s.acc + row * s.ld_acc, s.ld_acc, s.rescale + row);
+    }
+};
+
+template <class Tile>
 void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
     const int64_t group = p.q.num_heads / p.k.num_kv_heads,
                   R = (piece.row_end - piece.row_begin) * group;
@@ -117,12 +147,12 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
     Arena arena{scratch};
     s.carve(arena, R, D, Dv);
 
+    const Tile tile{s, D, Dv};
     for (int64_t r = 0; r < R; ++r) {  // row r: token r / group, head r % group of its group
         const int64_t row = piece.row_begin + r / group, qo_head = head * group + r % group;
-        load_row(
-            p.q.dtype,
-            p.q.data + (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype), D,
-            s.q + r * D);
+        tile.take_query(
+            r, p.q.dtype,
+            p.q.data + (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype));
     }
     __builtin_memset(s.acc, 0, R * s.ld_acc * sizeof(float));
     for (int64_t r = 0; r < round_up(R, kAlign); ++r) {
@@ -136,8 +166,7 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
     for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kTileKeys) {
         keys.locate(p, piece, begin);
         const int num_keys = keys.num_keys;
-        pack_keys<T>(keys, D, s.keys);
-        pack_values<T>(keys, Dv, s.values);
+        tile.pack(keys);
         for (int i = 0; (token_k || token_v) && i < kTileKeys; ++i) {
             const bool real = i < num_keys;
             if (token_k)
@@ -145,9 +174,6 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
             if (token_v)
                 s.v_scale[i] = real ? *p.v_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
         }
-        gemm(s.q, D, R, s.keys, D * kPanel, D, num_keys, s.logits, kTileKeys, nullptr);
-
-        float* block_top = s.rescale;
         LogitRule rule{p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head)),
                        token_k ? s.k_scale : nullptr,
                        p.softcap,
@@ -155,24 +181,30 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
                        0.0f,
                        0,
                        0};
-        for (int64_t r = 0; r < R; ++r) {
-            const int64_t position = piece.position + r / group;
-            const KeyRange seen = visible_keys(p, piece.seq_len, position);
-            rule.slope = slope_of(p, piece.request, head * group + r % group);
-            rule.distance = float(position - begin);
-            rule.begin = clip(seen.begin - begin, 0, num_keys);
-            rule.end = clip(seen.end - begin, 0, num_keys);
-            block_top[r] = apply_rule(rule, s.logits + r * kTileKeys, num_keys);
-        }
+        const int columns = int(round_up(num_keys, Tile::kKeyStep));
+        float* block_top = s.rescale;
         for (int64_t r = R; r < round_up(R, kLanes); ++r) block_top[r] = -infinity();
-        raise_tops(s.top, block_top, s.rescale, int(R));
-        for (int64_t r = 0; r < R; ++r) {
-            const float added =
-                weigh(s.logits + r * kTileKeys, num_keys, s.top[r], token_v ? s.v_scale : nullptr);
-            s.total[r] = s.total[r] * s.rescale[r] + added;
+        for (int64_t first = 0; first < R; first += Tile::kRowBlock) {
+            const int64_t rows = R - first < Tile::kRowBlock ? R - first : Tile::kRowBlock;
+            tile.logits(first, rows, num_keys);
+            for (int64_t r = first; r < first + rows; ++r) {
+                const int64_t position = piece.position + r / group;
+                const KeyRange seen = visible_keys(p, piece.seq_len, position);
+                rule.slope = slope_of(p, piece.request, head * group + r % group);
+                rule.distance = float(position - begin);
+                rule.begin = clip(seen.begin - begin, 0, num_keys);
+                rule.end = clip(seen.end - begin, 0, num_keys);
+                block_top[r] = apply_rule(rule, s.logits + (r - first) * kTileKeys, columns);
+            }
+            raise_tops(s.top + first, block_top + first, s.rescale + first, int(rows));
+            for (int64_t r = first; r < first + rows; ++r) {
+                const float added =
+                    weigh(s.logits + (r - first) * kTileKeys, columns, s.top[r],
+                          token_v ? s.v_scale : nullptr, tile.put_weights(r - first));
+                s.total[r] = s.total[r] * s.rescale[r] + added;
+            }
+            tile.add_values(first, rows, num_keys);
         }
-        gemm(s.logits, kTileKeys, R, s.values, kTileKeys * kPanel, num_keys, Dv, s.acc, s.ld_acc,
-             s.rescale);
     }
 
     const float v_scale = token_v ? 1.0f : p.v_scale.of(piece.request, head);
