@@ -22,43 +22,52 @@ struct Tiles {
     Tiles(const Tiles&) = delete;
 };
 
-// C[32, columns] = (add ? C : 0) + A[32, depth] . B[depth, columns]; depth and columns count tiles,
-// columns is even. b_stride: elements from one column tile of B to the next; a_stride likewise for
-// row tiles.
-__attribute__((noinline)) inline void tile_gemm(const BFloat16* a, int64_t a_stride,
-                                                const BFloat16* b, int64_t b_stride, int64_t depth,
-                                                int64_t columns, bool add, float* c, int64_t ldc) {
+// C[rows, columns] = (add ? C : 0) + A[rows, depth] . B[depth, columns], all counted in tiles; rows
+// and columns are even. a_stride: elements from one row of tiles to the next; b_stride: from one
+// column of tiles to the next.
+__attribute__((noinline)) inline void tile_gemm(const BFloat16* a, int64_t a_stride, int64_t rows,
+                                                const BFloat16* b, int64_t b_stride,
+                                                int64_t columns, int64_t depth, bool add, float* c,
+                                                int64_t ldc) {
     asm volatile("" ::: "memory");  // tile loads do not say that they read memory
     const int64_t row = ldc * int64_t(sizeof(float));
-    float* below = c + kTileSide * ldc;
-    for (int64_t j = 0; j < columns; j += 2, b += 2 * b_stride, c += 32, below += 32) {
-        if (add) {
-            _tile_loadd(0, c, row);
-            _tile_loadd(1, c + kTileSide, row);
-            _tile_loadd(2, below, row);
-            _tile_loadd(3, below + kTileSide, row);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+    for (int64_t j = 0; j < columns; j += 2, b += 2 * b_stride) {
+        for (int64_t i = 0; i < rows; i += 2) {
+            const BFloat16* left = a + i * a_stride;
+            float* at = c + (i * ldc + j) * kTileSide;
+            float* below = at + kTileSide * ldc;
+            if (add) {
+                _tile_loadd(0, at, row);
+                _tile_loadd(1, at + kTileSide, row);
+                _tile_loadd(2, below, row);
+                _tile_loadd(3, below + kTileSide, row);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (int64_t k = 0; k < depth * kTileSize; k += kTileSize) {
+                _tile_loadd(4, left + k, 64);
+                _tile_loadd(6, b + k, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, b + b_stride + k, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, left + a_stride + k, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, at, row);
+            _tile_stored(1, at + kTileSide, row);
+            _tile_stored(2, below, row);
+            _tile_stored(3, below + kTileSide, row);
         }
-        for (int64_t k = 0; k < depth * kTileSize; k += kTileSize) {
-            _tile_loadd(4, a + k, 64);
-            _tile_loadd(6, b + k, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b + b_stride + k, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + a_stride + k, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, c, row);
-        _tile_stored(1, c + kTileSide, row);
-        _tile_stored(2, below, row);
-        _tile_stored(3, below + kTileSide, row);
     }
 }
+
+inline int64_t tiles(int64_t n, int side) { return (n + side - 1) / side; }
+// Tiles of n rows or columns, an even number.
+inline int64_t pairs_of_tiles(int64_t n) { return 2 * tiles(n, 2 * kTileSide); }
 
 inline __mmask32 first_words(int n) {
     return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : (__mmask32(1) << n) - 1;
@@ -76,8 +85,8 @@ inline __m512i load_words(const T* p, int n) {
 }
 
 // Key j's pair of elements d, d + 1 is column j of a tile's row d / 2.
-template <class T>
-void pack_key_tiles(const TileKeys& keys, int64_t width, BFloat16* tiles) {
+template <class T, int kKeys>
+void pack_key_tiles(const TileKeys<kKeys>& keys, int64_t width, BFloat16* tiles) {
     for (int j = 0; j < round_up(keys.num_keys, 2 * kTileSide); j += kTileSide) {
         for (int64_t d = 0; d < width; d += kTileDepth, tiles += kTileSize) {
             F x[kTileSide];
@@ -92,19 +101,26 @@ void pack_key_tiles(const TileKeys& keys, int64_t width, BFloat16* tiles) {
 }
 
 // Values of keys j, j + 1 are pairs of a tile's row j / 2; zeros past the last key.
-template <class T>
-void pack_value_tiles(const TileKeys& keys, int64_t width, BFloat16* tiles) {
-    const auto bits = [&](int key, int64_t d) {
-        const int n = clip(width - d, 0, kLanes);
-        if (key >= keys.num_keys || n == 0) return _mm512_setzero_si512();
-        return _mm512_castps_si512(load_some(reinterpret_cast<const T*>(keys.v[key]) + d, n));
-    };
-    constexpr int64_t kColumn = kTileKeys / kTileDepth * kTileSize;
-    for (int64_t d = 0; d < round_up(width, 2 * kTileSide); d += kTileSide, tiles += kColumn) {
+template <class T, int kKeys>
+void pack_value_tiles(const TileKeys<kKeys>& keys, int64_t width, BFloat16* tiles) {
+    alignas(64) uint16_t order[2][32];  // word i of b: 32 + i
+    for (int i = 0; i < 32; ++i) {
+        order[0][i] = uint16_t(i / 2 + i % 2 * 32);
+        order[1][i] = uint16_t(order[0][i] + 16);
+    }
+    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    constexpr int64_t kColumn = kKeys / kTileDepth * kTileSize;
+    for (int64_t d = 0; d < width; d += 2 * kTileSide, tiles += 2 * kColumn) {
+        const int n = clip(width - d, 0, 2 * kTileSide);
+        const auto words = [&](int key) {
+            if (key >= keys.num_keys) return _mm512_setzero_si512();
+            return load_words(reinterpret_cast<const T*>(keys.v[key]) + d, n);
+        };
         for (int j = 0; j < round_up(keys.num_keys, kTileDepth); j += 2) {
-            const __m512i pairs =
-                _mm512_or_si512(_mm512_srli_epi32(bits(j, d), 16), bits(j + 1, d));
-            _mm512_store_si512(tiles + j * kTileSide, pairs);
+            const __m512i a = words(j), b = words(j + 1);
+            BFloat16* row = tiles + j * kTileSide;
+            _mm512_store_si512(row, _mm512_permutex2var_epi16(a, low, b));
+            _mm512_store_si512(row + kColumn, _mm512_permutex2var_epi16(a, high, b));
         }
     }
 }
@@ -112,6 +128,7 @@ void pack_value_tiles(const TileKeys& keys, int64_t width, BFloat16* tiles) {
 // The two products of a tile in bf16; see FmaTile.
 template <class T>
 struct AmxTile {
+    static constexpr int kKeys = kTileKeys;
     static constexpr int kKeyStep = kTileDepth;
     static constexpr int64_t kRowBlock = 2 * kTileSide;
 
@@ -125,7 +142,7 @@ struct AmxTile {
     BFloat16* keys() const { return reinterpret_cast<BFloat16*>(s.keys); }
     BFloat16* values() const { return reinterpret_cast<BFloat16*>(s.values); }
     BFloat16* weights(int64_t row) const {  // row: as of q
-        return reinterpret_cast<BFloat16*>(s.weights) + row * kTileKeys;
+        return reinterpret_cast<BFloat16*>(s.weights) + row * kKeys;
     }
 
     void take_query(int64_t r, DType, const char* row) const {
@@ -135,14 +152,14 @@ struct AmxTile {
             _mm512_store_si512(to, load_words(from, clip(D - d, 0, kTileDepth)));
         }
     }
-    void pack(const TileKeys& block) const {
+    void pack(const TileKeys<kKeys>& block) const {
         pack_key_tiles<T>(block, D, keys());
         pack_value_tiles<T>(block, Dv, values());
     }
-    void logits(int64_t row, int64_t, int num_keys) const {
-        const int64_t depth = round_up(D, kTileDepth) / kTileDepth;
-        tile_gemm(q(row), depth * kTileSize, keys(), depth * kTileSize, depth,
-                  round_up(num_keys, 2 * kTileSide) / kTileSide, false, s.logits, kTileKeys);
+    void logits(int64_t row, int64_t rows, int num_keys) const {
+        const int64_t depth = tiles(D, kTileDepth), stride = depth * kTileSize;
+        tile_gemm(q(row), stride, pairs_of_tiles(rows), keys(), stride, pairs_of_tiles(num_keys),
+                  depth, false, s.logits, kKeys);
     }
     // Rounded to bf16; the sum that divides them is of the unrounded ones.
     auto put_weights(int64_t r) const {
@@ -163,10 +180,9 @@ struct AmxTile {
                 store(at, mul(load(at), factor));
             }
         }
-        constexpr int64_t kColumn = kTileKeys / kTileDepth * kTileSize;
-        tile_gemm(weights(0), kTileKeys * kTileSide, values(), kColumn,
-                  round_up(num_keys, kTileDepth) / kTileDepth,
-                  round_up(Dv, 2 * kTileSide) / kTileSide, true, acc, s.ld_acc);
+        constexpr int64_t kStride = kKeys / kTileDepth * kTileSize;
+        tile_gemm(weights(0), kStride, pairs_of_tiles(rows), values(), kStride, pairs_of_tiles(Dv),
+                  tiles(num_keys, kTileDepth), true, acc, s.ld_acc);
     }
 };
 

@@ -11,10 +11,11 @@ namespace pagewire::cpu {
 constexpr int kKeyBlock = 64;  // keys the few-rows kernel takes at a time
 constexpr int kFewRows =
     16;  // rows (tokens x group_size) of a request up to which the few-rows kernel takes it
-constexpr int kTileRows = 192;   // rows of a tile, unless one token has more
-constexpr int kTileKeys = 128;   // keys a tile takes at a time
-constexpr int kMaxWidth = 1024;  // of a head
-constexpr int kAlign = 64;       // floats; scratch rows are padded to it
+constexpr int kTileRows = 192;     // rows of a tile, unless one token has more: of a short request
+constexpr int kMaxTileRows = 768;  // and of a long one
+constexpr int kTileKeys = 256;     // keys a tile takes at a time, at most
+constexpr int kMaxWidth = 1024;    // of a head
+constexpr int kAlign = 64;         // floats; scratch rows are padded to it
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -85,13 +86,14 @@ struct FewRowsScratch {
     }
 };
 
-// A tile: R rows (token x head of the group) of one kv head against blocks of kTileKeys keys.
+// A tile: R rows (token x head of the group) of one kv head against blocks of up to kTileKeys keys;
+// up to kTileRows of the rows at a time have logits and weights.
 struct TileScratch {
     float *q, *acc;  // [R, head_dim], [R, ld_acc]
     float* keys;     // K transposed, in panels of columns: [panel][head_dim][panel width]
     float* values;   // V in panels of columns: [panel][kTileKeys][panel width]
-    float* logits;   // [R, kTileKeys]
-    float* weights;  // [R, kTileKeys / 2]: room for them in bf16
+    float* logits;   // [kTileRows, kTileKeys]
+    float* weights;  // [kTileRows, kTileKeys / 2]: room for them in bf16
     float *top, *total, *rescale;  // [R padded]
     float *k_scale, *v_scale;      // [kTileKeys]
     int64_t ld_acc;
@@ -104,8 +106,8 @@ struct TileScratch {
         acc = arena.take<float>(R * ld_acc);
         keys = arena.take<float>(kTileKeys * round_up(head_dim, kAlign));
         values = arena.take<float>(kTileKeys * ld_acc);
-        logits = arena.take<float>(R * kTileKeys);
-        weights = arena.take<float>(R * kTileKeys / 2);
+        logits = arena.take<float>(kTileRows * kTileKeys);
+        weights = arena.take<float>(kTileRows * kTileKeys / 2);
         top = arena.take<float>(round_up(R, kAlign));
         total = arena.take<float>(round_up(R, kAlign));
         rescale = arena.take<float>(round_up(R, kAlign));

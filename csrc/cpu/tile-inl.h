@@ -51,15 +51,16 @@ inline void gemm(const float* a, int64_t lda, int64_t rows, const float* panels,
 }
 
 // Addresses of one head's rows of a block of keys; entries past num_keys repeat the last.
+template <int kKeys>
 struct TileKeys {
     int64_t begin;
     int num_keys;
-    const char *k[kTileKeys], *v[kTileKeys];
-    int64_t page[kTileKeys], offset[kTileKeys];
+    const char *k[kKeys], *v[kKeys];
+    int64_t page[kKeys], offset[kKeys];
 
     void locate(const AttentionParams& p, const Piece& piece, int64_t at) {
         begin = at;
-        num_keys = clip(piece.key_end - at, 0, kTileKeys);
+        num_keys = clip(piece.key_end - at, 0, kKeys);
         const int64_t item = item_size(p.k.dtype), head = piece.head_begin;
         int64_t entry = at / p.k.page_size, slot = at % p.k.page_size;
         for (int i = 0; i < num_keys; ++i) {
@@ -75,13 +76,20 @@ struct TileKeys {
                 ++entry;
             }
         }
-        for (int i = num_keys; i < kTileKeys && i > 0; ++i) k[i] = k[i - 1];
+        for (int i = num_keys; i < kKeys && i > 0; ++i) k[i] = k[i - 1];
+    }
+
+    void fetch(int key_begin, int key_end, int64_t k_bytes, int64_t v_bytes) const {
+        for (int i = key_begin; i < key_end && i < num_keys; ++i) {
+            for (int64_t byte = 0; byte < k_bytes; byte += 64) prefetch(k[i] + byte);
+            for (int64_t byte = 0; byte < v_bytes; byte += 64) prefetch(v[i] + byte);
+        }
     }
 };
 
 // K transposed: element d of key j at panels[j / kPanel][d][j % kPanel].
-template <class T>
-void pack_keys(const TileKeys& keys, int64_t width, float* panels) {
+template <class T, int kKeys>
+void pack_keys(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
     for (int j = 0; j < keys.num_keys; j += kLanes) {
         float* column = panels + j / kPanel * width * kPanel + j % kPanel;
         for (int64_t d = 0; d < width; d += kLanes) {
@@ -96,10 +104,10 @@ void pack_keys(const TileKeys& keys, int64_t width, float* panels) {
 }
 
 // Element d of key j at panels[d / kPanel][j][d % kPanel]; columns past the width are 0.
-template <class T>
-void pack_values(const TileKeys& keys, int64_t width, float* panels) {
+template <class T, int kKeys>
+void pack_values(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
     for (int64_t d = 0; d < round_up(width, kPanel); d += kLanes) {
-        float* column = panels + d / kPanel * kTileKeys * kPanel + d % kPanel;
+        float* column = panels + d / kPanel * kKeys * kPanel + d % kPanel;
         const int n = clip(width - d, 0, kLanes);
         for (int j = 0; j < keys.num_keys; ++j) {
             const F x = n == 0 ? zero() : load_some(reinterpret_cast<const T*>(keys.v[j]) + d, n);
@@ -111,35 +119,36 @@ void pack_values(const TileKeys& keys, int64_t width, float* panels) {
 // The two products of a tile in fp32: how queries, keys and values lie in the scratch.
 template <class T>
 struct FmaTile {
-    static constexpr int kKeyStep = kLanes;  // keys of a block are padded to it
-    // Rows that go from logits to result together, beginning at a multiple of it: all.
-    static constexpr int64_t kRowBlock = int64_t(1) << 32;
+    static constexpr int kKeys = 128;                // keys of a block
+    static constexpr int kKeyStep = kLanes;          // keys of a block are padded to it
+    static constexpr int64_t kRowBlock = kTileRows;  // rows that go from logits to result together
 
     const TileScratch& s;
-    int64_t D, Dv;
+    const int64_t D, Dv;
 
     void take_query(int64_t r, DType dtype, const char* row) const {
         load_row(dtype, row, D, s.q + r * D);
     }
-    void pack(const TileKeys& keys) const {
+    void pack(const TileKeys<kKeys>& keys) const {
         pack_keys<T>(keys, D, s.keys);
         pack_values<T>(keys, Dv, s.values);
     }
     void logits(int64_t row, int64_t rows, int num_keys) const {
-        gemm(s.q + row * D, D, rows, s.keys, D * kPanel, D, num_keys, s.logits, kTileKeys, nullptr);
+        gemm(s.q + row * D, D, rows, s.keys, D * kPanel, D, num_keys, s.logits, kKeys, nullptr);
     }
     // Takes the weights of row `r` of the rows at hand: here they replace their logits.
     auto put_weights(int64_t r) const {
-        return [row = s.logits + r * kTileKeys](int key, F x) { store(row + key, x); };
+        return [row = s.logits + r * kKeys](int key, F x) { store(row + key, x); };
     }
     void add_values(int64_t row, int64_t rows, int num_keys) const {
-        gemm(s.logits, kTileKeys, rows, s.values, kTileKeys * kPanel, num_keys, Dv,
-             s.acc + row * s.ld_acc, s.ld_acc, s.rescale + row);
+        gemm(s.logits, kKeys, rows, s.values, kKeys * kPanel, num_keys, Dv, s.acc + row * s.ld_acc,
+             s.ld_acc, s.rescale + row);
     }
 };
 
 template <class Tile>
 void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
+    constexpr int kKeys = Tile::kKeys;
     const int64_t group = p.q.num_heads / p.k.num_kv_heads,
                   R = (piece.row_end - piece.row_begin) * group;
     const int64_t head = piece.head_begin, D = p.k.width, Dv = p.v.width;
@@ -162,13 +171,17 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
 
     const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead,
                token_v = p.v_scale.kind == ScaleKind::kTokenHead;
-    TileKeys keys;
-    for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kTileKeys) {
-        keys.locate(p, piece, begin);
-        const int num_keys = keys.num_keys;
+    const int64_t k_bytes = D * item_size(p.k.dtype), v_bytes = Dv * item_size(p.v.dtype);
+    TileKeys<kKeys> blocks[2];
+    blocks[0].locate(p, piece, piece.key_begin);
+    for (int64_t begin = piece.key_begin, i = 0; begin < piece.key_end; begin += kKeys, ++i) {
+        const TileKeys<kKeys>& keys = blocks[i % 2];
+        TileKeys<kKeys>& next = blocks[(i + 1) % 2];  // fetched while this block is worked on
+        next.locate(p, piece, begin + kKeys);
+        const int fetched_each = int((next.num_keys + R - 1) / R);
         tile.pack(keys);
-        for (int i = 0; (token_k || token_v) && i < kTileKeys; ++i) {
-            const bool real = i < num_keys;
+        for (int i = 0; (token_k || token_v) && i < kKeys; ++i) {
+            const bool real = i < keys.num_keys;
             if (token_k)
                 s.k_scale[i] = real ? *p.k_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
             if (token_v)
@@ -181,11 +194,18 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
                        0.0f,
                        0,
                        0};
-        const int columns = int(round_up(num_keys, Tile::kKeyStep));
         float* block_top = s.rescale;
         for (int64_t r = R; r < round_up(R, kLanes); ++r) block_top[r] = -infinity();
         for (int64_t first = 0; first < R; first += Tile::kRowBlock) {
             const int64_t rows = R - first < Tile::kRowBlock ? R - first : Tile::kRowBlock;
+            // the last row sees furthest
+            const int64_t last = piece.position + (first + rows - 1) / group;
+            const int num_keys =
+                clip(visible_keys(p, piece.seq_len, last).end - begin, 0, keys.num_keys);
+            const int columns = int(round_up(num_keys, Tile::kKeyStep));
+            next.fetch(int(first * fetched_each), int((first + rows) * fetched_each), k_bytes,
+                       v_bytes);
+            if (num_keys == 0) continue;
             tile.logits(first, rows, num_keys);
             for (int64_t r = first; r < first + rows; ++r) {
                 const int64_t position = piece.position + r / group;
@@ -194,12 +214,12 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
                 rule.distance = float(position - begin);
                 rule.begin = clip(seen.begin - begin, 0, num_keys);
                 rule.end = clip(seen.end - begin, 0, num_keys);
-                block_top[r] = apply_rule(rule, s.logits + (r - first) * kTileKeys, columns);
+                block_top[r] = apply_rule(rule, s.logits + (r - first) * kKeys, columns);
             }
             raise_tops(s.top + first, block_top + first, s.rescale + first, int(rows));
             for (int64_t r = first; r < first + rows; ++r) {
                 const float added =
-                    weigh(s.logits + (r - first) * kTileKeys, columns, s.top[r],
+                    weigh(s.logits + (r - first) * kKeys, columns, s.top[r],
                           token_v ? s.v_scale : nullptr, tile.put_weights(r - first));
                 s.total[r] = s.total[r] * s.rescale[r] + added;
             }
