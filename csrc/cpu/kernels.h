@@ -67,7 +67,8 @@ struct FewRowsScratch {
     float *q, *acc;            // [H, R, padded width]
     float *top, *total;        // [H, R] running maximum (base 2) and sum
     float* logits;             // [R, kKeyBlock]
-    float *rescale, *row;      // [R padded], [padded width]
+    float *rescale, *unit;     // [R padded]
+    float* row;                // [padded width]
     float *k_scale, *v_scale;  // [kKeyBlock]
     int64_t ld_q, ld_acc;
 
@@ -80,6 +81,7 @@ struct FewRowsScratch {
         total = arena.take<float>(H * round_up(R, kAlign));
         logits = arena.take<float>(R * kKeyBlock);
         rescale = arena.take<float>(round_up(R, kAlign));
+        unit = arena.take<float>(round_up(R, kAlign));
         row = arena.take<float>(ld_q + ld_acc);
         k_scale = arena.take<float>(kKeyBlock);
         v_scale = arena.take<float>(kKeyBlock);
@@ -94,8 +96,8 @@ struct TileScratch {
     float* values;   // V in panels of columns: [panel][kTileKeys][panel width]
     float* logits;   // [kTileRows, kTileKeys]
     float* weights;  // [kTileRows, kTileKeys / 2]: room for them in bf16
-    float *top, *total, *rescale;  // [R padded]
-    float *k_scale, *v_scale;      // [kTileKeys]
+    float *top, *total, *rescale, *unit;  // [R padded]
+    float *k_scale, *v_scale;             // [kTileKeys]
     int64_t ld_acc;
 
     // Rows and widths have room for whole tiles of 32 x 32.
@@ -111,6 +113,7 @@ struct TileScratch {
         top = arena.take<float>(round_up(R, kAlign));
         total = arena.take<float>(round_up(R, kAlign));
         rescale = arena.take<float>(round_up(R, kAlign));
+        unit = arena.take<float>(round_up(R, kAlign));
         k_scale = arena.take<float>(kTileKeys);
         v_scale = arena.take<float>(kTileKeys);
     }

@@ -78,13 +78,6 @@ struct TileKeys {
         }
         for (int i = num_keys; i < kKeys && i > 0; ++i) k[i] = k[i - 1];
     }
-
-    void fetch(int key_begin, int key_end, int64_t k_bytes, int64_t v_bytes) const {
-        for (int i = key_begin; i < key_end && i < num_keys; ++i) {
-            for (int64_t byte = 0; byte < k_bytes; byte += 64) prefetch(k[i] + byte);
-            for (int64_t byte = 0; byte < v_bytes; byte += 64) prefetch(v[i] + byte);
-        }
-    }
 };
 
 // K transposed: element d of key j at panels[j / kPanel][d][j % kPanel].
@@ -171,14 +164,9 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
 
     const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead,
                token_v = p.v_scale.kind == ScaleKind::kTokenHead;
-    const int64_t k_bytes = D * item_size(p.k.dtype), v_bytes = Dv * item_size(p.v.dtype);
-    TileKeys<kKeys> blocks[2];
-    blocks[0].locate(p, piece, piece.key_begin);
-    for (int64_t begin = piece.key_begin, i = 0; begin < piece.key_end; begin += kKeys, ++i) {
-        const TileKeys<kKeys>& keys = blocks[i % 2];
-        TileKeys<kKeys>& next = blocks[(i + 1) % 2];  // fetched while this block is worked on
-        next.locate(p, piece, begin + kKeys);
-        const int fetched_each = int((next.num_keys + R - 1) / R);
+    TileKeys<kKeys> keys;
+    for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kKeys) {
+        keys.locate(p, piece, begin);
         tile.pack(keys);
         for (int i = 0; (token_k || token_v) && i < kKeys; ++i) {
             const bool real = i < keys.num_keys;
@@ -203,23 +191,28 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
             const int num_keys =
                 clip(visible_keys(p, piece.seq_len, last).end - begin, 0, keys.num_keys);
             const int columns = int(round_up(num_keys, Tile::kKeyStep));
-            next.fetch(int(first * fetched_each), int((first + rows) * fetched_each), k_bytes,
-                       v_bytes);
             if (num_keys == 0) continue;
             tile.logits(first, rows, num_keys);
+            int64_t token = first / group, member = first % group;
             for (int64_t r = first; r < first + rows; ++r) {
-                const int64_t position = piece.position + r / group;
+                const int64_t position = piece.position + token;
                 const KeyRange seen = visible_keys(p, piece.seq_len, position);
-                rule.slope = slope_of(p, piece.request, head * group + r % group);
+                rule.slope = slope_of(p, piece.request, head * group + member);
                 rule.distance = float(position - begin);
                 rule.begin = clip(seen.begin - begin, 0, num_keys);
                 rule.end = clip(seen.end - begin, 0, num_keys);
-                block_top[r] = apply_rule(rule, s.logits + (r - first) * kKeys, columns);
+                const RuledRow ruled = apply_rule(rule, s.logits + (r - first) * kKeys, columns);
+                block_top[r] = ruled.top;
+                s.unit[r] = ruled.unit;
+                if (++member == group) {
+                    member = 0;
+                    ++token;
+                }
             }
             raise_tops(s.top + first, block_top + first, s.rescale + first, int(rows));
             for (int64_t r = first; r < first + rows; ++r) {
                 const float added =
-                    weigh(s.logits + (r - first) * kKeys, columns, s.top[r],
+                    weigh(s.logits + (r - first) * kKeys, columns, s.unit[r], s.top[r],
                           token_v ? s.v_scale : nullptr, tile.put_weights(r - first));
                 s.total[r] = s.total[r] * s.rescale[r] + added;
             }
