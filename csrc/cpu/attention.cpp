@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "cpu/ops.h"
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int64_t kDefaultSplit = 1024;  // keys
 constexpr int64_t kMaxSplits = 64;       // of one request
+constexpr int64_t kTilesWanted = 16;     // of one request and kv head, to balance the load
 constexpr int64_t kPiecesPerThread = 8;  // to balance the load
 constexpr int64_t kBytesPerThread =
     128 * 1024;  // of KV, below which waking a thread costs more than it brings
@@ -89,7 +91,6 @@ void plan_rows(const AttentionParams& p, Piece piece, bool few, bool may_split, 
 Plan make_plan(const AttentionParams& p) {
     Plan plan;
     const int64_t group = p.k.num_kv_heads == 0 ? 1 : p.q.num_heads / p.k.num_kv_heads;
-    const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / group);
     for (int64_t b = 0; b < p.page_table.batch_size; ++b) {
         const int64_t row = row_begin(p, b), row_end = row_begin(p, b + 1), q_len = row_end - row;
         if (q_len == 0) continue;
@@ -97,6 +98,8 @@ Plan make_plan(const AttentionParams& p) {
         piece.request = b;
         piece.seq_len = p.seq_lens[b];
         piece.head_end = p.k.num_kv_heads;
+        const int64_t tile_tokens = std::max<int64_t>(
+            1, std::clamp<int64_t>(q_len * group / kTilesWanted, kTileRows, kMaxTileRows) / group);
         const bool few = q_len * group <= kFewRows, one = few || q_len <= tile_tokens;
         const int64_t step = one ? q_len : tile_tokens;
         for (int64_t at = row; at < row_end; at += step) {
@@ -158,10 +161,14 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
     const int64_t heads_each = std::max<int64_t>(1, (heads + blocks - 1) / blocks);
     std::vector<Piece> tiles = divide_heads(plan.tiles, heads, 1),
                        few = divide_heads(plan.few, heads, heads_each);
-    std::stable_sort(tiles.begin(), tiles.end(),
-                     [](const Piece& a, const Piece& b) {  // the longest first
-                         return a.key_end - a.key_begin > b.key_end - b.key_begin;
-                     });
+    // The longest first, for a thread must not be left alone with one at the end; but what shares
+    // keys stays together, so that they are still in the cache.
+    std::stable_sort(tiles.begin(), tiles.end(), [](const Piece& a, const Piece& b) {
+        const auto order = [](const Piece& x) {
+            return std::make_tuple(-x.seq_len, x.request, x.head_begin, x.key_begin - x.key_end);
+        };
+        return order(a) < order(b);
+    });
 
     static thread_local Scratch partials, workspace;
     float* outs = nullptr;

@@ -266,13 +266,17 @@ void attend_few_rows(const AttentionParams& p, const Piece& piece, char* scratch
                 rule.distance = float(position - block.begin);
                 rule.begin = clip(seen.begin - block.begin, 0, block.num_keys);
                 rule.end = clip(seen.end - block.begin, 0, block.num_keys);
-                block_top[r] = apply_rule(rule, s.logits + r * kKeyBlock, block.num_keys);
+                const RuledRow ruled = apply_rule(rule, s.logits + r * kKeyBlock, block.num_keys);
+                block_top[r] = ruled.top;
+                s.unit[r] = ruled.unit;
             }
             for (int64_t r = R; r < round_up(R, kLanes); ++r) block_top[r] = -infinity();
             raise_tops(top, block_top, s.rescale, int(R));
             for (int64_t r = 0; r < R; ++r) {
-                const float added = weigh(s.logits + r * kKeyBlock, block.num_keys, top[r],
-                                          token_v ? s.v_scale : nullptr);
+                float* logits = s.logits + r * kKeyBlock;
+                const float added =
+                    weigh(logits, block.num_keys, s.unit[r], top[r], token_v ? s.v_scale : nullptr,
+                          [logits](int key, F weights) { store(logits + key, weights); });
                 total[r] = total[r] * s.rescale[r] + added;
             }
             float* acc = s.acc + h * R * s.ld_acc;

@@ -2,7 +2,32 @@
 
 #include <stdexcept>
 
+#ifdef PAGEWIRE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pagewire::cpu {
+
+#ifdef PAGEWIRE_AMX
+namespace {
+
+// The processor has bf16 tiles and vector conversions, and the kernel lets this process use the
+// tile registers: one request holds for all its threads, also for those that run already.
+bool tiles_permitted() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
+    if ((eax & kAvx512Bf16) == 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+#endif
 
 std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> usable;
@@ -12,6 +37,10 @@ std::vector<const Kernels*> usable_kernels() {
                       __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#ifdef PAGEWIRE_AMX
+        static const bool amx = tiles_permitted();
+        if (amx) usable.push_back(&kAmx);
+#endif
         usable.push_back(&kAvx512);
     }
     if (avx2) usable.push_back(&kAvx2);

@@ -11,10 +11,11 @@ namespace pagewire::cpu {
 constexpr int kKeyBlock = 64;  // keys the few-rows kernel takes at a time
 constexpr int kFewRows =
     16;  // rows (tokens x group_size) of a request up to which the few-rows kernel takes it
-constexpr int kTileRows = 192;   // rows of a tile, unless one token has more
-constexpr int kTileKeys = 128;   // keys a tile takes at a time
-constexpr int kMaxWidth = 1024;  // of a head
-constexpr int kAlign = 64;       // floats; scratch rows are padded to it
+constexpr int kTileRows = 192;     // rows of a tile, unless one token has more: of a short request
+constexpr int kMaxTileRows = 768;  // and of a long one
+constexpr int kTileKeys = 256;     // keys a tile takes at a time, at most
+constexpr int kMaxWidth = 1024;    // of a head
+constexpr int kAlign = 64;         // floats; scratch rows are padded to it
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -66,7 +67,8 @@ struct FewRowsScratch {
     float *q, *acc;            // [H, R, padded width]
     float *top, *total;        // [H, R] running maximum (base 2) and sum
     float* logits;             // [R, kKeyBlock]
-    float *rescale, *row;      // [R padded], [padded width]
+    float *rescale, *unit;     // [R padded]
+    float* row;                // [padded width]
     float *k_scale, *v_scale;  // [kKeyBlock]
     int64_t ld_q, ld_acc;
 
@@ -79,36 +81,41 @@ struct FewRowsScratch {
         total = arena.take<float>(H * round_up(R, kAlign));
         logits = arena.take<float>(R * kKeyBlock);
         rescale = arena.take<float>(round_up(R, kAlign));
+        unit = arena.take<float>(round_up(R, kAlign));
         row = arena.take<float>(ld_q + ld_acc);
         k_scale = arena.take<float>(kKeyBlock);
         v_scale = arena.take<float>(kKeyBlock);
     }
 };
 
-// A tile: R rows (token x head of the group) of one kv head against blocks of kTileKeys keys.
+// A tile: R rows (token x head of the group) of one kv head against blocks of up to kTileKeys keys;
+// up to kTileRows of the rows at a time have logits and weights.
 struct TileScratch {
     float *q, *acc;  // [R, head_dim], [R, ld_acc]
     float* keys;     // K transposed, in panels of columns: [panel][head_dim][panel width]
     float* values;   // V in panels of columns: [panel][kTileKeys][panel width]
-    float* logits;   // [R, kTileKeys]
-    float *top, *total, *rescale;  // [R padded]
-    float *k_scale, *v_scale;      // [kTileKeys]
-    float* row;
+    float* logits;   // [kTileRows, kTileKeys]
+    float* weights;  // [kTileRows, kTileKeys / 2]: room for them in bf16
+    float *top, *total, *rescale, *unit;  // [R padded]
+    float *k_scale, *v_scale;             // [kTileKeys]
     int64_t ld_acc;
 
-    void carve(Arena& arena, int64_t R, int64_t head_dim, int64_t head_dim_v) {
+    // Rows and widths have room for whole tiles of 32 x 32.
+    void carve(Arena& arena, int64_t num_rows, int64_t head_dim, int64_t head_dim_v) {
+        const int64_t R = round_up(num_rows, 32);
         ld_acc = round_up(head_dim_v, kAlign);
-        q = arena.take<float>(R * head_dim);
+        q = arena.take<float>(R * round_up(head_dim, 32));
         acc = arena.take<float>(R * ld_acc);
         keys = arena.take<float>(kTileKeys * round_up(head_dim, kAlign));
         values = arena.take<float>(kTileKeys * ld_acc);
-        logits = arena.take<float>(R * kTileKeys);
+        logits = arena.take<float>(kTileRows * kTileKeys);
+        weights = arena.take<float>(kTileRows * kTileKeys / 2);
         top = arena.take<float>(round_up(R, kAlign));
         total = arena.take<float>(round_up(R, kAlign));
         rescale = arena.take<float>(round_up(R, kAlign));
+        unit = arena.take<float>(round_up(R, kAlign));
         k_scale = arena.take<float>(kTileKeys);
         v_scale = arena.take<float>(kTileKeys);
-        row = arena.take<float>(round_up(head_dim, kAlign) + ld_acc);
     }
 };
 
@@ -122,6 +129,12 @@ struct Kernels {
     float (*read)(const float* data, int64_t count);  // nothing but loads: the roof of decode
 };
 
-extern const Kernels kAvx512, kAvx2, kNeon, kScalar;
+// AMX needs the operating system's permission, which is asked for on Linux, and a compiler that has
+// its intrinsics.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
+#define PAGEWIRE_AMX 1
+#endif
+
+extern const Kernels kAmx, kAvx512, kAvx2, kNeon, kScalar;
 
 }  // namespace pagewire::cpu

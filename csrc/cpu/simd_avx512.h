@@ -29,8 +29,11 @@ inline M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
 inline float maximum(F a) { return _mm512_reduce_max_ps(a); }
-// p * 2^n for integral n in [-200, 0]; 0 where it underflows.
-inline F scale_by_power(F p, F n) { return _mm512_scalef_ps(p, n); }
+// p * 2^n for integral n in [-200, 0] and p near 1; 0 where it would be subnormal, because one such
+// lane takes a hundred times as long as all others.
+inline F scale_by_power(F p, F n) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-125.0f), _CMP_NLT_UQ), p, n);
+}
 // Into the second-level cache: the first has room for what is being worked on, and few fill
 // buffers.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -11,14 +11,25 @@ struct LogitRule {
     int begin, end;  // visible columns of the block
 };
 
-// logits[0 .. padded) become base-2 logits, -inf outside [begin, end). Returns their maximum.
-__attribute__((noinline)) inline float apply_rule(const LogitRule& rule, float* logits,
-                                                  int num_keys) {
+// What apply_rule makes of a row: times unit, its logits are base-2 logits, and their maximum is
+// top.
+struct RuledRow {
+    float top, unit;
+};
+
+// logits[0 .. padded) become base-2 logits but for a unit, -inf outside [begin, end).
+__attribute__((noinline)) inline RuledRow apply_rule(const LogitRule& rule, float* logits,
+                                                     int num_keys) {
     const F lanes = lane_index();
     const bool plain = rule.k_scale == nullptr && rule.softcap <= 0.0f && rule.slope == 0.0f;
     const bool masked = rule.begin > 0 || rule.end < int(round_up(num_keys, kLanes));
     const F scale = set1(plain ? rule.scale * kLog2E : rule.scale);
     F top = set1(-infinity());
+    if (plain && !masked && rule.scale > 0.0f) {  // they stay as they are
+        for (int i = 0; i < num_keys; i += kLanes) top = max(load(logits + i), top);
+        const float unit = rule.scale * kLog2E;
+        return {maximum(top) * unit, unit};
+    }
     for (int i = 0; i < num_keys; i += kLanes) {
         F x = mul(load(logits + i), scale);
         if (!plain) {
@@ -38,20 +49,22 @@ __attribute__((noinline)) inline float apply_rule(const LogitRule& rule, float* 
         store(logits + i, x);
         top = max(x, top);
     }
-    return maximum(top);
+    return {maximum(top), 1.0f};
 }
 
-// logits become weights 2^(x - top); returns their sum. A row that has seen nothing has top = -inf:
-// all weights are 0.
-__attribute__((noinline)) inline float weigh(float* logits, int num_keys, float top,
-                                             const float* v_scale) {
-    const F shift = set1(top == -infinity() ? 0.0f : top);
+// Weights 2^(unit * x - top) of the logits x, times v_scale if that is given, go to put(key,
+// weights of kLanes keys); returns their sum without v_scale. A row that has seen nothing has top =
+// -inf: all weights are 0.
+template <class Put>
+__attribute__((noinline)) float weigh(const float* logits, int num_keys, float unit, float top,
+                                      const float* v_scale, Put put) {
+    const F shift = set1(top == -infinity() ? 0.0f : -top), times = set1(unit);
     F total = zero();
     for (int i = 0; i < num_keys; i += kLanes) {
-        F w = exp2_negative(sub(load(logits + i), shift));
+        F w = exp2_negative(fma(load(logits + i), times, shift));
         total = add(total, w);
         if (v_scale != nullptr) w = mul(w, load(v_scale + i));
-        store(logits + i, w);
+        put(i, w);
     }
     return sum(total);
 }

@@ -6,8 +6,9 @@ void attend_few_rows(const AttentionParams& p, const Piece& piece, char* scratch
 }
 
 void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
-    with_dtype(p.k.dtype,
-               [&](auto tag) { attend_tile<typename decltype(tag)::type>(p, piece, scratch); });
+    with_dtype(p.k.dtype, [&](auto tag) {
+        attend_tile<FmaTile<typename decltype(tag)::type>>(p, piece, scratch);
+    });
 }
 
 void merge_states(const MergeParams& p, int64_t row_begin, int64_t row_end, float* weights) {

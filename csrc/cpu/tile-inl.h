@@ -1,6 +1,6 @@
-// Attention of many rows: a tile of query rows against blocks of keys, K and V converted to fp32
-// panels once per block and multiplied by a register-blocked GEMM. Bound by FMA. Included inside
-// the anonymous namespace of a target.
+// Attention of many rows: a tile of query rows against blocks of keys, K and V packed once per
+// block and multiplied by a GEMM; FmaTile is the one every target has, over fp32 panels. Bound by
+// arithmetic. Included inside the anonymous namespace of a target.
 
 constexpr int kPanel = kGemmVecs * kLanes;  // columns of a panel
 
@@ -51,15 +51,16 @@ inline void gemm(const float* a, int64_t lda, int64_t rows, const float* panels,
 }
 
 // Addresses of one head's rows of a block of keys; entries past num_keys repeat the last.
+template <int kKeys>
 struct TileKeys {
     int64_t begin;
     int num_keys;
-    const char *k[kTileKeys], *v[kTileKeys];
-    int64_t page[kTileKeys], offset[kTileKeys];
+    const char *k[kKeys], *v[kKeys];
+    int64_t page[kKeys], offset[kKeys];
 
     void locate(const AttentionParams& p, const Piece& piece, int64_t at) {
         begin = at;
-        num_keys = clip(piece.key_end - at, 0, kTileKeys);
+        num_keys = clip(piece.key_end - at, 0, kKeys);
         const int64_t item = item_size(p.k.dtype), head = piece.head_begin;
         int64_t entry = at / p.k.page_size, slot = at % p.k.page_size;
         for (int i = 0; i < num_keys; ++i) {
@@ -75,13 +76,13 @@ struct TileKeys {
                 ++entry;
             }
         }
-        for (int i = num_keys; i < kTileKeys && i > 0; ++i) k[i] = k[i - 1];
+        for (int i = num_keys; i < kKeys && i > 0; ++i) k[i] = k[i - 1];
     }
 };
 
 // K transposed: element d of key j at panels[j / kPanel][d][j % kPanel].
-template <class T>
-void pack_keys(const TileKeys& keys, int64_t width, float* panels) {
+template <class T, int kKeys>
+void pack_keys(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
     for (int j = 0; j < keys.num_keys; j += kLanes) {
         float* column = panels + j / kPanel * width * kPanel + j % kPanel;
         for (int64_t d = 0; d < width; d += kLanes) {
@@ -96,10 +97,10 @@ void pack_keys(const TileKeys& keys, int64_t width, float* panels) {
 }
 
 // Element d of key j at panels[d / kPanel][j][d % kPanel]; columns past the width are 0.
-template <class T>
-void pack_values(const TileKeys& keys, int64_t width, float* panels) {
+template <class T, int kKeys>
+void pack_values(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
     for (int64_t d = 0; d < round_up(width, kPanel); d += kLanes) {
-        float* column = panels + d / kPanel * kTileKeys * kPanel + d % kPanel;
+        float* column = panels + d / kPanel * kKeys * kPanel + d % kPanel;
         const int n = clip(width - d, 0, kLanes);
         for (int j = 0; j < keys.num_keys; ++j) {
             const F x = n == 0 ? zero() : load_some(reinterpret_cast<const T*>(keys.v[j]) + d, n);
@@ -108,8 +109,39 @@ void pack_values(const TileKeys& keys, int64_t width, float* panels) {
     }
 }
 
+// The two products of a tile in fp32: how queries, keys and values lie in the scratch.
 template <class T>
+struct FmaTile {
+    static constexpr int kKeys = 128;                // keys of a block
+    static constexpr int kKeyStep = kLanes;          // keys of a block are padded to it
+    static constexpr int64_t kRowBlock = kTileRows;  // rows that go from logits to result together
+
+    const TileScratch& s;
+    const int64_t D, Dv;
+
+    void take_query(int64_t r, DType dtype, const char* row) const {
+        load_row(dtype, row, D, s.q + r * D);
+    }
+    void pack(const TileKeys<kKeys>& keys) const {
+        pack_keys<T>(keys, D, s.keys);
+        pack_values<T>(keys, Dv, s.values);
+    }
+    void logits(int64_t row, int64_t rows, int num_keys) const {
+        gemm(s.q + row * D, D, rows, s.keys, D * kPanel, D, num_keys, s.logits, kKeys, nullptr);
+    }
+    // Takes the weights of row `r` of the rows at hand: here they replace their logits.
+    auto put_weights(int64_t r) const {
+        return [row = s.logits + r * kKeys](int key, F x) { store(row + key, x); };
+    }
+    void add_values(int64_t row, int64_t rows, int num_keys) const {
+        gemm(s.logits, kKeys, rows, s.values, kKeys * kPanel, num_keys, Dv, s.acc + row * s.ld_acc,
+             s.ld_acc, s.rescale + row);
+    }
+};
+
+template <class Tile>
 void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
+    constexpr int kKeys = Tile::kKeys;
     const int64_t group = p.q.num_heads / p.k.num_kv_heads,
                   R = (piece.row_end - piece.row_begin) * group;
     const int64_t head = piece.head_begin, D = p.k.width, Dv = p.v.width;
@@ -117,12 +149,12 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
     Arena arena{scratch};
     s.carve(arena, R, D, Dv);
 
+    const Tile tile{s, D, Dv};
     for (int64_t r = 0; r < R; ++r) {  // row r: token r / group, head r % group of its group
         const int64_t row = piece.row_begin + r / group, qo_head = head * group + r % group;
-        load_row(
-            p.q.dtype,
-            p.q.data + (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype), D,
-            s.q + r * D);
+        tile.take_query(
+            r, p.q.dtype,
+            p.q.data + (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype));
     }
     __builtin_memset(s.acc, 0, R * s.ld_acc * sizeof(float));
     for (int64_t r = 0; r < round_up(R, kAlign); ++r) {
@@ -132,22 +164,17 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
 
     const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead,
                token_v = p.v_scale.kind == ScaleKind::kTokenHead;
-    TileKeys keys;
-    for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kTileKeys) {
+    TileKeys<kKeys> keys;
+    for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kKeys) {
         keys.locate(p, piece, begin);
-        const int num_keys = keys.num_keys;
-        pack_keys<T>(keys, D, s.keys);
-        pack_values<T>(keys, Dv, s.values);
-        for (int i = 0; (token_k || token_v) && i < kTileKeys; ++i) {
-            const bool real = i < num_keys;
+        tile.pack(keys);
+        for (int i = 0; (token_k || token_v) && i < kKeys; ++i) {
+            const bool real = i < keys.num_keys;
             if (token_k)
                 s.k_scale[i] = real ? *p.k_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
             if (token_v)
                 s.v_scale[i] = real ? *p.v_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
         }
-        gemm(s.q, D, R, s.keys, D * kPanel, D, num_keys, s.logits, kTileKeys, nullptr);
-
-        float* block_top = s.rescale;
         LogitRule rule{p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head)),
                        token_k ? s.k_scale : nullptr,
                        p.softcap,
@@ -155,24 +182,42 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
                        0.0f,
                        0,
                        0};
-        for (int64_t r = 0; r < R; ++r) {
-            const int64_t position = piece.position + r / group;
-            const KeyRange seen = visible_keys(p, piece.seq_len, position);
-            rule.slope = slope_of(p, piece.request, head * group + r % group);
-            rule.distance = float(position - begin);
-            rule.begin = clip(seen.begin - begin, 0, num_keys);
-            rule.end = clip(seen.end - begin, 0, num_keys);
-            block_top[r] = apply_rule(rule, s.logits + r * kTileKeys, num_keys);
-        }
+        float* block_top = s.rescale;
         for (int64_t r = R; r < round_up(R, kLanes); ++r) block_top[r] = -infinity();
-        raise_tops(s.top, block_top, s.rescale, int(R));
-        for (int64_t r = 0; r < R; ++r) {
-            const float added =
-                weigh(s.logits + r * kTileKeys, num_keys, s.top[r], token_v ? s.v_scale : nullptr);
-            s.total[r] = s.total[r] * s.rescale[r] + added;
+        for (int64_t first = 0; first < R; first += Tile::kRowBlock) {
+            const int64_t rows = R - first < Tile::kRowBlock ? R - first : Tile::kRowBlock;
+            // the last row sees furthest
+            const int64_t last = piece.position + (first + rows - 1) / group;
+            const int num_keys =
+                clip(visible_keys(p, piece.seq_len, last).end - begin, 0, keys.num_keys);
+            const int columns = int(round_up(num_keys, Tile::kKeyStep));
+            if (num_keys == 0) continue;
+            tile.logits(first, rows, num_keys);
+            int64_t token = first / group, member = first % group;
+            for (int64_t r = first; r < first + rows; ++r) {
+                const int64_t position = piece.position + token;
+                const KeyRange seen = visible_keys(p, piece.seq_len, position);
+                rule.slope = slope_of(p, piece.request, head * group + member);
+                rule.distance = float(position - begin);
+                rule.begin = clip(seen.begin - begin, 0, num_keys);
+                rule.end = clip(seen.end - begin, 0, num_keys);
+                const RuledRow ruled = apply_rule(rule, s.logits + (r - first) * kKeys, columns);
+                block_top[r] = ruled.top;
+                s.unit[r] = ruled.unit;
+                if (++member == group) {
+                    member = 0;
+                    ++token;
+                }
+            }
+            raise_tops(s.top + first, block_top + first, s.rescale + first, int(rows));
+            for (int64_t r = first; r < first + rows; ++r) {
+                const float added =
+                    weigh(s.logits + (r - first) * kKeys, columns, s.unit[r], s.top[r],
+                          token_v ? s.v_scale : nullptr, tile.put_weights(r - first));
+                s.total[r] = s.total[r] * s.rescale[r] + added;
+            }
+            tile.add_values(first, rows, num_keys);
         }
-        gemm(s.logits, kTileKeys, R, s.values, kTileKeys * kPanel, num_keys, Dv, s.acc, s.ld_acc,
-             s.rescale);
     }
 
     const float v_scale = token_v ? 1.0f : p.v_scale.of(piece.request, head);

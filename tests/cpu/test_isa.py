@@ -6,12 +6,25 @@ import torch
 import cases
 import pagewire as pw
 import tolerance
-from cases import bf16, e4m3, e5m2, fp16, fp32, int8
+from cases import Attention, bf16, e4m3, e5m2, fp16, fp32, int8
 from pagewire.quant import quantise
 
 _cpu = pytest.importorskip("pagewire._cpu")
 ISAS = _cpu.usable_isas()
 EVERY_FEW = (cases.DECODE + cases.PREFILL)[::3]
+# several tiles of rows and blocks of keys, none of them full, in the dtype that has matrix instructions
+TILES = (
+    Attention((301, 45), (77, 45), heads=(8, 2), head_dim=40, page_size=3, dtype=bf16),
+    Attention((270,), (203,), heads=(3, 3), head_dim=80, head_dim_v=24, dtype=bf16, layout="HND"),
+    Attention((161,), (23,), heads=(2, 1), head_dim=96, head_dim_v=256, dtype=bf16, strided=True),
+    Attention((385,), (97,), heads=(2, 2), head_dim=256, head_dim_v=72, dtype=bf16, sinks=True),
+    Attention((400,), (130,), head_dim=128, dtype=bf16, window=(150, -1), softcap=4.0, alibi=1),
+    Attention((33, 300), (20, 201), dtype=bf16, causal=False, window=(40, 9), out_dtype=fp32),
+    Attention((9, 140), (12, 131), dtype=bf16, kv_dtype=int8, scale="token_head", page_size=3),
+    Attention((141,), (33,), head_dim=56, dtype=bf16, kv_dtype=e4m3, scale="token_head"),
+    Attention((300,), (33,), head_dim=72, head_dim_v=17, dtype=bf16, kv_dtype=e5m2, scale="head"),
+    Attention((140, 90), (2, 1), heads=(216, 1), head_dim=48, dtype=bf16, split_size=32),
+)
 
 
 @pytest.fixture(params=ISAS)
@@ -31,7 +44,7 @@ def same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(bits(got)[~nan], bits(expected)[~nan])
 
 
-@pytest.mark.parametrize("case", EVERY_FEW, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [*EVERY_FEW, *TILES], ids=lambda c: c.id)
 def test_attention(case, isa):
     call = cases.build(case)
     tolerance.check(call, *call.run("cpu"))

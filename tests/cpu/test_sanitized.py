@@ -47,7 +47,7 @@ def run(package: Path, *command: str, isa: str = "") -> subprocess.CompletedProc
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "scalar"])
 def test_suite_is_clean(package, isa):
     usable = run(
         package, "-c", "from pagewire import _cpu; print(_cpu.__file__, _cpu.usable_isas())"

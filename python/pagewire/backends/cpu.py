@@ -1,7 +1,7 @@
 """CPU: each op is one call into `pagewire._cpu`, which checks every index and runs on a pool of threads of its own.
 
 Caches arrive as NHD views, `[num_pages, page_size, num_kv_heads, head_dim]` with free strides. PAGEWIRE_CPU_ISA forces
-an instruction set (avx512, avx2, neon, scalar), PAGEWIRE_CPU_THREADS a number of threads (default:
+an instruction set (amx, avx512, avx2, neon, scalar), PAGEWIRE_CPU_THREADS a number of threads (default:
 `torch.get_num_threads()`). Results depend on neither the threads nor the rest of the batch.
 """
 

@@ -1,0 +1,29 @@
+#include "cpu/kernels.h"
+
+#ifdef PAGEWIRE_AMX
+#include <immintrin.h>
+#include <cstdint>
+
+#include "pagewire/dispatch.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
+
+namespace pagewire::cpu {
+namespace {
+
+#include "cpu/simd_avx512.h"
+#include "cpu/math-inl.h"
+#include "cpu/softmax-inl.h"
+#include "cpu/few_rows-inl.h"
+#include "cpu/tile-inl.h"
+#include "cpu/merge-inl.h"
+#include "cpu/move-inl.h"
+#include "cpu/target-inl.h"
+#include "cpu/amx-inl.h"
+
+}  // namespace
+
+const Kernels kAmx = {"amx", attend_few_rows, attend_tile_bf16, merge_states, move_rows, read};
+
+}  // namespace pagewire::cpu
+#endif
