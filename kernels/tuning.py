@@ -36,6 +36,7 @@ class Key(NamedTuple):
     rows: int = (
         0  # decode: 16, 32 or 64 packed rows, rounded up, more take several tiles; prefill: 0
     )
+    page_size: int = 0  # 0: any; else 1, 16 or 64, rounded down: a row of that class alone
 
 
 def key(problem: Problem, rows: int = 0) -> Key:
@@ -56,12 +57,18 @@ def decode_config(problem: Problem, rows: int) -> KernelConfig:
         80,
         87,
     )  # 100 KiB of shared memory for all programs together
-    return DECODE[found]._replace(programs_per_processor=1) if small else DECODE[found]
+    config = _row(DECODE, found, problem)
+    return config._replace(programs_per_processor=1) if small else config
 
 
 def prefill_config(problem: Problem) -> KernelConfig:
     found = key(problem)
-    return _INTERPRETER if found.arch == 0 else PREFILL[found]
+    return _INTERPRETER if found.arch == 0 else _row(PREFILL, found, problem)
+
+
+def _row(table: dict[Key, KernelConfig], found: Key, problem: Problem) -> KernelConfig:
+    page_size = next(size for size in (64, 16, 1) if problem.page_size >= size)
+    return table.get(found._replace(page_size=page_size)) or table[found]
 
 
 def row_limit(problem: Problem) -> int:

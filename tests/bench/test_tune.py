@@ -87,3 +87,5 @@ def test_a_proposal_reads_as_a_line_of_the_table():
     shown = f"{tune._shown(_key())}: {tune._shown(KernelConfig(16, 64, 4, 3, 2))}"
     assert shown == 'Key(90, "16", 128, 16): KernelConfig(16, 64, 4, 3, 2)'
     assert eval(f"{{{shown}}}", {"Key": Key, "KernelConfig": KernelConfig})
+    assert tune._shown(Key(90, "16", 128, 0, 64)) == 'Key(90, "16", 128, 0, 64)'
+    assert tune._shown(KernelConfig(64, 32, 8, 3)) == "KernelConfig(64, 32, 8, 3)"

@@ -141,7 +141,8 @@ def every_row() -> Iterator[Case]:
     for op, table in (("decode", tuning.DECODE), ("prefill", tuning.PREFILL)):
         for key in table:
             for i, (dtype, kv_dtype) in enumerate(dtypes[key.operands]):
-                case = Case(key.arch, op, dtype, kv_dtype, key.head_dim, key.rows or 16)
+                sizes = key.head_dim, key.rows or 16, key.page_size or 16
+                case = Case(key.arch, op, dtype, kv_dtype, *sizes)
                 yield case
                 if i == 0:
                     yield dataclasses.replace(case, modified=True)

@@ -31,6 +31,15 @@ def test_key(problem, rows, expected):
     assert tuning.key(problem, rows) == expected
 
 
+@pytest.mark.parametrize(
+    ("page_size", "special"), [(1, False), (15, False), (16, True), (63, True), (64, False)]
+)
+def test_a_row_of_one_class_of_page_sizes(page_size, special, monkeypatch):
+    config = tuning.KernelConfig(16, 128, 8, 2)
+    monkeypatch.setitem(tuning.DECODE, Key(90, "16", 128, 16, 16), config)
+    assert (tuning.decode_config(Problem(90, 128, 2, 2, page_size), 4) == config) is special
+
+
 def test_a_problem_does_not_know_its_batch():
     """Or a request's bits would depend on the company it keeps."""
     assert Problem._fields == ("arch", "head_dim", "q_bytes", "kv_bytes", "page_size")

@@ -179,8 +179,11 @@ def _tune(target: Target, arena: Arena, clock: Clock, stop: float) -> str:
 
 
 def _shown(value: Key | KernelConfig) -> str:
-    """As a line of the table is written."""
-    fields = [f'"{v}"' if isinstance(v, str) else str(v) for v in value]
+    """As a line of the table is written: defaults at the end are left out."""
+    values = list(value)
+    while values and values[-1] == value._field_defaults.get(value._fields[len(values) - 1]):
+        values.pop()
+    fields = [f'"{v}"' if isinstance(v, str) else str(v) for v in values]
     return f"{type(value).__name__}({', '.join(fields)})"
 
 
