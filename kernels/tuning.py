@@ -156,5 +156,5 @@ _EXACT = {  # FMA units, as in DECODE
 }
 PREFILL |= {Key(arch, *kind): config for arch in (80, 90) for kind, config in _EXACT.items()}
 
-# one row, 16 partials of it at a time: 8 KiB in flight at 128 dims
+# one row, 16 partials of it at a time: 8 KiB in flight at 128 dims, 96 registers a thread
 COMBINE = KernelConfig(1, 16, 4, 2, 5)

@@ -1,5 +1,5 @@
 // What the parts of the attention kernel share: the shape of a block, its shared memory, its way
-// out.
+// out. Each further header adds one part to the one below it: requests, loads, step, merge, kernel.
 #pragma once
 
 #include "cuda/attention_work.h"

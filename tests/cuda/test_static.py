@@ -34,16 +34,17 @@ IN_FLIGHT = 32 * 1024
 def extension() -> Path:
     import pybind11
 
-    # the Makefile leaves CUDA out of its own build, not out of this test
-    os.environ.pop("PAGEWIRE_CUDA", None)
-    try:
-        build_cuda.find_nvcc()
-    except build_cuda.CannotBuild as error:
-        pytest.skip(str(error))
     folder = emulation.cache_dir().parent / "nvcc"
     target = folder / "pagewire" / "_cuda.so"
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    build_cuda.build(folder / "objects", includes, target)
+    with pytest.MonkeyPatch.context() as patch:
+        # the Makefile leaves CUDA out of its own build, not out of this test
+        patch.delenv("PAGEWIRE_CUDA", raising=False)
+        try:
+            build_cuda.find_nvcc()
+        except build_cuda.CannotBuild as error:
+            pytest.skip(str(error))
+        build_cuda.build(folder / "objects", includes, target)
     return target
 
 
