@@ -13,14 +13,16 @@ namespace pagewire::cpu {
 #ifdef PAGEWIRE_AMX
 namespace {
 
-// The processor has bf16 tiles and vector conversions, and the kernel lets this process use the
+// The processor has bf16 tiles, vector conversions and byte tables, and the kernel lets this process use the
 // tile registers: one request holds for all its threads, also for those that run already.
 bool tiles_permitted() {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
-    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5,
+                       kAvx512Vbmi = 1u << 1;
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
     if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+    if ((ecx & kAvx512Vbmi) == 0) return false;
     if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
     if ((eax & kAvx512Bf16) == 0) return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

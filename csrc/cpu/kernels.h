@@ -67,10 +67,16 @@ struct FewRowsScratch {
     float *q, *acc;            // [H, R, padded width]
     float *top, *total;        // [H, R] running maximum (base 2) and sum
     float* logits;             // [R, kKeyBlock]
+    char* tiles;               // what a target packs: see tile_bytes()
     float *rescale, *unit;     // [R padded]
     float* row;                // [padded width]
     float *k_scale, *v_scale;  // [kKeyBlock]
     int64_t ld_q, ld_acc;
+
+    // In bf16: 16 rows of q a head, 16 keys, four tiles of values and one of weights.
+    static int64_t tile_bytes(int64_t H, int64_t head_dim) {
+        return 2 * (16 * round_up(head_dim, kAlign) * (H + 1) + 5 * 512);
+    }
 
     void carve(Arena& arena, int64_t H, int64_t R, int64_t head_dim, int64_t head_dim_v) {
         ld_q = round_up(head_dim, kAlign);
@@ -80,6 +86,7 @@ struct FewRowsScratch {
         top = arena.take<float>(H * round_up(R, kAlign));
         total = arena.take<float>(H * round_up(R, kAlign));
         logits = arena.take<float>(R * kKeyBlock);
+        tiles = arena.take<char>(tile_bytes(H, head_dim));
         rescale = arena.take<float>(round_up(R, kAlign));
         unit = arena.take<float>(round_up(R, kAlign));
         row = arena.take<float>(ld_q + ld_acc);

@@ -2,7 +2,7 @@
 
 void attend_few_rows(const AttentionParams& p, const Piece& piece, char* scratch) {
     with_dtype(p.k.dtype,
-               [&](auto tag) { attend_few_rows<typename decltype(tag)::type>(p, piece, scratch); });
+               [&](auto tag) { attend_few<FmaRows<typename decltype(tag)::type>>(p, piece, scratch); });
 }
 
 void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {

@@ -11,6 +11,7 @@ namespace {
 #include "cpu/math-inl.h"
 #include "cpu/softmax-inl.h"
 #include "cpu/few_rows-inl.h"
+#include "cpu/fma_rows-inl.h"
 #include "cpu/tile-inl.h"
 #include "cpu/merge-inl.h"
 #include "cpu/move-inl.h"

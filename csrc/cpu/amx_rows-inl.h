@@ -1,0 +1,348 @@
+// Attention of up to 16 bf16 rows of a kv head with AMX. 16 keys are the left side of K . q, loaded
+// from the pages as they lie there; weights . V needs the values of two keys side by side. Products
+// and weights stay as tiles leave them, all rows of a key together, through the whole softmax. So a
+// key costs nearly the same for one row as for 16, well below what it costs to bring it from memory.
+// Included inside the anonymous namespace of target_amx.cpp.
+
+constexpr int kChunk = 64;  // elements of a row that are unpacked together: four columns of tiles
+
+// Rows of elements as bf16 words. A chunk becomes two vectors: word w of vector u holds element
+// source(u, w).
+template <class T>
+struct Words {  // one-byte types, by table: byte b is {low, high}[b]
+    __m512i low[2], high[2], negative_low[2], negative_high[2];
+    static constexpr bool kAsStored = false;
+    static constexpr int source(int u, int w) { return w / 8 * 16 + u * 8 + w % 8; }
+
+    Words() {
+        alignas(64) uint8_t bytes[2][256];
+        for (int i = 0; i < 256; i += kLanes) {
+            alignas(16) uint8_t codes[kLanes];
+            for (int j = 0; j < kLanes; ++j) codes[j] = uint8_t(i + j);
+            alignas(64) uint32_t bits[kLanes];
+            _mm512_store_ps(bits, load(reinterpret_cast<const T*>(codes)));
+            for (int j = 0; j < kLanes; ++j) {
+                bytes[0][i + j] = uint8_t(bits[j] >> 16);
+                bytes[1][i + j] = uint8_t(bits[j] >> 24);
+            }
+        }
+        for (int i = 0; i < 2; ++i) {
+            low[i] = _mm512_load_si512(bytes[0] + 64 * i);
+            high[i] = _mm512_load_si512(bytes[1] + 64 * i);
+            negative_low[i] = _mm512_load_si512(bytes[0] + 128 + 64 * i);
+            negative_high[i] = _mm512_load_si512(bytes[1] + 128 + 64 * i);
+        }
+    }
+    void operator()(const T* row, int n, __m512i* to) const {
+        const __mmask64 kept = n >= 64 ? ~__mmask64(0) : (__mmask64(1) << n) - 1;
+        const __m512i x = _mm512_maskz_loadu_epi8(kept, row);
+        __m512i l = _mm512_permutex2var_epi8(low[0], x, low[1]);
+        __m512i h = _mm512_permutex2var_epi8(high[0], x, high[1]);
+        if constexpr (std::is_same_v<T, int8_t>) {
+            const __mmask64 negative = _mm512_movepi8_mask(x);
+            l = _mm512_mask_mov_epi8(
+                l, negative, _mm512_permutex2var_epi8(negative_low[0], x, negative_low[1]));
+            h = _mm512_mask_mov_epi8(
+                h, negative, _mm512_permutex2var_epi8(negative_high[0], x, negative_high[1]));
+        } else {  // the sign is a bit of its own
+            h = _mm512_ternarylogic_epi32(h, x, _mm512_set1_epi8(char(0x80)), 0xf8);
+        }
+        to[0] = _mm512_unpacklo_epi8(l, h);
+        to[1] = _mm512_unpackhi_epi8(l, h);
+    }
+};
+
+template <>
+struct Words<BFloat16> {
+    static constexpr bool kAsStored = true;
+    static constexpr int source(int u, int w) { return 32 * u + w; }
+    void operator()(const BFloat16* row, int n, __m512i* to) const {
+        to[0] = _mm512_maskz_loadu_epi16(first_words(n), row);
+        to[1] = _mm512_maskz_loadu_epi16(first_words(n - 32), row + 32);
+    }
+};
+
+// Tile registers: 0 products of 16 keys with q, 1 q, 2 keys or values, 3 weights, 4-7 sums.
+struct FewRowsTiles {
+    FewRowsTiles(int64_t R, int64_t columns) {
+        TileConfig config;
+        config.row_bytes[0] = config.row_bytes[1] = uint16_t(columns * int64_t(sizeof(float)));
+        for (int i = 3; i < 8; ++i) config.rows[i] = uint8_t(R);
+        _tile_loadconfig(&config);
+    }
+    ~FewRowsTiles() { _tile_release(); }
+    FewRowsTiles(const FewRowsTiles&) = delete;
+};
+
+inline void settle() { asm volatile("" ::: "memory"); }  // tile loads do not say that they read
+
+// ---- softmax of R <= C rows in vectors of [kLanes / C keys][C rows]
+
+// What the lanes of a row make together, in all of them.
+template <int C, F (*op)(F, F)>
+inline F over_keys(F x) {
+    if constexpr (C == 4) {
+        x = op(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+        x = op(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+    }
+    return x;
+}
+
+// C vectors of 16 keys become vectors of a row each.
+template <int C>
+inline void turn(F* x) {
+    if constexpr (C == 4) {
+        const __m512i even =
+            _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));
+        const F a = _mm512_permutex2var_ps(x[0], even, x[1]),
+                b = _mm512_permutex2var_ps(x[2], even, x[3]);
+        const F c = _mm512_permutex2var_ps(x[0], odd, x[1]),
+                d = _mm512_permutex2var_ps(x[2], odd, x[3]);
+        x[0] = _mm512_shuffle_f32x4(a, b, 0x44);
+        x[1] = _mm512_shuffle_f32x4(a, b, 0xee);
+        x[2] = _mm512_shuffle_f32x4(c, d, 0x44);
+        x[3] = _mm512_shuffle_f32x4(c, d, 0xee);
+    } else {
+        transpose(x);
+    }
+}
+
+// The keys of vector i of a block, `of` being one number per key.
+template <int C>
+inline F per_key(const float* of, int i) {
+    if constexpr (C == kLanes) return set1(of[i]);
+    const __m512i key = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(key, _mm512_castps128_ps512(_mm_loadu_ps(of + i * kLanes / C)));
+}
+
+// The softmax and the two products of up to C rows in bf16; see attend_few.
+template <class T, int C>
+struct AmxRows {
+    static constexpr int kKeys = 32;  // few, so that fetching never pauses for long
+    static constexpr int kVecs = kKeys * C / kLanes;
+
+    const FewRows& f;
+    const FewRowsScratch& s = f.s;
+    const int64_t R = f.R, D = f.D, Dv = f.Dv;
+    const int64_t depth = round_up(D, kChunk) / kTileDepth;
+    const Words<T> words{};
+    const FewRowsTiles registers{R, C};
+
+    BFloat16* q(int64_t h) const {  // tiles of [16 pairs of elements][16 rows][2]
+        return reinterpret_cast<BFloat16*>(s.tiles) + h * depth * kTileSize;
+    }
+    BFloat16* keys() const { return q(f.H); }                            // [16][elements]
+    BFloat16* values() const { return keys() + depth * kTileSize; }      // a column of a chunk each
+    BFloat16* weights() const { return values() + 4 * kTileSize; }       // [16][kKeys]
+    float* acc(int64_t h, int64_t r) const { return s.acc + (h * R + r) * s.ld_acc; }
+    float* top(int64_t h) const { return s.top + h * kAlign; }
+    float* total(int64_t h) const { return s.total + h * kAlign; }
+
+    void take_query(int64_t h, int64_t r, const char* row) const {
+        if (r == 0) __builtin_memset(q(h), 0, depth * kTileSize * sizeof(BFloat16));
+        for (int64_t i = 0; i < depth * kTileDepth; ++i) {
+            const int64_t u = i % kChunk / kTileDepth, w = i % kTileDepth;
+            const int64_t d = i / kChunk * kChunk + Words<T>::source(int(u), int(w));
+            if (d < D) {
+                q(h)[i / kTileDepth * kTileSize + w / 2 * kTileDepth + 2 * r + w % 2] =
+                    reinterpret_cast<const BFloat16*>(row)[d];
+            }
+        }
+    }
+
+    __attribute__((noinline)) void add_block(const Step<kKeys>& step) const {
+        alignas(64) float products[kKeys * C];  // [keys][C rows]
+        for (int key = 0; key < kKeys; key += kTileSide)
+            multiply_keys(step, key, products + key * C);
+        rescale_sums(step.h, weigh_products(step, products));
+        for (int64_t d = 0; d < Dv; d += kChunk) add_values(step, d);
+    }
+
+    void multiply_keys(const Step<kKeys>& step, int key, float* products) const {
+        const KeyBlock<kKeys>& block = step.block;
+        const char* left = block.k[key] + step.k_byte;
+        int64_t stride = block.k[key + 1] - block.k[key];
+        const bool in_place = Words<T>::kAsStored && D % kChunk == 0 &&
+                              key + kTileSide <= block.num_keys &&
+                              block.page[key] == block.page[key + kTileSide - 1];
+        if (!in_place) {
+            const int64_t width = depth * kTileDepth;
+            for (int i = 0; i < kTileSide; ++i) {
+                const T* row = reinterpret_cast<const T*>(block.k[key + i] + step.k_byte);
+                for (int64_t d = 0; d < D; d += kChunk) {
+                    __m512i x[2];
+                    words(row + d, clip(D - d, 0, kChunk), x);
+                    _mm512_store_si512(keys() + i * width + d, x[0]);
+                    _mm512_store_si512(keys() + i * width + d + 32, x[1]);
+                }
+            }
+            left = reinterpret_cast<const char*>(keys());
+            stride = width * int64_t(sizeof(BFloat16));
+        }
+        settle();
+        _tile_zero(0);
+        for (int64_t i = 0; i < depth; ++i) {
+            _tile_loadd(1, q(step.h) + i * kTileSize, 64);
+            _tile_loadd(2, left + 64 * i, stride);
+            _tile_dpbf16ps(0, 2, 1);
+            const int64_t line = i * kTileDepth * int64_t(sizeof(T));
+            for (int j = 0; line % 64 == 0 && j < kTileSide; ++j)
+                prefetch(step.next_k.rows[key + j] + step.next_k.byte + line);
+        }
+        _tile_stored(0, products, C * int64_t(sizeof(float)));
+        settle();
+    }
+
+    // Products become weights; returns what the sums so far are to be multiplied with.
+    F weigh_products(const Step<kKeys>& step, float* products) const {
+        const float scale = f.logit_scale(step.h);
+        const KeyRange all{f.seen(R - 1).begin, f.seen(0).end};  // what every row sees
+        const bool masked = step.block.begin < all.begin || step.block.begin + kKeys > all.end ||
+                            step.block.num_keys < kKeys;
+        const bool plain = !masked && !f.token_k && f.p.softcap <= 0.0f &&
+                           f.p.alibi_slopes.data == nullptr && scale > 0.0f;
+        const F unit = set1(plain ? scale * kLog2E : 1.0f);
+        if (!plain) apply_rules(step, masked, products);
+        F block_top = set1(-infinity());
+        for (int i = 0; i < kVecs; ++i) block_top = max(load(products + i * kLanes), block_top);
+        block_top = over_keys<C, max>(mul(block_top, unit));
+
+        const F before = load(top(step.h)), after = max(before, block_top);
+        const F shift = select(less(set1(-infinity()), after), sub(zero(), after), zero());
+        const F rescale = exp2_negative(add(before, shift));
+        F sum = mul(load(total(step.h)), rescale);
+        for (int key = 0; key < kKeys; key += kLanes) {
+            F x[C];
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) {
+                x[c] = exp2_negative(fma(load(products + key * C + c * kLanes), unit, shift));
+                sum = add(sum, x[c]);
+                if (f.token_v) x[c] = mul(x[c], per_key<C>(s.v_scale + key, c));
+            }
+            turn<C>(x);
+#pragma GCC unroll 16
+            for (int r = 0; r < C; ++r) {  // rounded, unlike their sum
+                _mm256_store_si256(reinterpret_cast<__m256i*>(weights() + r * kKeys + key),
+                                   (__m256i)_mm512_cvtneps_pbh(x[r]));
+            }
+        }
+        store(top(step.h), after);
+        store(total(step.h), sum);
+        return rescale;
+    }
+
+    // Products become base-2 logits, -inf where a row does not see a key.
+    __attribute__((noinline)) void apply_rules(const Step<kKeys>& step, bool masked,
+                                               float* products) const {
+        float begin[kLanes] = {}, end[kLanes] = {}, distance[kLanes] = {}, slope[kLanes] = {};
+        for (int i = 0; i < kLanes; ++i) {
+            const int r = i % C;
+            if (r >= R) continue;
+            const KeyRange seen = f.seen(r);
+            begin[i] = float(clip(seen.begin - step.block.begin, 0, step.block.num_keys));
+            end[i] = float(clip(seen.end - step.block.begin, 0, step.block.num_keys));
+            distance[i] = float(f.position(r) - step.block.begin);
+            slope[i] = f.slope(step.h, r);
+        }
+        const F scale = set1(f.logit_scale(step.h)), cap = set1(f.p.softcap);
+        float number[kLanes];
+        for (int i = 0; i < kLanes; ++i) number[i] = float(i / C);
+        for (int i = 0; i < kVecs; ++i) {
+            const F column = add(load(number), set1(float(i * kLanes / C)));
+            F x = mul(load(products + i * kLanes), scale);
+            if (f.token_k) x = mul(x, per_key<C>(s.k_scale, i));
+            if (f.p.softcap > 0.0f) x = mul(tanh(div(x, cap)), cap);
+            if (f.p.alibi_slopes.data != nullptr)
+                x = fnma(load(slope), abs(sub(load(distance), column)), x);
+            x = mul(x, set1(kLog2E));
+            if (masked) {
+                x = select(less(column, load(end)), x, set1(-infinity()));
+                x = select(less(column, load(begin)), set1(-infinity()), x);
+            }
+            store(products + i * kLanes, x);
+        }
+    }
+
+    void rescale_sums(int64_t h, F rescale) const {
+        const M changed = _mm512_mask_cmp_ps_mask(first(int(R)), rescale, set1(1.0f), _CMP_NEQ_UQ);
+        if (changed == 0) return;
+        alignas(64) float factor[kLanes];
+        store(factor, rescale);
+        for (int64_t r = 0; r < R; ++r) {
+            for (int64_t d = 0; d < s.ld_acc; d += kLanes)
+                store(acc(h, r) + d, mul(load(acc(h, r) + d), set1(factor[r])));
+        }
+    }
+
+    // Elements d .. d + kChunk. Row j / 2 of a column's tile has those of keys j and j + 1 in turns.
+    void add_values(const Step<kKeys>& step, int64_t d) const {
+        const int n = clip(Dv - d, 0, kChunk);
+        const int64_t byte = d * int64_t(sizeof(T));
+        for (int j = 0; j < kKeys; j += 2) {
+            __m512i a[2], b[2];
+            words(reinterpret_cast<const T*>(step.block.v[j] + step.v_byte) + d, n, a);
+            words(reinterpret_cast<const T*>(step.block.v[j + 1] + step.v_byte) + d, n, b);
+            BFloat16* to = values() + j * kTileSide;
+            for (int u = 0; u < 2; ++u) {
+                _mm512_store_si512(to + 2 * u * kTileSize, _mm512_unpacklo_epi16(a[u], b[u]));
+                _mm512_store_si512(to + (2 * u + 1) * kTileSize, _mm512_unpackhi_epi16(a[u], b[u]));
+            }
+            for (int64_t line = 0; line < n * int64_t(sizeof(T)); line += 64) {
+                prefetch(step.next_v.rows[j] + step.next_v.byte + byte + line);
+                prefetch(step.next_v.rows[j + 1] + step.next_v.byte + byte + line);
+            }
+        }
+        const int64_t row = s.ld_acc * int64_t(sizeof(float));
+        float* sums = acc(step.h, 0) + d;
+        settle();
+        _tile_loadd(3, weights(), 64);
+        _tile_loadd(4, sums, row);
+        _tile_loadd(5, sums + 16, row);
+        _tile_loadd(6, sums + 32, row);
+        _tile_loadd(7, sums + 48, row);
+        _tile_loadd(2, values(), 64);
+        _tile_dpbf16ps(4, 3, 2);
+        _tile_loadd(2, values() + kTileSize, 64);
+        _tile_dpbf16ps(5, 3, 2);
+        _tile_loadd(2, values() + 2 * kTileSize, 64);
+        _tile_dpbf16ps(6, 3, 2);
+        _tile_loadd(2, values() + 3 * kTileSize, 64);
+        _tile_dpbf16ps(7, 3, 2);
+        _tile_stored(4, sums, row);
+        _tile_stored(5, sums + 16, row);
+        _tile_stored(6, sums + 32, row);
+        _tile_stored(7, sums + 48, row);
+        settle();
+    }
+
+    void finish(int64_t h, int64_t r) const {
+        for (int64_t d = 0; d < Dv; d += kChunk) {
+            for (int i = 0; i < kChunk; ++i) {  // unpacking has put words 0-3 of each 8 first
+                const int word = i % 16 / 4 * 8 + i / 16 % 2 * 4 + i % 4;
+                const int64_t at = d + Words<T>::source(i / 32, word);
+                if (at < Dv) s.row[at] = acc(h, r)[d + i];
+            }
+        }
+        const F sum = over_keys<C, add>(load(total(h)));
+        alignas(64) float sums[kLanes];
+        store(sums, sum);
+        f.finish(h, r, top(h)[r], sums[r]);
+    }
+};
+
+// In bf16 where that loses nothing of the queries and the cache.
+void attend_few_rows_bf16(const AttentionParams& p, const Piece& piece, char* scratch) {
+    const int64_t group = p.q.num_heads / p.k.num_kv_heads;
+    const bool four = (piece.row_end - piece.row_begin) * group <= 4;
+    if (p.q.dtype != DType::kBFloat16) return attend_few_rows(p, piece, scratch);
+    with_dtype(p.k.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        if constexpr (sizeof(T) == 1 || std::is_same_v<T, BFloat16>) {
+            four ? attend_few<AmxRows<T, 4>>(p, piece, scratch)
+                 : attend_few<AmxRows<T, 16>>(p, piece, scratch);
+        } else {
+            attend_few_rows(p, piece, scratch);
+        }
+    });
+}
