@@ -7,7 +7,7 @@
 constexpr int kChunk = 64;  // elements of a row that are unpacked together: four columns of tiles
 
 // Rows of elements as bf16 words. A chunk becomes two vectors: word w of vector u holds element
-// source(u, w).
+// source(u, w); runs of four stay together.
 template <class T>
 struct Words {  // one-byte types, by table: byte b is {low, high}[b]
     __m512i low[2], high[2], negative_low[2], negative_high[2];
@@ -20,7 +20,7 @@ struct Words {  // one-byte types, by table: byte b is {low, high}[b]
             alignas(16) uint8_t codes[kLanes];
             for (int j = 0; j < kLanes; ++j) codes[j] = uint8_t(i + j);
             alignas(64) uint32_t bits[kLanes];
-            _mm512_store_ps(bits, load(reinterpret_cast<const T*>(codes)));
+            _mm512_store_ps(bits, ::pagewire::cpu::load(reinterpret_cast<const T*>(codes)));
             for (int j = 0; j < kLanes; ++j) {
                 bytes[0][i + j] = uint8_t(bits[j] >> 16);
                 bytes[1][i + j] = uint8_t(bits[j] >> 24);
@@ -33,9 +33,10 @@ struct Words {  // one-byte types, by table: byte b is {low, high}[b]
             negative_high[i] = _mm512_load_si512(bytes[1] + 128 + 64 * i);
         }
     }
-    void operator()(const T* row, int n, __m512i* to) const {
-        const __mmask64 kept = n >= 64 ? ~__mmask64(0) : (__mmask64(1) << n) - 1;
-        const __m512i x = _mm512_maskz_loadu_epi8(kept, row);
+    template <bool kWhole>
+    void load(const T* row, int n, __m512i* to) const {
+        const __m512i x = kWhole ? _mm512_loadu_si512(row)
+                                 : _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, row);
         __m512i l = _mm512_permutex2var_epi8(low[0], x, low[1]);
         __m512i h = _mm512_permutex2var_epi8(high[0], x, high[1]);
         if constexpr (std::is_same_v<T, int8_t>) {
@@ -56,9 +57,10 @@ template <>
 struct Words<BFloat16> {
     static constexpr bool kAsStored = true;
     static constexpr int source(int u, int w) { return 32 * u + w; }
-    void operator()(const BFloat16* row, int n, __m512i* to) const {
-        to[0] = _mm512_maskz_loadu_epi16(first_words(n), row);
-        to[1] = _mm512_maskz_loadu_epi16(first_words(n - 32), row + 32);
+    template <bool kWhole>
+    void load(const BFloat16* row, int n, __m512i* to) const {
+        to[0] = kWhole ? _mm512_loadu_si512(row) : load_words(row, n);
+        to[1] = kWhole ? _mm512_loadu_si512(row + 32) : load_words(row + 32, n - 32);
     }
 };
 
@@ -141,13 +143,12 @@ struct AmxRows {
 
     void take_query(int64_t h, int64_t r, const char* row) const {
         if (r == 0) __builtin_memset(q(h), 0, depth * kTileSize * sizeof(BFloat16));
-        for (int64_t i = 0; i < depth * kTileDepth; ++i) {
-            const int64_t u = i % kChunk / kTileDepth, w = i % kTileDepth;
-            const int64_t d = i / kChunk * kChunk + Words<T>::source(int(u), int(w));
-            if (d < D) {
-                q(h)[i / kTileDepth * kTileSize + w / 2 * kTileDepth + 2 * r + w % 2] =
-                    reinterpret_cast<const BFloat16*>(row)[d];
-            }
+        for (int64_t i = 0; i < depth * kTileDepth; i += 2) {
+            const int u = int(i % kChunk / kTileDepth), w = int(i % kTileDepth);
+            const int64_t d = i / kChunk * kChunk + Words<T>::source(u, w);
+            if (d >= D) continue;
+            BFloat16* pair = q(h) + i / kTileDepth * kTileSize + w * kTileSide + 2 * r;
+            __builtin_memcpy(pair, row + d * 2, d + 1 < D ? 4 : 2);
         }
     }
 
@@ -156,7 +157,10 @@ struct AmxRows {
         for (int key = 0; key < kKeys; key += kTileSide)
             multiply_keys(step, key, products + key * C);
         rescale_sums(step.h, weigh_products(step, products));
-        for (int64_t d = 0; d < Dv; d += kChunk) add_values(step, d);
+        for (int64_t d = 0; d < Dv; d += kChunk) {
+            Dv - d >= kChunk ? pack_values<true>(step, d) : pack_values<false>(step, d);
+            add_values(step.h, d);
+        }
     }
 
     void multiply_keys(const Step<kKeys>& step, int key, float* products) const {
@@ -172,7 +176,8 @@ struct AmxRows {
                 const T* row = reinterpret_cast<const T*>(block.k[key + i] + step.k_byte);
                 for (int64_t d = 0; d < D; d += kChunk) {
                     __m512i x[2];
-                    words(row + d, clip(D - d, 0, kChunk), x);
+                    D - d >= kChunk ? words.template load<true>(row + d, kChunk, x)
+                                    : words.template load<false>(row + d, int(D - d), x);
                     _mm512_store_si512(keys() + i * width + d, x[0]);
                     _mm512_store_si512(keys() + i * width + d + 32, x[1]);
                 }
@@ -187,7 +192,9 @@ struct AmxRows {
             _tile_loadd(2, left + 64 * i, stride);
             _tile_dpbf16ps(0, 2, 1);
             const int64_t line = i * kTileDepth * int64_t(sizeof(T));
-            for (int j = 0; line % 64 == 0 && j < kTileSide; ++j)
+            if (line % 64 != 0) continue;
+#pragma GCC unroll 16
+            for (int j = 0; j < kTileSide; ++j)
                 prefetch(step.next_k.rows[key + j] + step.next_k.byte + line);
         }
         _tile_stored(0, products, C * int64_t(sizeof(float)));
@@ -276,25 +283,36 @@ struct AmxRows {
     }
 
     // Elements d .. d + kChunk. Row j / 2 of a column's tile has those of keys j and j + 1 in turns.
-    void add_values(const Step<kKeys>& step, int64_t d) const {
-        const int n = clip(Dv - d, 0, kChunk);
-        const int64_t byte = d * int64_t(sizeof(T));
+    template <bool kWhole>
+    void pack_values(const Step<kKeys>& step, int64_t d) const {
+        const int n = kWhole ? kChunk : int(Dv - d);
+        const int64_t byte = d * int64_t(sizeof(T)), end = n * int64_t(sizeof(T));
+#pragma GCC unroll 2
         for (int j = 0; j < kKeys; j += 2) {
             __m512i a[2], b[2];
-            words(reinterpret_cast<const T*>(step.block.v[j] + step.v_byte) + d, n, a);
-            words(reinterpret_cast<const T*>(step.block.v[j + 1] + step.v_byte) + d, n, b);
+            words.template load<kWhole>(
+                reinterpret_cast<const T*>(step.block.v[j] + step.v_byte + byte), n, a);
+            words.template load<kWhole>(
+                reinterpret_cast<const T*>(step.block.v[j + 1] + step.v_byte + byte), n, b);
             BFloat16* to = values() + j * kTileSide;
+#pragma GCC unroll 2
             for (int u = 0; u < 2; ++u) {
                 _mm512_store_si512(to + 2 * u * kTileSize, _mm512_unpacklo_epi16(a[u], b[u]));
                 _mm512_store_si512(to + (2 * u + 1) * kTileSize, _mm512_unpackhi_epi16(a[u], b[u]));
             }
-            for (int64_t line = 0; line < n * int64_t(sizeof(T)); line += 64) {
-                prefetch(step.next_v.rows[j] + step.next_v.byte + byte + line);
-                prefetch(step.next_v.rows[j + 1] + step.next_v.byte + byte + line);
+            const char* next = step.next_v.rows[j] + step.next_v.byte + byte;
+            const char* following = step.next_v.rows[j + 1] + step.next_v.byte + byte;
+#pragma GCC unroll 2
+            for (int64_t line = 0; line < end; line += 64) {
+                prefetch(next + line);
+                prefetch(following + line);
             }
         }
+    }
+
+    void add_values(int64_t h, int64_t d) const {
         const int64_t row = s.ld_acc * int64_t(sizeof(float));
-        float* sums = acc(step.h, 0) + d;
+        float* sums = acc(h, 0) + d;
         settle();
         _tile_loadd(3, weights(), 64);
         _tile_loadd(4, sums, row);
@@ -318,10 +336,10 @@ struct AmxRows {
 
     void finish(int64_t h, int64_t r) const {
         for (int64_t d = 0; d < Dv; d += kChunk) {
-            for (int i = 0; i < kChunk; ++i) {  // unpacking has put words 0-3 of each 8 first
-                const int word = i % 16 / 4 * 8 + i / 16 % 2 * 4 + i % 4;
-                const int64_t at = d + Words<T>::source(i / 32, word);
-                if (at < Dv) s.row[at] = acc(h, r)[d + i];
+            for (int i = 0; i < kChunk; i += 4) {  // unpacking has put words 0-3 of each 8 first
+                const int word = i % 16 * 2 + i / 16 % 2 * 4;
+                _mm_storeu_ps(s.row + d + Words<T>::source(i / 32, word),
+                              _mm_loadu_ps(acc(h, r) + d + i));
             }
         }
         const F sum = over_keys<C, add>(load(total(h)));
