@@ -6,8 +6,16 @@
 
 constexpr int kChunk = 64;  // elements of a row that are unpacked together: four columns of tiles
 
-// Rows of elements as bf16 words. A chunk becomes two vectors: word w of vector u holds element
-// source(u, w); runs of four stay together.
+struct Chunk {  // as bf16 words
+    __m512i x, y;
+};
+inline void put(Chunk chunk, BFloat16* x, BFloat16* y) {
+    _mm512_store_si512(x, chunk.x);
+    _mm512_store_si512(y, chunk.y);
+}
+
+// Chunks of a row of elements: word w of vector u holds element source(u, w); runs of four stay
+// together.
 template <class T>
 struct Words {  // one-byte types, by table: byte b is {low, high}[b]
     __m512i low[2], high[2], negative_low[2], negative_high[2];
@@ -34,7 +42,7 @@ struct Words {  // one-byte types, by table: byte b is {low, high}[b]
         }
     }
     template <bool kWhole>
-    void load(const T* row, int n, __m512i* to) const {
+    Chunk load(const T* row, int n) const {
         const __m512i x = kWhole ? _mm512_loadu_si512(row)
                                  : _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, row);
         __m512i l = _mm512_permutex2var_epi8(low[0], x, low[1]);
@@ -48,8 +56,7 @@ struct Words {  // one-byte types, by table: byte b is {low, high}[b]
         } else {  // the sign is a bit of its own
             h = _mm512_ternarylogic_epi32(h, x, _mm512_set1_epi8(char(0x80)), 0xf8);
         }
-        to[0] = _mm512_unpacklo_epi8(l, h);
-        to[1] = _mm512_unpackhi_epi8(l, h);
+        return {_mm512_unpacklo_epi8(l, h), _mm512_unpackhi_epi8(l, h)};
     }
 };
 
@@ -58,9 +65,9 @@ struct Words<BFloat16> {
     static constexpr bool kAsStored = true;
     static constexpr int source(int u, int w) { return 32 * u + w; }
     template <bool kWhole>
-    void load(const BFloat16* row, int n, __m512i* to) const {
-        to[0] = kWhole ? _mm512_loadu_si512(row) : load_words(row, n);
-        to[1] = kWhole ? _mm512_loadu_si512(row + 32) : load_words(row + 32, n - 32);
+    Chunk load(const BFloat16* row, int n) const {
+        if (kWhole) return {_mm512_loadu_si512(row), _mm512_loadu_si512(row + 32)};
+        return {load_words(row, n), load_words(row + 32, n - 32)};
     }
 };
 
@@ -121,8 +128,8 @@ inline F per_key(const float* of, int i) {
 // The softmax and the two products of up to C rows in bf16; see attend_few.
 template <class T, int C>
 struct AmxRows {
-    static constexpr int kKeys = 32;  // few, so that fetching never pauses for long
-    static constexpr int kVecs = kKeys * C / kLanes;
+    static constexpr int kKeys = kTileDepth;  // few, so that fetching never pauses for long
+    static constexpr int kVecs = kKeys * C / kLanes;  // of products
 
     const FewRows& f;
     const FewRowsScratch& s = f.s;
@@ -135,20 +142,22 @@ struct AmxRows {
         return reinterpret_cast<BFloat16*>(s.tiles) + h * depth * kTileSize;
     }
     BFloat16* keys() const { return q(f.H); }                            // [16][elements]
-    BFloat16* values() const { return keys() + depth * kTileSize; }      // a column of a chunk each
-    BFloat16* weights() const { return values() + 4 * kTileSize; }       // [16][kKeys]
+    BFloat16* values() const { return keys() + depth * kTileSize; }  // a tile for each column
+    BFloat16* weights() const { return values() + 4 * kTileSize; }   // a tile
     float* acc(int64_t h, int64_t r) const { return s.acc + (h * R + r) * s.ld_acc; }
     float* top(int64_t h) const { return s.top + h * kAlign; }
     float* total(int64_t h) const { return s.total + h * kAlign; }
 
     void take_query(int64_t h, int64_t r, const char* row) const {
         if (r == 0) __builtin_memset(q(h), 0, depth * kTileSize * sizeof(BFloat16));
-        for (int64_t i = 0; i < depth * kTileDepth; i += 2) {
-            const int u = int(i % kChunk / kTileDepth), w = int(i % kTileDepth);
-            const int64_t d = i / kChunk * kChunk + Words<T>::source(u, w);
-            if (d >= D) continue;
-            BFloat16* pair = q(h) + i / kTileDepth * kTileSize + w * kTileSide + 2 * r;
-            __builtin_memcpy(pair, row + d * 2, d + 1 < D ? 4 : 2);
+        auto* pairs = reinterpret_cast<uint32_t*>(s.row);
+        __builtin_memset(pairs, 0, depth * kTileDepth * sizeof(BFloat16));
+        __builtin_memcpy(pairs, row, D * sizeof(BFloat16));
+        auto* to = reinterpret_cast<uint32_t*>(q(h)) + r;
+        for (int64_t d = 0; d < D; d += kChunk, pairs += kChunk / 2) {
+#pragma GCC unroll 32
+            for (int i = 0; i < kChunk; i += 2, to += kTileSide)
+                *to = pairs[Words<T>::source(i / kTileDepth, i % kTileDepth) / 2];
         }
     }
 
@@ -165,40 +174,46 @@ struct AmxRows {
 
     void multiply_keys(const Step<kKeys>& step, int key, float* products) const {
         const KeyBlock<kKeys>& block = step.block;
-        const char* left = block.k[key] + step.k_byte;
-        int64_t stride = block.k[key + 1] - block.k[key];
+        const char* const* next = step.next_k.rows + key;
+        const int64_t ahead = step.next_k.byte, num_tiles = depth;
+        const BFloat16* query = q(step.h);
         const bool in_place = Words<T>::kAsStored && D % kChunk == 0 &&
                               key + kTileSide <= block.num_keys &&
                               block.page[key] == block.page[key + kTileSide - 1];
+        const char* left = block.k[key] + step.k_byte;
+        int64_t stride = block.k[key + 1] - block.k[key];
         if (!in_place) {
-            const int64_t width = depth * kTileDepth;
-            for (int i = 0; i < kTileSide; ++i) {
-                const T* row = reinterpret_cast<const T*>(block.k[key + i] + step.k_byte);
-                for (int64_t d = 0; d < D; d += kChunk) {
-                    __m512i x[2];
-                    D - d >= kChunk ? words.template load<true>(row + d, kChunk, x)
-                                    : words.template load<false>(row + d, int(D - d), x);
-                    _mm512_store_si512(keys() + i * width + d, x[0]);
-                    _mm512_store_si512(keys() + i * width + d + 32, x[1]);
-                }
-            }
+            copy_keys(block.k + key, step.k_byte);
             left = reinterpret_cast<const char*>(keys());
-            stride = width * int64_t(sizeof(BFloat16));
+            stride = depth * kTileDepth * int64_t(sizeof(BFloat16));
         }
         settle();
         _tile_zero(0);
-        for (int64_t i = 0; i < depth; ++i) {
-            _tile_loadd(1, q(step.h) + i * kTileSize, 64);
+        for (int64_t i = 0; i < num_tiles; ++i) {
+            _tile_loadd(1, query + i * kTileSize, 64);
             _tile_loadd(2, left + 64 * i, stride);
             _tile_dpbf16ps(0, 2, 1);
             const int64_t line = i * kTileDepth * int64_t(sizeof(T));
             if (line % 64 != 0) continue;
 #pragma GCC unroll 16
-            for (int j = 0; j < kTileSide; ++j)
-                prefetch(step.next_k.rows[key + j] + step.next_k.byte + line);
+            for (int j = 0; j < kTileSide; ++j) prefetch(next[j] + ahead + line);
         }
         _tile_stored(0, products, C * int64_t(sizeof(float)));
         settle();
+    }
+
+    void copy_keys(const char* const* rows, int64_t byte) const {
+        const Words<T> table = words;
+        const int64_t width = depth * kTileDepth, whole = D / kChunk * kChunk;
+        BFloat16* to = keys();
+        for (int i = 0; i < kTileSide; ++i) {
+            const T* row = reinterpret_cast<const T*>(rows[i] + byte);
+            for (int64_t d = 0; d < whole; d += kChunk, to += kChunk)
+                put(table.template load<true>(row + d, kChunk), to, to + kTileDepth);
+            if (whole == D) continue;
+            put(table.template load<false>(row + whole, int(D - whole)), to, to + kTileDepth);
+            to += width - whole;
+        }
     }
 
     // Products become weights; returns what the sums so far are to be multiplied with.
@@ -285,27 +300,25 @@ struct AmxRows {
     // Elements d .. d + kChunk. Row j / 2 of a column's tile has those of keys j and j + 1 in turns.
     template <bool kWhole>
     void pack_values(const Step<kKeys>& step, int64_t d) const {
+        const Words<T> table = words;
         const int n = kWhole ? kChunk : int(Dv - d);
-        const int64_t byte = d * int64_t(sizeof(T)), end = n * int64_t(sizeof(T));
+        const char *const *rows = step.block.v, *const *next = step.next_v.rows;
+        const int64_t byte = d * int64_t(sizeof(T)), here = step.v_byte + byte,
+                      ahead = step.next_v.byte + byte;
+        BFloat16* to = values();
+#pragma GCC unroll 4
+        for (int j = 0; j < kKeys; j += 2, to += kTileDepth) {
+            const Chunk a = table.template load<kWhole>(reinterpret_cast<const T*>(rows[j] + here), n);
+            const Chunk b =
+                table.template load<kWhole>(reinterpret_cast<const T*>(rows[j + 1] + here), n);
+            put({_mm512_unpacklo_epi16(a.x, b.x), _mm512_unpackhi_epi16(a.x, b.x)}, to,
+                to + kTileSize);
+            put({_mm512_unpacklo_epi16(a.y, b.y), _mm512_unpackhi_epi16(a.y, b.y)},
+                to + 2 * kTileSize, to + 3 * kTileSize);
 #pragma GCC unroll 2
-        for (int j = 0; j < kKeys; j += 2) {
-            __m512i a[2], b[2];
-            words.template load<kWhole>(
-                reinterpret_cast<const T*>(step.block.v[j] + step.v_byte + byte), n, a);
-            words.template load<kWhole>(
-                reinterpret_cast<const T*>(step.block.v[j + 1] + step.v_byte + byte), n, b);
-            BFloat16* to = values() + j * kTileSide;
-#pragma GCC unroll 2
-            for (int u = 0; u < 2; ++u) {
-                _mm512_store_si512(to + 2 * u * kTileSize, _mm512_unpacklo_epi16(a[u], b[u]));
-                _mm512_store_si512(to + (2 * u + 1) * kTileSize, _mm512_unpackhi_epi16(a[u], b[u]));
-            }
-            const char* next = step.next_v.rows[j] + step.next_v.byte + byte;
-            const char* following = step.next_v.rows[j + 1] + step.next_v.byte + byte;
-#pragma GCC unroll 2
-            for (int64_t line = 0; line < end; line += 64) {
-                prefetch(next + line);
-                prefetch(following + line);
+            for (int64_t line = 0; line < kChunk * int64_t(sizeof(T)); line += 64) {
+                prefetch(next[j] + ahead + line);
+                prefetch(next[j + 1] + ahead + line);
             }
         }
     }
@@ -314,11 +327,11 @@ struct AmxRows {
         const int64_t row = s.ld_acc * int64_t(sizeof(float));
         float* sums = acc(h, 0) + d;
         settle();
-        _tile_loadd(3, weights(), 64);
         _tile_loadd(4, sums, row);
         _tile_loadd(5, sums + 16, row);
         _tile_loadd(6, sums + 32, row);
         _tile_loadd(7, sums + 48, row);
+        _tile_loadd(3, weights(), 64);
         _tile_loadd(2, values(), 64);
         _tile_dpbf16ps(4, 3, 2);
         _tile_loadd(2, values() + kTileSize, 64);

@@ -17,10 +17,12 @@
 namespace pagewire::cpu {
 namespace {
 
-constexpr int64_t kDefaultSplit = 1024;  // keys
+constexpr int64_t kMinSplit = 512, kMaxSplit = 1024;  // keys
 constexpr int64_t kMaxSplits = 64;       // of one request
 constexpr int64_t kTilesWanted = 16;     // of one request and kv head, to balance the load
-constexpr int64_t kPiecesPerThread = 8;  // to balance the load
+// Pieces of all heads read whole pages; only where there are too few for the threads, heads are
+// shared out, and then less is read in a row.
+constexpr int64_t kPiecesPerThread = 2;
 constexpr int64_t kBytesPerThread =
     128 * 1024;  // of KV, below which waking a thread costs more than it brings
 
@@ -39,8 +41,10 @@ struct Plan {
 };
 
 int64_t split_length(const AttentionParams& p, int64_t seq_len) {
-    const int64_t wanted = p.split_size > 0 ? p.split_size : kDefaultSplit;
-    return std::max(wanted, round_up((seq_len + kMaxSplits - 1) / kMaxSplits, kTileKeys));
+    const int64_t quarter = round_up((seq_len + 3) / 4, kMaxKeyBlock);
+    const int64_t wanted =
+        p.split_size > 0 ? p.split_size : std::clamp(quarter, kMinSplit, kMaxSplit);
+    return std::max(wanted, round_up((seq_len + kMaxSplits - 1) / kMaxSplits, kMaxKeyBlock));
 }
 
 void fill_empty(const AttentionParams& p, int64_t row_begin, int64_t row_end) {

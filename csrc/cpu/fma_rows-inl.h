@@ -17,8 +17,8 @@ inline float factor(int64_t i, int64_t width) {
 }
 
 // logits[r][key] = q[r] . K[key] for RB rows.
-template <class T, int RB>
-__attribute__((noinline)) void dot_rows(const KeyBlock<kKeyBlock>& block, int64_t byte, int64_t width,
+template <class T, int RB, int kKeys>
+__attribute__((noinline)) void dot_rows(const KeyBlock<kKeys>& block, int64_t byte, int64_t width,
                                         const float* q, int64_t ld_q, float* logits, Ahead ahead) {
     constexpr int KT = kTileAccs / RB, kVecs = Wide<T>::kVecs, kWide = kVecs * kLanes;
     constexpr int kSums = (RB * KT + kLanes - 1) / kLanes;
@@ -59,7 +59,7 @@ __attribute__((noinline)) void dot_rows(const KeyBlock<kKeyBlock>& block, int64_
         for (int i = 0; i < kSums; ++i) store(flat + i * kLanes, sums(acc + i * kLanes));
 #pragma GCC unroll 4
         for (int r = 0; r < RB; ++r) {
-            __builtin_memcpy(logits + r * kKeyBlock + key, flat + r * KT, KT * sizeof(float));
+            __builtin_memcpy(logits + r * kKeys + key, flat + r * KT, KT * sizeof(float));
         }
     }
 }
@@ -75,8 +75,8 @@ inline void load_values(const T* p, F* x) {
 }
 
 // acc[r][d ..] = acc * rescale + weights[r] . V over NV whole vectors of columns.
-template <class T, int RB, int NV>
-__attribute__((noinline)) void add_columns(const KeyBlock<kKeyBlock>& block, int64_t byte, int64_t d,
+template <class T, int RB, int NV, int kKeys>
+__attribute__((noinline)) void add_columns(const KeyBlock<kKeys>& block, int64_t byte, int64_t d,
                                            const float* weights, const float* rescale, float* acc,
                                            int64_t ld_acc, Ahead ahead) {
     F a[RB][NV];
@@ -95,7 +95,7 @@ __attribute__((noinline)) void add_columns(const KeyBlock<kKeyBlock>& block, int
         load_values<T, NV>(reinterpret_cast<const T*>(block.v[key] + byte) + d, x);
 #pragma GCC unroll 4
         for (int r = 0; r < RB; ++r) {
-            const F w = set1(weights[r * kKeyBlock + key]);
+            const F w = set1(weights[r * kKeys + key]);
 #pragma GCC unroll 8
             for (int u = 0; u < NV; ++u) a[r][u] = fma(w, x[u], a[r][u]);
         }
@@ -107,8 +107,8 @@ __attribute__((noinline)) void add_columns(const KeyBlock<kKeyBlock>& block, int
     }
 }
 
-template <class T, int RB>
-inline void add_values(const KeyBlock<kKeyBlock>& block, int64_t byte, int64_t width,
+template <class T, int RB, int kKeys>
+inline void add_values(const KeyBlock<kKeys>& block, int64_t byte, int64_t width,
                        const float* weights, const float* rescale, float* acc, int64_t ld_acc,
                        Ahead ahead) {
     constexpr int kVecs = Wide<T>::kVecs;
@@ -129,7 +129,7 @@ inline void add_values(const KeyBlock<kKeyBlock>& block, int64_t byte, int64_t w
         for (int key = 0; key < block.num_keys; ++key) {
             const F x = load_some(reinterpret_cast<const T*>(block.v[key] + byte) + d, n);
             for (int r = 0; r < RB; ++r) {
-                a[r] = fma(set1(weights[r * kKeyBlock + key]), x, a[r]);
+                a[r] = fma(set1(weights[r * kKeys + key]), x, a[r]);
             }
         }
         for (int r = 0; r < RB; ++r) store(acc + r * ld_acc + d, a[r]);
@@ -153,7 +153,8 @@ inline void over_row_blocks(int64_t num_rows, Body body) {
 // The softmax and the two products of a few rows; see attend_few.
 template <class T>
 struct FmaRows {
-    static constexpr int kKeys = kKeyBlock;
+    // 16 KiB of K and V of 128 elements: fetched at once, more of it runs late.
+    static constexpr int kKeys = kMaxKeyBlock / int(sizeof(T));
 
     const FewRows& f;
     const FewRowsScratch& s = f.s;
@@ -175,20 +176,20 @@ struct FmaRows {
         const KeyBlock<kKeys>& block = step.block;
         over_row_blocks(R, [&](auto RB, int64_t r) {
             dot_rows<T, RB.value>(block, step.k_byte, D, q(step.h, r), s.ld_q,
-                                  s.logits + r * kKeyBlock, step.next_k);
+                                  s.logits + r * kKeys, step.next_k);
         });
         apply_rules(step);
         float *tops = top(step.h), *totals = total(step.h);
         raise_tops(tops, s.rescale, s.rescale, int(R));
         for (int64_t r = 0; r < R; ++r) {
-            float* weights = s.logits + r * kKeyBlock;
+            float* weights = s.logits + r * kKeys;
             const float added =
                 weigh(weights, block.num_keys, s.unit[r], tops[r], f.token_v ? s.v_scale : nullptr,
                       [weights](int key, F x) { store(weights + key, x); });
             totals[r] = totals[r] * s.rescale[r] + added;
         }
         over_row_blocks(R, [&](auto RB, int64_t r) {
-            add_values<T, RB.value>(block, step.v_byte, Dv, s.logits + r * kKeyBlock, s.rescale + r,
+            add_values<T, RB.value>(block, step.v_byte, Dv, s.logits + r * kKeys, s.rescale + r,
                                     acc(step.h, r), s.ld_acc, step.next_v);
         });
     }
@@ -203,7 +204,7 @@ struct FmaRows {
             rule.distance = float(f.position(r) - block.begin);
             rule.begin = clip(seen.begin - block.begin, 0, block.num_keys);
             rule.end = clip(seen.end - block.begin, 0, block.num_keys);
-            const RuledRow ruled = apply_rule(rule, s.logits + r * kKeyBlock, block.num_keys);
+            const RuledRow ruled = apply_rule(rule, s.logits + r * kKeys, block.num_keys);
             s.rescale[r] = ruled.top;
             s.unit[r] = ruled.unit;
         }

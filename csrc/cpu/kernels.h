@@ -8,7 +8,7 @@
 
 namespace pagewire::cpu {
 
-constexpr int kKeyBlock = 64;  // keys the few-rows kernel takes at a time
+constexpr int kMaxKeyBlock = 64;  // keys a few-rows kernel takes at a time, at most
 constexpr int kFewRows =
     16;  // rows (tokens x group_size) of a request up to which the few-rows kernel takes it
 constexpr int kTileRows = 192;     // rows of a tile, unless one token has more: of a short request
@@ -66,11 +66,11 @@ struct Arena {
 struct FewRowsScratch {
     float *q, *acc;            // [H, R, padded width]
     float *top, *total;        // [H, R] running maximum (base 2) and sum
-    float* logits;             // [R, kKeyBlock]
+    float* logits;             // [R, kMaxKeyBlock]
     char* tiles;               // what a target packs: see tile_bytes()
     float *rescale, *unit;     // [R padded]
     float* row;                // [padded width]
-    float *k_scale, *v_scale;  // [kKeyBlock]
+    float *k_scale, *v_scale;  // [kMaxKeyBlock]
     int64_t ld_q, ld_acc;
 
     // In bf16: 16 rows of q a head, 16 keys, four tiles of values and one of weights.
@@ -85,13 +85,13 @@ struct FewRowsScratch {
         acc = arena.take<float>(H * R * ld_acc);
         top = arena.take<float>(H * round_up(R, kAlign));
         total = arena.take<float>(H * round_up(R, kAlign));
-        logits = arena.take<float>(R * kKeyBlock);
+        logits = arena.take<float>(R * kMaxKeyBlock);
         tiles = arena.take<char>(tile_bytes(H, head_dim));
         rescale = arena.take<float>(round_up(R, kAlign));
         unit = arena.take<float>(round_up(R, kAlign));
         row = arena.take<float>(ld_q + ld_acc);
-        k_scale = arena.take<float>(kKeyBlock);
-        v_scale = arena.take<float>(kKeyBlock);
+        k_scale = arena.take<float>(kMaxKeyBlock);
+        v_scale = arena.take<float>(kMaxKeyBlock);
     }
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -13,14 +14,24 @@
 namespace pagewire::cpu {
 namespace {
 
+// Waking a sleeping thread takes some 50 microseconds, as long as a short call: who waits looks a
+// few times before sleeping, and lets others run between the looks.
+constexpr std::chrono::microseconds kLooking{200};
+
+template <class Condition>
+void look_for(Condition condition) {
+    const auto end = std::chrono::steady_clock::now() + kLooking;
+    while (!condition() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+}
+
 struct Job {
     Task task;
     void* context;
     int64_t num_tasks;
     int max_slots;
     std::atomic<int64_t> next{0};
-    int slots = 1;    // slot 0 is the caller's; guarded by the pool's mutex
-    int running = 0;  // workers inside; guarded by the pool's mutex
+    int slots = 1;                // slot 0 is the caller's; guarded by the pool's mutex
+    std::atomic<int> running{0};  // workers inside; changed with the pool's mutex held
     std::condition_variable done{};
 
     void work(int slot) {
@@ -39,9 +50,11 @@ class Pool {
             std::lock_guard<std::mutex> lock(mutex_);
             grow(job.max_slots - 1);
             jobs_.push_back(&job);
+            posted_.fetch_add(1, std::memory_order_relaxed);
         }
         wake_.notify_all();
         job.work(0);
+        look_for([&] { return job.running.load(std::memory_order_relaxed) == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
         jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
         job.done.wait(lock, [&] { return job.running == 0; });
@@ -62,8 +75,18 @@ class Pool {
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            const auto found =
-                std::find_if(jobs_.begin(), jobs_.end(), [](Job* j) { return j->wants_help(); });
+            const auto wanted = [&] {
+                return std::find_if(jobs_.begin(), jobs_.end(),
+                                    [](Job* j) { return j->wants_help(); });
+            };
+            auto found = wanted();
+            if (found == jobs_.end()) {
+                const uint64_t seen = posted_.load(std::memory_order_relaxed);
+                lock.unlock();
+                look_for([&] { return posted_.load(std::memory_order_relaxed) != seen; });
+                lock.lock();
+                found = wanted();
+            }
             if (found == jobs_.end()) {
                 wake_.wait(lock);
                 continue;
@@ -81,6 +104,7 @@ class Pool {
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<Job*> jobs_;
+    std::atomic<uint64_t> posted_{0};  // jobs so far; changed with the mutex held
     int num_workers_ = 0;
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -31,23 +32,27 @@ class Dims:
         """`pattern`: dim names separated by spaces; a leading "<=" accepts a smaller extent."""
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        words = pattern.split()
-        if tensor.dim() != len(words):
+        words, shape, known = _words(pattern), tensor.shape, self._known
+        if len(shape) != len(words):
             raise ValueError(
-                f"{name}: expected [{', '.join(words)}], got shape {tuple(tensor.shape)}"
+                f"{name}: expected [{pattern.replace(' ', ', ')}], got shape {tuple(shape)}"
             )
-        for axis, word in enumerate(words):
-            extent, at_most = tensor.shape[axis], word.startswith("<=")
-            word = word.removeprefix("<=")
-            if word not in self._known:
-                self._known[word] = (extent, name)
+        for (word, at_most), extent in zip(words, shape, strict=True):
+            if word not in known:
+                known[word] = (extent, name)
                 continue
-            value, source = self._known[word]
+            value, source = known[word]
             if extent != value and not (at_most and extent < value):
                 raise ValueError(
-                    f"{name}: expected [{', '.join(words)}], got shape {tuple(tensor.shape)}; "
+                    f"{name}: expected [{pattern.replace(' ', ', ')}], got shape {tuple(shape)}; "
                     f"{word}={value} from {source}"
                 )
+
+
+@functools.cache
+def _words(pattern: str) -> tuple[tuple[str, bool], ...]:
+    """(dim name, whether a smaller extent will do) of each dim."""
+    return tuple((word.removeprefix("<="), word.startswith("<=")) for word in pattern.split())
 
 
 def dtype(name: str, tensor: Tensor, accepted: Sequence[torch.dtype], source: str = "") -> None:
@@ -66,7 +71,7 @@ def device(reference: str, expected: torch.device, **tensors: Tensor | Scale) ->
 
 def last_dim_contiguous(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
                 f"{name}: expected a contiguous last dim (stride 1), got stride {tensor.stride(-1)}"
             )

@@ -82,7 +82,7 @@ def check_errors() -> None:
 
 def check_after_call(device: torch.device) -> None:
     """Under PAGEWIRE_CHECK=1, `check_errors()` after each call outside a capture."""
-    if os.environ.get("PAGEWIRE_CHECK") != "1":
+    if not _words or os.environ.get("PAGEWIRE_CHECK") != "1":
         return
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return

@@ -182,13 +182,19 @@ def choose(problem: Problem, backend: str | None) -> ModuleType:
     Raises:
         BackendError: `backend` (or PAGEWIRE_BACKEND) refuses it or does not exist, or nothing takes it.
     """
-    on_cpu = (interpreting(), emulation.mode())
-    return _choose(problem, backend, os.environ.get("PAGEWIRE_BACKEND") or None, on_cpu)
+    environment = None if backend is not None else os.environ.get("PAGEWIRE_BACKEND") or None
+    on_cpu = None
+    if problem.device == "cpu" and (backend or environment) in ("triton", "cuda"):
+        on_cpu = (interpreting(), emulation.mode())
+    return _choose(problem, backend, environment, on_cpu)
 
 
 @functools.cache
 def _choose(
-    problem: Problem, argument: str | None, environment: str | None, on_cpu: tuple[bool, str | None]
+    problem: Problem,
+    argument: str | None,
+    environment: str | None,
+    on_cpu: tuple[bool, str | None] | None,  # of backends that run there by name only
 ) -> ModuleType:
     taken = _select(problem, argument, environment)
     if taken.name == "reference" and argument is None and environment is None:
