@@ -1,75 +1,8 @@
 // Attention of up to 16 bf16 rows of a kv head with AMX. 16 keys are the left side of K . q, loaded
 // from the pages as they lie there; weights . V needs the values of two keys side by side. Products
 // and weights stay as tiles leave them, all rows of a key together, through the whole softmax. So a
-// key costs nearly the same for one row as for 16, well below what it costs to bring it from memory.
-// Included inside the anonymous namespace of target_amx.cpp.
-
-constexpr int kChunk = 64;  // elements of a row that are unpacked together: four columns of tiles
-
-struct Chunk {  // as bf16 words
-    __m512i x, y;
-};
-inline void put(Chunk chunk, BFloat16* x, BFloat16* y) {
-    _mm512_store_si512(x, chunk.x);
-    _mm512_store_si512(y, chunk.y);
-}
-
-// Chunks of a row of elements: word w of vector u holds element source(u, w); runs of four stay
-// together.
-template <class T>
-struct Words {  // one-byte types, by table: byte b is {low, high}[b]
-    __m512i low[2], high[2], negative_low[2], negative_high[2];
-    static constexpr bool kAsStored = false;
-    static constexpr int source(int u, int w) { return w / 8 * 16 + u * 8 + w % 8; }
-
-    Words() {
-        alignas(64) uint8_t bytes[2][256];
-        for (int i = 0; i < 256; i += kLanes) {
-            alignas(16) uint8_t codes[kLanes];
-            for (int j = 0; j < kLanes; ++j) codes[j] = uint8_t(i + j);
-            alignas(64) uint32_t bits[kLanes];
-            _mm512_store_ps(bits, ::pagewire::cpu::load(reinterpret_cast<const T*>(codes)));
-            for (int j = 0; j < kLanes; ++j) {
-                bytes[0][i + j] = uint8_t(bits[j] >> 16);
-                bytes[1][i + j] = uint8_t(bits[j] >> 24);
-            }
-        }
-        for (int i = 0; i < 2; ++i) {
-            low[i] = _mm512_load_si512(bytes[0] + 64 * i);
-            high[i] = _mm512_load_si512(bytes[1] + 64 * i);
-            negative_low[i] = _mm512_load_si512(bytes[0] + 128 + 64 * i);
-            negative_high[i] = _mm512_load_si512(bytes[1] + 128 + 64 * i);
-        }
-    }
-    template <bool kWhole>
-    Chunk load(const T* row, int n) const {
-        const __m512i x = kWhole ? _mm512_loadu_si512(row)
-                                 : _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, row);
-        __m512i l = _mm512_permutex2var_epi8(low[0], x, low[1]);
-        __m512i h = _mm512_permutex2var_epi8(high[0], x, high[1]);
-        if constexpr (std::is_same_v<T, int8_t>) {
-            const __mmask64 negative = _mm512_movepi8_mask(x);
-            l = _mm512_mask_mov_epi8(
-                l, negative, _mm512_permutex2var_epi8(negative_low[0], x, negative_low[1]));
-            h = _mm512_mask_mov_epi8(
-                h, negative, _mm512_permutex2var_epi8(negative_high[0], x, negative_high[1]));
-        } else {  // the sign is a bit of its own
-            h = _mm512_ternarylogic_epi32(h, x, _mm512_set1_epi8(char(0x80)), 0xf8);
-        }
-        return {_mm512_unpacklo_epi8(l, h), _mm512_unpackhi_epi8(l, h)};
-    }
-};
-
-template <>
-struct Words<BFloat16> {
-    static constexpr bool kAsStored = true;
-    static constexpr int source(int u, int w) { return 32 * u + w; }
-    template <bool kWhole>
-    Chunk load(const BFloat16* row, int n) const {
-        if (kWhole) return {_mm512_loadu_si512(row), _mm512_loadu_si512(row + 32)};
-        return {load_words(row, n), load_words(row + 32, n - 32)};
-    }
-};
+// key costs nearly the same for one row as for 16, well below what it costs to bring it from
+// memory. Included inside the anonymous namespace of target_amx.cpp.
 
 // Tile registers: 0 products of 16 keys with q, 1 q, 2 keys or values, 3 weights, 4-7 sums.
 struct FewRowsTiles {
@@ -128,7 +61,7 @@ inline F per_key(const float* of, int i) {
 // The softmax and the two products of up to C rows in bf16; see attend_few.
 template <class T, int C>
 struct AmxRows {
-    static constexpr int kKeys = kTileDepth;  // few, so that fetching never pauses for long
+    static constexpr int kKeys = kTileDepth;          // few, so that fetching never pauses for long
     static constexpr int kVecs = kKeys * C / kLanes;  // of products
 
     const FewRows& f;
@@ -141,7 +74,7 @@ struct AmxRows {
     BFloat16* q(int64_t h) const {  // tiles of [16 pairs of elements][16 rows][2]
         return reinterpret_cast<BFloat16*>(s.tiles) + h * depth * kTileSize;
     }
-    BFloat16* keys() const { return q(f.H); }                            // [16][elements]
+    BFloat16* keys() const { return q(f.H); }                        // [16][elements]
     BFloat16* values() const { return keys() + depth * kTileSize; }  // a tile for each column
     BFloat16* weights() const { return values() + 4 * kTileSize; }   // a tile
     float* acc(int64_t h, int64_t r) const { return s.acc + (h * R + r) * s.ld_acc; }
@@ -297,7 +230,8 @@ struct AmxRows {
         }
     }
 
-    // Elements d .. d + kChunk. Row j / 2 of a column's tile has those of keys j and j + 1 in turns.
+    // Elements d .. d + kChunk. Row j / 2 of a column's tile has those of keys j and j + 1 in
+    // turns.
     template <bool kWhole>
     void pack_values(const Step<kKeys>& step, int64_t d) const {
         const Words<T> table = words;
@@ -308,7 +242,8 @@ struct AmxRows {
         BFloat16* to = values();
 #pragma GCC unroll 4
         for (int j = 0; j < kKeys; j += 2, to += kTileDepth) {
-            const Chunk a = table.template load<kWhole>(reinterpret_cast<const T*>(rows[j] + here), n);
+            const Chunk a =
+                table.template load<kWhole>(reinterpret_cast<const T*>(rows[j] + here), n);
             const Chunk b =
                 table.template load<kWhole>(reinterpret_cast<const T*>(rows[j + 1] + here), n);
             put({_mm512_unpacklo_epi16(a.x, b.x), _mm512_unpackhi_epi16(a.x, b.x)}, to,

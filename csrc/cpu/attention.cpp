@@ -18,8 +18,8 @@ namespace pagewire::cpu {
 namespace {
 
 constexpr int64_t kMinSplit = 512, kMaxSplit = 1024;  // keys
-constexpr int64_t kMaxSplits = 64;       // of one request
-constexpr int64_t kTilesWanted = 16;     // of one request and kv head, to balance the load
+constexpr int64_t kMaxSplits = 64;                    // of one request
+constexpr int64_t kTilesWanted = 16;  // of one request and kv head, to balance the load
 // Pieces of all heads read whole pages; only where there are too few for the threads, heads are
 // shared out, and then less is read in a row.
 constexpr int64_t kPiecesPerThread = 2;

@@ -81,8 +81,8 @@ struct FewRows {
         return p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head(h)));
     }
     const char* query(int64_t h, int64_t r) const {
-        return p.q.data + (row(r) * p.q.stride_row + qo_head(h, r) * p.q.stride_head) *
-                              item_size(p.q.dtype);
+        return p.q.data +
+               (row(r) * p.q.stride_row + qo_head(h, r) * p.q.stride_head) * item_size(p.q.dtype);
     }
 
     template <int kKeys>
@@ -90,11 +90,9 @@ struct FewRows {
         for (int i = 0; i < kKeys; ++i) {
             const bool real = i < block.num_keys;
             if (token_k)
-                s.k_scale[i] =
-                    real ? *p.k_scale.at(block.page[i], block.offset[i], head(h)) : 0.0f;
+                s.k_scale[i] = real ? *p.k_scale.at(block.page[i], block.offset[i], head(h)) : 0.0f;
             if (token_v)
-                s.v_scale[i] =
-                    real ? *p.v_scale.at(block.page[i], block.offset[i], head(h)) : 0.0f;
+                s.v_scale[i] = real ? *p.v_scale.at(block.page[i], block.offset[i], head(h)) : 0.0f;
         }
     }
 
@@ -125,7 +123,9 @@ void attend_few(const AttentionParams& p, const Piece& piece, char* scratch) {
             const bool last = h + 1 == f.H;  // the next step is the next head or the next keys
             const auto& next = last && following.num_keys > 0 ? following : block;
             const int64_t next_head = last ? f.head(0) : f.head(h + 1);
-            rows.add_block({block, h, f.head(h) * p.k.stride_head * item,
+            rows.add_block({block,
+                            h,
+                            f.head(h) * p.k.stride_head * item,
                             f.head(h) * p.v.stride_head * item,
                             {next.k, next_head * p.k.stride_head * item},
                             {next.v, next_head * p.v.stride_head * item}});

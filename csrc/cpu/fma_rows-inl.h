@@ -175,8 +175,8 @@ struct FmaRows {
     void add_block(const Step<kKeys>& step) const {
         const KeyBlock<kKeys>& block = step.block;
         over_row_blocks(R, [&](auto RB, int64_t r) {
-            dot_rows<T, RB.value>(block, step.k_byte, D, q(step.h, r), s.ld_q,
-                                  s.logits + r * kKeys, step.next_k);
+            dot_rows<T, RB.value>(block, step.k_byte, D, q(step.h, r), s.ld_q, s.logits + r * kKeys,
+                                  step.next_k);
         });
         apply_rules(step);
         float *tops = top(step.h), *totals = total(step.h);

@@ -13,8 +13,9 @@ namespace pagewire::cpu {
 #ifdef PAGEWIRE_AMX
 namespace {
 
-// The processor has bf16 tiles, vector conversions and byte tables, and the kernel lets this process use the
-// tile registers: one request holds for all its threads, also for those that run already.
+// The processor has bf16 tiles, vector conversions and byte tables, and the kernel lets this
+// process use the tile registers: one request holds for all its threads, also for those that run
+// already.
 bool tiles_permitted() {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5,

@@ -1,8 +1,9 @@
 // The table of one ISA. Included last inside the anonymous namespace of a target.
 
 void attend_few_rows(const AttentionParams& p, const Piece& piece, char* scratch) {
-    with_dtype(p.k.dtype,
-               [&](auto tag) { attend_few<FmaRows<typename decltype(tag)::type>>(p, piece, scratch); });
+    with_dtype(p.k.dtype, [&](auto tag) {
+        attend_few<FmaRows<typename decltype(tag)::type>>(p, piece, scratch);
+    });
 }
 
 void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {

@@ -7,7 +7,8 @@
 
 #include "pagewire/dispatch.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,avx512vbmi,amx-tile,amx-bf16")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,avx512vbmi,amx-tile,amx-bf16")
 
 namespace pagewire::cpu {
 namespace {
@@ -22,6 +23,7 @@ namespace {
 #include "cpu/move-inl.h"
 #include "cpu/target-inl.h"
 #include "cpu/amx-inl.h"
+#include "cpu/amx_words-inl.h"
 #include "cpu/amx_rows-inl.h"
 
 }  // namespace

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ def scale_kind(scale: Scale) -> ScaleKind:
     return ("tensor", "head", "batch_head", "token_head")[scale.dim()]  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, eq=False)
-class Modifiers:
+class Modifiers(NamedTuple):
     """What attention does besides softmax(q k^T) v; field names and meaning as in the public functions."""
 
     softmax_scale: float
@@ -50,8 +48,7 @@ class Modifiers:
     max_q_len: int | None = None  # None: num_tokens
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The facts a backend may refuse on. Hashable, so that a choice is made once per kind of problem."""
 
     op: str

@@ -94,8 +94,8 @@ def launches(
     if case.modified:
         if scale is not None:
             scale = torch.ones(num_pages, page_size, num_kv_heads)
-        m = dataclasses.replace(
-            m, window_left=50, softcap=3.0, alibi_slopes=torch.ones(batch_size, q.shape[1]),
+        m = m._replace(
+            window_left=50, softcap=3.0, alibi_slopes=torch.ones(batch_size, q.shape[1]),
             sinks=torch.ones(q.shape[1]), k_scale=scale, v_scale=scale,
             max_q_len=case.rows // group if case.op == "decode" else None,
         )  # fmt: skip
