@@ -27,6 +27,8 @@ void quantise_row(const float* row, int64_t width, float over, Target* to) {
     }
 }
 
+constexpr int64_t kTokensAhead = 2;  // fetched: slots follow no order that a processor could guess
+
 struct Place {  // of a token on one side
     int64_t page, token;
 };
@@ -47,7 +49,8 @@ inline void convert_token(const MoveParams& p, Place from, Place to) {
         const float* source_scale = scale_of(p.source, from, head);
         load_row(p.source.dtype, row_of(p.source, from, head), p.width, row);
         if (source_scale != nullptr) {
-            for (int64_t i = 0; i < p.width; ++i) row[i] *= *source_scale;
+            const F times = set1(*source_scale);
+            for (int64_t i = 0; i < p.width; i += kLanes) store(row + i, mul(load(row + i), times));
         }
         float* target_scale = scale_of(p.target, to, head);
         float over = 1.0f;
@@ -65,18 +68,40 @@ inline void convert_token(const MoveParams& p, Place from, Place to) {
     }
 }
 
-inline void copy_token(const MoveParams& p, Place from, Place to) {
-    const int64_t bytes = p.width * item_size(p.source.dtype);
-    if (p.source.stride_head == p.width && p.target.stride_head == p.width) {
-        __builtin_memcpy(row_of(p.target, to, 0), row_of(p.source, from, 0), bytes * p.num_heads);
-    } else {
-        for (int64_t head = 0; head < p.num_heads; ++head) {
-            __builtin_memcpy(row_of(p.target, to, head), row_of(p.source, from, head), bytes);
-        }
+inline void copy_bytes(char* to, const char* from, int64_t bytes, bool stream) {
+    if (!stream || (reinterpret_cast<uintptr_t>(to) | uintptr_t(bytes)) % 64 != 0) {
+        __builtin_memcpy(to, from, bytes);
+        return;
     }
+    for (int64_t i = 0; i < bytes; i += 64) stream64(to + i, from + i);
+}
+
+// The heads of a token that lie in a row, and how often.
+struct Runs {
+    int64_t num, bytes;
+    Runs(const MoveParams& p, bool together) {
+        const int64_t head = p.width * item_size(p.source.dtype);
+        num = together ? 1 : p.num_heads;
+        bytes = together ? head * p.num_heads : head;
+    }
+};
+
+inline void copy_token(const MoveParams& p, Place from, Place to) {
+    const Runs runs(p, p.source.stride_head == p.width && p.target.stride_head == p.width);
+    for (int64_t head = 0; head < runs.num; ++head)
+        copy_bytes(row_of(p.target, to, head), row_of(p.source, from, head), runs.bytes, p.stream);
     if (p.source.scale.kind == ScaleKind::kTokenHead) {
         for (int64_t head = 0; head < p.num_heads; ++head)
             *scale_of(p.target, to, head) = *scale_of(p.source, from, head);
+    }
+}
+
+inline void fetch_token(const MoveParams& p, int64_t slot) {  // from its page
+    const Place at{slot / p.page_size, slot % p.page_size};
+    const Runs runs(p, p.source.stride_head == p.width);
+    for (int64_t head = 0; head < runs.num; ++head) {
+        const char* row = row_of(p.source, at, head);
+        for (int64_t byte = 0; byte < runs.bytes; byte += 64) prefetch(row + byte);
     }
 }
 
@@ -85,13 +110,17 @@ void over_tokens(const MoveParams& p, int64_t begin, int64_t end, Move move) {
     for (int64_t i = begin; i < end; ++i) {
         const int64_t slot = p.slots[i];
         if (slot < 0) continue;
+        if (!p.to_slots && i + kTokensAhead < end) fetch_token(p, p.slots[i + kTokensAhead]);
         const Place in_pages{slot / p.page_size, slot % p.page_size}, in_rows{0, i};
         p.to_slots ? move(in_rows, in_pages) : move(in_pages, in_rows);
     }
 }
 
 void move_rows(const MoveParams& p, int64_t begin, int64_t end) {
-    if (p.copy)
-        return over_tokens(p, begin, end, [&](Place from, Place to) { copy_token(p, from, to); });
-    over_tokens(p, begin, end, [&](Place from, Place to) { convert_token(p, from, to); });
+    if (p.copy) {
+        over_tokens(p, begin, end, [&](Place from, Place to) { copy_token(p, from, to); });
+        stream_end();
+    } else {
+        over_tokens(p, begin, end, [&](Place from, Place to) { convert_token(p, from, to); });
+    }
 }

@@ -10,6 +10,7 @@ namespace pagewire::cpu {
 namespace {
 
 constexpr int64_t kBytesPerTask = 256 * 1024;
+constexpr int64_t kStreamBytes = 4 << 20;  // of a call: more than the caches of two cores keep
 
 }  // namespace
 
@@ -18,15 +19,20 @@ void move(const char* op, const char* slots_name, int64_t num_slots,
     if (moves.empty()) return;
     const IndexView& slots = moves[0].slots;
     check_slots(op, slots_name, slots, num_slots, moves[0].skip_negative);
-    int64_t token_bytes = 1;
+    int64_t token_bytes = 1, all_bytes = 0;
     for (const MoveParams& m : moves) {
-        token_bytes = std::max(token_bytes, m.num_heads * m.width * item_size(m.source.dtype));
+        const int64_t bytes = m.num_heads * m.width * item_size(m.source.dtype);
+        token_bytes = std::max(token_bytes, bytes);
+        all_bytes += bytes * slots.size;
     }
+    const bool stream = all_bytes >= kStreamBytes;
     const int64_t tokens_each = std::max<int64_t>(16, kBytesPerTask / token_bytes);
     const int64_t chunks = (slots.size + tokens_each - 1) / tokens_each;
     parallel_for(num_threads, chunks * int64_t(moves.size()), [&](int64_t i, int) {
         const int64_t begin = i % chunks * tokens_each;
-        kernels.move_rows(moves[i / chunks], begin, std::min(begin + tokens_each, slots.size));
+        MoveParams part = moves[i / chunks];
+        part.stream = stream;
+        kernels.move_rows(part, begin, std::min(begin + tokens_each, slots.size));
     });
 }
 

@@ -48,6 +48,14 @@ inline F scale_by_power(F p, F n) {
     return select(less(n, set1(-126.0f)), zero(), mul(p, _mm256_castsi256_ps(exponent)));
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// Past the caches, straight to memory: `to` is aligned to 64 bytes. Ordered by stream_end().
+inline void stream64(void* to, const void* from) {
+    const auto* source = static_cast<const __m256i*>(from);
+    auto* target = static_cast<__m256i*>(to);
+    _mm256_stream_si256(target, _mm256_loadu_si256(source));
+    _mm256_stream_si256(target + 1, _mm256_loadu_si256(source + 1));
+}
+inline void stream_end() { _mm_sfence(); }
 
 // Lane i of the result is the sum of a[i].
 inline F sums(const F* a) {

@@ -38,6 +38,12 @@ inline F scale_by_power(F p, F n) {
 // buffers.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+// Past the caches, straight to memory: `to` is aligned to 64 bytes. Ordered by stream_end().
+inline void stream64(void* to, const void* from) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+inline void stream_end() { _mm_sfence(); }
+
 inline F pair_sums(F a, F b) {  // within 128-bit lanes: a0+a2, b0+b2, a1+a3, b1+b3
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
 }

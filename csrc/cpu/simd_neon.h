@@ -34,6 +34,8 @@ inline F scale_by_power(F p, F n) {
     return select(tiny, zero(), mul(p, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23))));
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void stream64(void* to, const void* from) { __builtin_memcpy(to, from, 64); }
+inline void stream_end() {}
 
 // Lane i of the result is the sum of a[i].
 inline F sums(const F* a) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }

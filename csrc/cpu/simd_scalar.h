@@ -100,6 +100,8 @@ inline F scale_by_power(F p, F n) {
     });
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void stream64(void* to, const void* from) { __builtin_memcpy(to, from, 64); }
+inline void stream_end() {}
 
 // Lane i of the result is the sum of a[i].
 inline F sums(const F* a) {

@@ -49,6 +49,7 @@ struct MoveParams {
     bool skip_negative;  // slots below 0 are skipped (append), else they are wrong
     bool make_scale;     // per token and head, from amax; written to target.scale
     bool copy;           // same dtype: bytes; a source scale per token and head travels along
+    bool stream;         // so many bytes that no cache would keep them: past the caches
 };
 
 // n attention states over disjoint keys, each [num_rows, num_heads, width] with its lse [num_rows,
