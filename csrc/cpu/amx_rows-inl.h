@@ -100,7 +100,8 @@ struct AmxRows {
             multiply_keys(step, key, products + key * C);
         rescale_sums(step.h, weigh_products(step, products));
         for (int64_t d = 0; d < Dv; d += kChunk) {
-            Dv - d >= kChunk ? pack_values<true>(step, d) : pack_values<false>(step, d);
+            const bool whole = Dv - d >= kChunk && step.block.num_keys == kKeys;
+            whole ? pack_values<true>(step, d) : pack_values<false>(step, d);
             add_values(step.h, d);
         }
     }
@@ -231,11 +232,13 @@ struct AmxRows {
     }
 
     // Elements d .. d + kChunk. Row j / 2 of a column's tile has those of keys j and j + 1 in
-    // turns.
+    // turns; zeros past the last key.
     template <bool kWhole>
     void pack_values(const Step<kKeys>& step, int64_t d) const {
         const Words<T> table = words;
-        const int n = kWhole ? kChunk : int(Dv - d);
+        const auto width = [&](int j) {
+            return kWhole ? kChunk : j < step.block.num_keys ? clip(Dv - d, 0, kChunk) : 0;
+        };
         const char *const *rows = step.block.v, *const *next = step.next_v.rows;
         const int64_t byte = d * int64_t(sizeof(T)), here = step.v_byte + byte,
                       ahead = step.next_v.byte + byte;
@@ -243,9 +246,9 @@ struct AmxRows {
 #pragma GCC unroll 4
         for (int j = 0; j < kKeys; j += 2, to += kTileDepth) {
             const Chunk a =
-                table.template load<kWhole>(reinterpret_cast<const T*>(rows[j] + here), n);
-            const Chunk b =
-                table.template load<kWhole>(reinterpret_cast<const T*>(rows[j + 1] + here), n);
+                table.template load<kWhole>(reinterpret_cast<const T*>(rows[j] + here), width(j));
+            const Chunk b = table.template load<kWhole>(
+                reinterpret_cast<const T*>(rows[j + 1] + here), width(j + 1));
             put({_mm512_unpacklo_epi16(a.x, b.x), _mm512_unpackhi_epi16(a.x, b.x)}, to,
                 to + kTileSize);
             put({_mm512_unpacklo_epi16(a.y, b.y), _mm512_unpackhi_epi16(a.y, b.y)},

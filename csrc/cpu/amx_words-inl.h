@@ -11,6 +11,8 @@ inline void put(Chunk chunk, BFloat16* x, BFloat16* y) {
     _mm512_store_si512(y, chunk.y);
 }
 
+inline __mmask64 first_bytes(int n) { return n >= 64 ? ~__mmask64(0) : (__mmask64(1) << n) - 1; }
+
 // Chunks of a row of elements: word w of vector u holds element source(u, w); runs of four stay
 // together.
 template <class T>
@@ -40,8 +42,8 @@ struct Words {  // one-byte types, by table: byte b is {low, high}[b]
     }
     template <bool kWhole>
     Chunk load(const T* row, int n) const {
-        const __m512i x = kWhole ? _mm512_loadu_si512(row)
-                                 : _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, row);
+        const __m512i x =
+            kWhole ? _mm512_loadu_si512(row) : _mm512_maskz_loadu_epi8(first_bytes(n), row);
         __m512i l = _mm512_permutex2var_epi8(low[0], x, low[1]);
         __m512i h = _mm512_permutex2var_epi8(high[0], x, high[1]);
         if constexpr (std::is_same_v<T, int8_t>) {

@@ -25,6 +25,22 @@ TILES = (
     Attention((300,), (33,), head_dim=72, head_dim_v=17, dtype=bf16, kv_dtype=e5m2, scale="head"),
     Attention((140, 90), (2, 1), heads=(216, 1), head_dim=48, dtype=bf16, split_size=32),
 )
+# few rows in that dtype: up to four side by side and more, blocks cut by windows, ends and pages
+FEW = (
+    Attention((300, 1, 33), heads=(4, 1), head_dim=128, dtype=bf16, page_size=32),
+    Attention((65, 31), (2, 1), heads=(16, 2), head_dim=80, dtype=bf16, page_size=3, strided=True),
+    Attention((96, 200), (4, 3), heads=(8, 2), dtype=bf16, causal=False, window=(50, 2)),
+    Attention((130,), heads=(16, 1), head_dim=96, head_dim_v=136, dtype=bf16, softcap=4.0, alibi=2),
+    Attention((77, 0, 64), heads=(3, 3), dtype=bf16, window=(40, -1), sinks=True, layout="HND"),
+    Attention(
+        (100, 64), heads=(12, 2), head_dim=128, dtype=bf16, kv_dtype=e4m3, scale="token_head"
+    ),
+    Attention((45, 1), (3, 1), dtype=bf16, kv_dtype=int8, scale="token_head", alibi=1),
+    Attention(
+        (70,), heads=(5, 1), head_dim=72, head_dim_v=17, dtype=bf16, kv_dtype=e5m2, scale="head"
+    ),
+    Attention((700, 90), heads=(8, 2), dtype=bf16, kv_dtype=int8, scale="head", split_size=64),
+)
 
 
 @pytest.fixture(params=ISAS)
@@ -44,7 +60,7 @@ def same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(bits(got)[~nan], bits(expected)[~nan])
 
 
-@pytest.mark.parametrize("case", [*EVERY_FEW, *TILES], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [*EVERY_FEW, *TILES, *FEW], ids=lambda c: c.id)
 def test_attention(case, isa):
     call = cases.build(case)
     tolerance.check(call, *call.run("cpu"))
@@ -89,8 +105,9 @@ def test_quantising_fp32_between_neighbours(kv_dtype, isa):
     same_bits(convert(x, kv_dtype, 1.0), quantise(x, 1.0, kv_dtype))
 
 
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=cases.SHORT.get)
 @pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=cases.SHORT.get)
-def test_reading_every_stored_byte(kv_dtype, isa):
+def test_reading_every_stored_byte(kv_dtype, dtype, isa):
     """As one row of 256 (whole wide loads) and as rows of 13 (tails), packed and read by attention."""
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kv_dtype)
     for x in (codes[None], codes[: 256 // 13 * 13].reshape(-1, 13)):
@@ -100,14 +117,21 @@ def test_reading_every_stored_byte(kv_dtype, isa):
     out = torch.full((256, 1, 96), torch.nan)
     table = torch.arange(256, dtype=torch.int32)[:, None]
     k = torch.zeros_like(v.view(torch.uint8)).view(kv_dtype)
+    one = torch.ones(256, dtype=torch.int32)
     pw.decode(
-        torch.ones(256, 1, 96), k, v, table, torch.ones(256, dtype=torch.int32),
+        torch.ones(256, 1, 96, dtype=dtype), k, v, table, one,
         k_scale=1.0, v_scale=1.0, out=out, backend="cpu",
     )  # fmt: skip
-    expected = codes.float()[:, None, None].expand_as(out)
-    finite = expected.isfinite()
-    assert torch.equal(out[finite], expected[finite])
-    assert out[expected.isnan()].isnan().all()
+    torch.testing.assert_close(
+        out, codes.float()[:, None, None].expand_as(out), rtol=0, atol=0, equal_nan=True
+    )
+    # the queries are unit vectors and there is one key: lse is its element
+    finite = torch.where(codes.float().isfinite(), codes.float(), 0.0).to(kv_dtype)
+    _, lse = pw.decode(
+        torch.eye(256, dtype=dtype)[:, None], finite.reshape(1, 1, 1, 256), v[:1], 0 * table, one,
+        softmax_scale=1.0, k_scale=1.0, v_scale=1.0, return_lse=True, backend="cpu",
+    )  # fmt: skip
+    torch.testing.assert_close(lse[:, 0], finite.float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("to", [bf16, fp16], ids=cases.SHORT.get)
