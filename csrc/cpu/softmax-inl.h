@@ -6,9 +6,9 @@ struct LogitRule {
     float scale;           // softmax_scale * k_scale of the head
     const float* k_scale;  // [num_keys] per token and head, or null
     float softcap;
-    float slope;     // ALiBi; 0: off
-    float distance;  // position of the row - first key of the block
-    int begin, end;  // visible columns of the block
+    float slope = 0.0f;      // ALiBi; 0: off
+    float distance = 0.0f;   // position of the row - first key of the block
+    int begin = 0, end = 0;  // visible columns of the block
 };
 
 // What apply_rule makes of a row: times unit, its logits are base-2 logits, and their maximum is

@@ -176,12 +176,7 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
                 s.v_scale[i] = real ? *p.v_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
         }
         LogitRule rule{p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head)),
-                       token_k ? s.k_scale : nullptr,
-                       p.softcap,
-                       0.0f,
-                       0.0f,
-                       0,
-                       0};
+                       token_k ? s.k_scale : nullptr, p.softcap};
         float* block_top = s.rescale;
         for (int64_t r = R; r < round_up(R, kLanes); ++r) block_top[r] = -infinity();
         for (int64_t first = 0; first < R; first += Tile::kRowBlock) {
