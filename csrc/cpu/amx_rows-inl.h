@@ -111,9 +111,10 @@ struct AmxRows {
         const char* const* next = step.next_k.rows + key;
         const int64_t ahead = step.next_k.byte, num_tiles = depth;
         const BFloat16* query = q(step.h);
+        constexpr int kLast = kTileSide - 1;
         const bool in_place = Words<T>::kAsStored && D % kChunk == 0 &&
-                              key + kTileSide <= block.num_keys &&
-                              block.page[key] == block.page[key + kTileSide - 1];
+                              key + kLast < block.num_keys &&
+                              block.offset[key + kLast] == block.offset[key] + kLast;
         const char* left = block.k[key] + step.k_byte;
         int64_t stride = block.k[key + 1] - block.k[key];
         if (!in_place) {

@@ -66,6 +66,20 @@ def test_attention(case, isa):
     tolerance.check(call, *call.run("cpu"))
 
 
+def test_a_page_twice_in_a_table(isa):
+    """Its rows follow each other only within one entry, not from one to the next."""
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(4, 24, 1, 64, generator=g).to(bf16) for _ in range(2))
+    table = torch.tensor([[2, 2, 2]], dtype=torch.int32)
+    q = torch.randn(1, 4, 64, generator=g).to(bf16)
+    q[:, 0] = 4 * k[2, 3, 0]  # most of its weight is on the keys 3, 27 and 51
+    args = (q, k, v, table, torch.tensor([70], dtype=torch.int32))
+    results = [torch.empty(1, 4, 64) for _ in range(2)]
+    for out, backend in zip(results, ("cpu", "reference"), strict=True):
+        pw.decode(*args, out=out, backend=backend)
+    torch.testing.assert_close(*results, rtol=0, atol=2e-2)
+
+
 def convert(x: torch.Tensor, dtype: torch.dtype, scale: float | None) -> torch.Tensor:
     """[rows, width] through append_kv (quantising) or pack_kv (a plain cast)."""
     rows, width = x.shape
