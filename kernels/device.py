@@ -1,4 +1,4 @@
-"""Triton launches on the current device, whatever device the tensors are on."""
+"""What CUDA asks of the current device is asked of the tensors' own."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,7 +6,15 @@ import torch
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """Makes `device` the current one for a launch; free when it already is."""
+    """Makes `device` the current one, as Triton's launches want it; free when it already is."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device`, which need not be the current device, is being captured into a graph."""
+    if device.type != "cuda":
+        return False
+    with current(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pagewire.kernels.device import is_capturing
+
 _MAX_TABLES = 256  # a few KiB each; a serving process has one or two per cache
 _PER_LAUNCH = 32
 
@@ -39,7 +41,7 @@ def device_table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64)
     key, stream = (device, values), torch.cuda.current_stream(device)
     table = _tables.get(key)
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         if table is not None and table.settled:
             _captured[table.values.data_ptr()] = table.values
             return table.values

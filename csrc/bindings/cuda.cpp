@@ -10,8 +10,10 @@
 #include "cuda/merge.h"
 #include "cuda/move.h"
 
-#if !defined(PAGEWIRE_EMULATE)
-#include <cuda_runtime_api.h>
+#if defined(PAGEWIRE_EMULATE)
+#include "emulation/runtime.h"
+#else
+#include "cuda/runtime_gpu.h"
 #endif
 
 namespace py = pybind11;
@@ -168,8 +170,8 @@ AttentionCache read_cache(const py::handle& tuple) {
     return c;
 }
 
-// `allocate(partial_floats, num_counters)` gives two pointers: fp32 space, and int32 counters that
-// are zero.
+// `allocate(partial_floats, num_counters)` gives three pointers: fp32 space, and int32 counters and
+// one more that are zero.
 void attention_op(const py::tuple& tensors, const py::tuple& k, const py::tuple& v,
                   const py::tuple& sizes, const py::tuple& modifiers,
                   const py::function& allocate) {
@@ -231,6 +233,7 @@ void attention_op(const py::tuple& tensors, const py::tuple& k, const py::tuple&
     Fields f(allocate(space.partial_floats, space.num_counters).cast<py::tuple>());
     p.partial = f.pointer<float>();
     p.counters = f.pointer<int>();
+    p.blocks_done = f.pointer<int>();
     py::gil_scoped_release release;
     attention(r);
 }
@@ -257,21 +260,32 @@ PYBIND11_MODULE(_cuda, m) {
           });
     m.def("merge_states", merge_op);
     m.def("attention", attention_op);
-#if !defined(PAGEWIRE_EMULATE)
-    // 0 outside a capture, else a number no other capture has
-    m.def("capture_id", [](uintptr_t stream) {
-        cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-        unsigned long long id = 0;
-        if (cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, &id) !=
-                cudaSuccess ||
-            status != cudaStreamCaptureStatusActive) {
-            return 0ull;
+#if defined(PAGEWIRE_EMULATE)
+    m.def("last_launch", [] {
+        const emulation::Block::Launched& l = emulation::Block::running().launched();
+        py::dict d;
+        d["kernel"] = l.kernel;
+        d["grid"] = py::make_tuple(l.grid.x, l.grid.y);
+        d["num_threads"] = l.num_threads;
+        d["shared_bytes"] = l.shared_bytes;
+        d["copied_bytes"] = l.copied_bytes;
+        d["evict_first_bytes"] = l.evict_first_bytes;
+        return d;
+    });
+    // `call(blocks that are done)` between the blocks of every launch; None: no longer
+    m.def("after_each_block", [](const py::object& call) {
+        std::function<void(uint64_t)> function;
+        if (!call.is_none()) {
+            function = [call](uint64_t done) {
+                py::gil_scoped_acquire hold;
+                call(done);
+            };
         }
-        return id;
+        emulation::Block::running().after_each_block(std::move(function));
     });
-    m.def("built_with", [] {
-        return std::string("CUDA ") + std::to_string(CUDART_VERSION / 1000) + "." +
-               std::to_string(CUDART_VERSION % 1000 / 10);
-    });
+#else
+    m.def("capture_id", &runtime::capture_of);
+    m.def("driver_version", &runtime::driver_version);
+    m.def("runtime_version", &runtime::runtime_version);
 #endif
 }

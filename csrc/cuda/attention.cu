@@ -10,17 +10,17 @@
 namespace pagewire {
 
 template <>
-AttentionKernel attention_kernel_for<BFloat16, 64>(DType);
+AttentionKernel attention_kernel_for<BFloat16, 64>(DType, size_t);
 template <>
-AttentionKernel attention_kernel_for<BFloat16, 128>(DType);
+AttentionKernel attention_kernel_for<BFloat16, 128>(DType, size_t);
 template <>
-AttentionKernel attention_kernel_for<BFloat16, 256>(DType);
+AttentionKernel attention_kernel_for<BFloat16, 256>(DType, size_t);
 template <>
-AttentionKernel attention_kernel_for<Float16, 64>(DType);
+AttentionKernel attention_kernel_for<Float16, 64>(DType, size_t);
 template <>
-AttentionKernel attention_kernel_for<Float16, 128>(DType);
+AttentionKernel attention_kernel_for<Float16, 128>(DType, size_t);
 template <>
-AttentionKernel attention_kernel_for<Float16, 256>(DType);
+AttentionKernel attention_kernel_for<Float16, 256>(DType, size_t);
 
 namespace {
 
@@ -29,10 +29,11 @@ AttentionKernel choose(const AttentionRequest& r) {
     if (width > 256)
         throw std::invalid_argument("pagewire: expected head_dim <= 256, got " +
                                     std::to_string(width));
+    const size_t shared = runtime::shared_memory_of_a_block();
     const auto of = [&](auto for64, auto for128, auto for256) {
-        return width <= 64    ? for64(r.kv_dtype)
-               : width <= 128 ? for128(r.kv_dtype)
-                              : for256(r.kv_dtype);
+        return width <= 64    ? for64(r.kv_dtype, shared)
+               : width <= 128 ? for128(r.kv_dtype, shared)
+                              : for256(r.kv_dtype, shared);
     };
     switch (r.q_dtype) {
         case DType::kBFloat16:
@@ -49,31 +50,47 @@ AttentionKernel choose(const AttentionRequest& r) {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Geometry {
-    int64_t grid, num_slots, num_counters;
+    int64_t grid, partial_rows;
 };
 
 // Fills in what the plan leaves to the launcher.
 Geometry arrange(AttentionPlan& p, const AttentionKernel& kernel) {
-    const int64_t rows = int64_t(p.max_q_len) * p.group_size;
+    const int64_t rows = int64_t(p.max_q_len) * p.group_size;  // of a request and kv head
     const int num_warps = kernel.num_threads / 32;
     p.warps_m = 1;
     while (p.warps_m < num_warps && 16 * p.warps_m < rows) p.warps_m *= 2;
     p.chunk_rows = 16 * p.warps_m;
     p.max_chunks = static_cast<int>(ceil_div(rows, p.chunk_rows));
+    p.part_stride = static_cast<int>(ceil_div(p.v.width, 4)) * 4 + 4;
     const int64_t capacity = int64_t(p.max_pages_per_seq) * p.page_size;
     const int64_t items = int64_t(p.batch_size) * p.num_kv_heads * p.max_chunks;
-    const int64_t on_device = int64_t(num_multiprocessors()) *
-                              blocks_per_multiprocessor(kernel.kernel, kernel.num_threads,
-                                                        kernel.shared_bytes(p.warps_m));
+    const int64_t on_device =
+        int64_t(runtime::num_multiprocessors()) *
+        blocks_per_multiprocessor(kernel.kernel, kernel.name, kernel.num_threads,
+                                  kernel.shared_bytes(p.warps_m));
     const int64_t unit = p.split_size > 0 ? p.split_size : kernel.tile;
-    p.max_splits = p.split_size > 0
-                       ? static_cast<int>(std::min<int64_t>(64, ceil_div(capacity, p.split_size)))
-                       : 0;
     Geometry g{};
     // rows of empty requests are written by all blocks too
     g.grid = std::min(on_device, std::max<int64_t>(items * ceil_div(capacity, unit), p.num_tokens));
-    g.num_slots = p.split_size == 0 ? 2 * g.grid : p.max_splits > 1 ? items * p.max_splits : 0;
-    g.num_counters = p.split_size == 0 ? g.grid : items;
+    if (p.split_size == 0) {
+        p.num_counters = static_cast<int>(g.grid);
+        g.partial_rows = 2 * g.grid * p.chunk_rows;
+        return g;
+    }
+    p.max_splits = static_cast<int>(std::min<int64_t>(64, ceil_div(capacity, p.split_size)));
+    // as many rows as can exist: all tokens', or the most that every request can have
+    const int64_t of_tokens = int64_t(p.num_tokens) * p.group_size,
+                  of_requests = p.batch_size * rows;
+    if (of_tokens <= of_requests) {
+        p.part_rows_of_token = p.group_size;
+    } else {
+        p.part_rows_of_request = rows;
+    }
+    p.part_rows = std::min(of_tokens, of_requests);
+    if (p.max_splits > 1) {
+        p.num_counters = static_cast<int>(items);
+        g.partial_rows = p.num_kv_heads * p.max_splits * p.part_rows;
+    }
     return g;
 }
 
@@ -84,7 +101,7 @@ AttentionSpace attention_space(const AttentionRequest& request) {
     AttentionRequest r = request;
     const AttentionKernel kernel = choose(r);
     const Geometry g = arrange(r.plan, kernel);
-    return {g.num_slots * r.plan.chunk_rows * kernel.part_stride, g.num_counters};
+    return {g.partial_rows * r.plan.part_stride, r.plan.num_counters};
 }
 
 void attention(const AttentionRequest& request) {
@@ -94,7 +111,7 @@ void attention(const AttentionRequest& request) {
     const AttentionKernel kernel = choose(r);
     const Geometry g = arrange(r.plan, kernel);
     launch(kernel.kernel,
-           LaunchConfig{kernel.name, static_cast<uint32_t>(g.grid), 1, kernel.num_threads,
+           LaunchConfig{kernel.name, g.grid, 1, kernel.num_threads,
                         kernel.shared_bytes(r.plan.warps_m), r.stream},
            r.plan);
 }

@@ -63,9 +63,13 @@ struct AttentionPlan {
                      // time
     int max_chunks;  // of one request and kv head
     int max_splits;  // with split_size: parts of one item
-    float*
-        partial;    // [num_slots, chunk_rows, padded width + 4]: unnormalised out, then max and sum
-    int* counters;  // parts of an item that are done; zero before and after
+    // with split_size: where the rows of a request begin among the rows of a part
+    int64_t part_rows, part_rows_of_token, part_rows_of_request;
+    int part_stride;   // floats of a row of `partial`: v.width rounded up to 4, and 4
+    float* partial;    // [rows, part_stride]: unnormalised out, then max and sum
+    int* counters;     // [num_counters] parts of an item that are done; zero before and after
+    int num_counters;  // 0: nothing is ever merged
+    int* blocks_done;  // of this launch; zero before and after
 };
 
 struct AttentionRequest {

@@ -10,15 +10,17 @@ namespace pagewire {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Everything that follows from the element types and the padded width.
-template <class Q, class KV, int kWidth_>
+// Everything that follows from the element types, the padded width and the room a device has:
+// kSmall_ is for those with 99 KiB of shared memory a block (sm_86, sm_89, sm_120).
+template <class Q, class KV, int kWidth_, bool kSmall_>
 struct Shape {
     static constexpr int kWidth = kWidth_;
+    static constexpr bool kSmall = kSmall_;
     static constexpr bool kQuantised = sizeof(KV) == 1;
     static constexpr int kWarps = kWidth == 256 ? 2 : 4;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kMinBlocks = kWidth == 64 ? 3 : 2;
-    static constexpr int kStages = kWidth == 64 ? 4 : 3;
+    static constexpr int kStages = kWidth == 64 ? 4 : kSmall ? 2 : 3;
     static constexpr int kKeys =
         32 / static_cast<int>(sizeof(KV));  // a warp's, of a tile: 32 or 16
     static constexpr int kTile = kKeys * kWarps;
@@ -30,8 +32,7 @@ struct Shape {
     static constexpr int kColumns = kWidth / 8;  // column tiles of out
     static constexpr bool kQInRegisters = kWidth <= 128;
     static constexpr int kOutStride = kWidth + 8;  // floats, of the rows the warps exchange
-    static constexpr int kPartStride = kWidth + 4;
-    static constexpr int kBitsOffset = 0;                         // uint32 [kStages][kWarps]
+    static constexpr int kBitsOffset = 0;          // uint32 [kStages][kWarps]
     static constexpr int kScratchOffset = kBitsOffset + 128;      // scans and broadcasts
     static constexpr int kRequestsOffset = kScratchOffset + 128;  // int [kThreads][4]
     static constexpr int kScaleOffset =
@@ -87,7 +88,8 @@ struct AttentionBase {
           shared(shared_memory()),
           lane(thread_index() % 32),
           warp(thread_index() / 32),
-          policy(evict_first_policy()) {}
+          // rows of other chunks read the same K and V again
+          policy(plan.max_chunks == 1 ? evict_first_policy() : evict_normal_policy()) {}
 
     PW_DEVICE uint32_t* key_bits(int stage, int warp_idx) const {
         return reinterpret_cast<uint32_t*>(shared + S::kBitsOffset) + stage * S::kWarps + warp_idx;

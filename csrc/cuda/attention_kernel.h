@@ -13,6 +13,8 @@
 //   width 64:  4 stages of 16 KiB, 2 blocks on sm_80 (48 KiB in flight each), 3 on sm_90
 //   width 128: 3 stages of 32 KiB, 1 block on sm_80 (64 KiB in flight), 2 on sm_90
 //   width 256: 3 stages of 32 KiB, 1 block on sm_80 (64 KiB in flight), 2 on sm_90
+// With 99 KiB of shared memory (sm_86, sm_89, sm_120): widths 128 and 256 have 2 stages, 1 block,
+// 32 KiB in flight.
 // At most 168 registers for width 64, 255 for the others: 3 and 2 blocks. No spills, no local
 // memory.
 #pragma once
@@ -30,6 +32,7 @@ struct AttentionBlock : AttentionMerge<S, Q, KV> {
     using Below::fetch_page;
     using Below::finish;
     using Below::issue;
+    using Below::leave;
     using Below::load_q;
     using Below::load_q_step;
     using Below::next_row;
@@ -51,6 +54,11 @@ struct AttentionBlock : AttentionMerge<S, Q, KV> {
     using typename Below::State;
 
     PW_DEVICE void run() {
+        work();
+        leave();
+    }
+
+    PW_DEVICE void work() {
         int64_t total = 0, units = 0,
                 after = 0;  // of all requests; of this thread's last; up to and with it
         int rows_end = 0;
@@ -87,7 +95,8 @@ struct AttentionBlock : AttentionMerge<S, Q, KV> {
         for (int64_t unit = begin; unit < end;) {
             while (unit >= prefix + w.total_units(p.num_kv_heads)) {
                 prefix += w.total_units(p.num_kv_heads);
-                ++request;
+                // lengths that change under the kernel must not lead past the batch
+                if (++request == p.batch_size) return;
                 w = request_work(p, request, w.row_end, next_row(w.row_end, request), S::kTile);
             }
             Segment s;
@@ -151,10 +160,15 @@ struct AttentionBlock : AttentionMerge<S, Q, KV> {
     }
 };
 
-template <class Q, class KV, int kWidth>
-PW_KERNEL((Shape<Q, KV, kWidth>::kThreads), (Shape<Q, KV, kWidth>::kMinBlocks))
+template <class Q, class KV, int kWidth, bool kSmall>
+PW_KERNEL((Shape<Q, KV, kWidth, kSmall>::kThreads), (Shape<Q, KV, kWidth, kSmall>::kMinBlocks))
 void attention_kernel(const AttentionPlan p) {
-    AttentionBlock<Shape<Q, KV, kWidth>, Q, KV>(p).run();
+#if defined(PW_SHARED_MEMORY_IS_LARGE)
+    constexpr bool kIsLaunched = !kSmall;  // the rest is not worth its bytes
+#else
+    constexpr bool kIsLaunched = true;
+#endif
+    if constexpr (kIsLaunched) AttentionBlock<Shape<Q, KV, kWidth, kSmall>, Q, KV>(p).run();
 }
 
 }  // namespace pagewire

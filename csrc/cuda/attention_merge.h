@@ -1,6 +1,10 @@
-// Merging parts: a block writes its part, fences, then counts itself in; the block that counts last
-// has, by its own fence, every other part before it, reads them past L1 and resets the counter for
-// the next launch on the stream.
+// Merging parts: a block writes its part, then one thread counts it in, between two block barriers:
+// together they order the part before the count, and the count before the last block's reads, which
+// go past L1. The last count sets the counter back for the next launch on the stream.
+//
+// Blocks agree on the parts of an item because they read the same lengths. Lengths that change
+// while a launch runs break that, and would leave counters at a part of their way: every later
+// launch would merge too early. So the last block to leave looks at all of them.
 #pragma once
 
 #include "cuda/attention_step.h"
@@ -71,44 +75,59 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
                        });
             return;
         }
-        float* own = p.partial + s.slot * p.chunk_rows * S::kPartStride;
+        const int max_at = p.part_stride - 4, sum_at = max_at + 1;
         merge_rows(valid, groups, part_max, part_sum, part_out,
                    [&](int row, int column, float max, float sum, const float (&x)[4]) {
-                       float* to = own + row * S::kPartStride;
+                       float* to = p.partial + (s.own_row + row) * p.part_stride;
                        store_global(reinterpret_cast<Vec16*>(to + column),
                                     Vec16{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]),
                                            float_bits(x[3])}});
                        if (column == 0) {
-                           store_global(to + S::kWidth, max);
-                           store_global(to + S::kWidth + 1, sum);
+                           store_global(to + max_at, max);
+                           store_global(to + sum_at, sum);
                        }
                    });
-        fence_device();
         sync_block();
         if (thread_index() == 0) {
-            const bool last = atomic_add(p.counters + s.counter, 1) == s.num_parts - 1;
-            if (last) store_global(p.counters + s.counter, 0);
-            store_shared(scratch(), last ? 1 : 0);
+            const int last = s.num_parts - 1;
+            store_shared(scratch(), count_up_to(p.counters + s.counter, last) == last ? 1 : 0);
         }
         sync_block();
         if (!load_shared(scratch())) return;
-        fence_device();
-        const auto slot = [&](int row, int i) {
-            return p.partial + (s.slot_of(i) * p.chunk_rows + row) * S::kPartStride;
+        const auto part = [&](int row, int i) {
+            return p.partial + (s.row_of(i) + row) * p.part_stride;
         };
         merge_rows(
             valid, s.num_parts,
-            [&](int row, int i) { return load_global_fresh(slot(row, i) + S::kWidth); },
-            [&](int row, int i) { return load_global_fresh(slot(row, i) + S::kWidth + 1); },
+            [&](int row, int i) { return load_global_fresh(part(row, i) + max_at); },
+            [&](int row, int i) { return load_global_fresh(part(row, i) + sum_at); },
             [&](int row, int i, int column, float (&x)[4]) {
                 const Vec16 four =
-                    load_global_fresh(reinterpret_cast<const Vec16*>(slot(row, i) + column));
+                    load_global_fresh(reinterpret_cast<const Vec16*>(part(row, i) + column));
                 PW_UNROLL
                 for (int e = 0; e < 4; ++e) x[e] = float_from_bits(four.x[e]);
             },
             [&](int row, int column, float max, float sum, const float (&x)[4]) {
                 store_result(w, s, row, column, max, sum, x);
             });
+    }
+
+    // The last block of the launch to come here has all counts behind it: every counter is back at
+    // zero, or is recorded and set back.
+    PW_DEVICE void leave() const {
+        if (p.num_counters == 0 || thread_index() >= 32) return;
+        const int last = static_cast<int>(grid_x()) - 1;
+        int is_last = 0;
+        if (lane == 0) is_last = count_up_to(p.blocks_done, last) == last ? 1 : 0;
+        if (!shuffle(is_last, 0)) return;
+        sync_warp();
+        for (int i = lane; i < p.num_counters; i += 32) {
+            if (load_global_fresh(p.counters + i) == 0) continue;
+            store_global(p.counters + i, 0);
+            record_error(p.error_word,
+                         p.cu_seqlens_q ? ErrorKind::kPrefillCounter : ErrorKind::kDecodeCounter, 0,
+                         i);
+        }
     }
 
     // Merges `count` states of each row in their order, four columns a thread.

@@ -68,12 +68,13 @@ PW_DEVICE RequestWork request_work(const AttentionPlan& p, int request, int row_
 struct Segment {
     int request, head, chunk;
     int key_begin, key_end;
-    int num_parts;                        // of the item; 1: this piece is all of it
-    int64_t slot, first_slot, next_slot;  // where this part goes; where part 0 and part 1 are
-    int slot_step, counter;
+    int num_parts;  // of the item; 1: this piece is all of it
+    // rows of plan.partial: where this part goes; where part 0 and part 1 are; from one to the next
+    int64_t own_row, first_row, next_row, row_step;
+    int counter;
 
-    PW_DEVICE int64_t slot_of(int part) const {
-        return part == 0 ? first_slot : next_slot + int64_t(part - 1) * slot_step;
+    PW_DEVICE int64_t row_of(int part) const {
+        return part == 0 ? first_row : next_row + (part - 1) * row_step;
     }
 };
 
@@ -92,24 +93,25 @@ PW_DEVICE int64_t cut_segment(const AttentionPlan& p, const RequestWork& w, int 
     if (p.split_size > 0) {
         count = 1;
         s.num_parts = w.num_units;
-        const int64_t items_before =
-            (int64_t(request) * p.num_kv_heads + s.head) * p.max_chunks + s.chunk;
-        s.first_slot = items_before * p.max_splits;
-        s.next_slot = s.first_slot + 1;
-        s.slot_step = 1;
-        s.slot = s.first_slot + first;
-        s.counter = static_cast<int>(items_before);
+        // all rows that can exist, split after split
+        s.row_step = p.part_rows;
+        s.first_row = int64_t(s.head) * p.max_splits * p.part_rows +
+                      w.row_begin * p.part_rows_of_token + request * p.part_rows_of_request +
+                      int64_t(s.chunk) * p.chunk_rows;
+        s.next_row = s.first_row + s.row_step;
+        s.own_row = s.first_row + first * s.row_step;
+        s.counter = (request * p.num_kv_heads + s.head) * p.max_chunks + s.chunk;
     } else {
         if (count > end - unit) count = end - unit;
         const int64_t item_begin = unit - first, item_end = item_begin + w.num_units;
         const int64_t block = unit / share, first_block = item_begin / share;
         s.num_parts = static_cast<int>((item_end - 1) / share - first_block) + 1;
-        // a block has two slots: one for an item that began before it, one for an item that goes on
+        // a block has room for two parts: of an item that began before it, then of one that goes on
         // after it
-        s.first_slot = 2 * first_block + 1;
-        s.next_slot = 2 * (first_block + 1);
-        s.slot_step = 2;
-        s.slot = block == first_block ? s.first_slot : 2 * block;
+        s.first_row = (2 * first_block + 1) * p.chunk_rows;
+        s.next_row = 2 * (first_block + 1) * p.chunk_rows;
+        s.row_step = 2 * p.chunk_rows;
+        s.own_row = block == first_block ? s.first_row : 2 * block * p.chunk_rows;
         s.counter = static_cast<int>(first_block);
     }
     const int64_t key_begin = int64_t(w.first_unit + first) * w.unit_len;

@@ -12,6 +12,11 @@
 #define PW_PRAGMA(x) _Pragma(#x)
 #define PW_UNROLL_BY(n) PW_PRAGMA(unroll n)
 
+// Code for sm_90a alone: its devices have 227 KiB of shared memory a block.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PW_SHARED_MEMORY_IS_LARGE 1
+#endif
+
 namespace pagewire {
 
 extern __shared__ Vec16 pagewire_shared_memory[];
@@ -26,7 +31,6 @@ PW_DEVICE char* shared_memory() { return reinterpret_cast<char*>(pagewire_shared
 
 PW_DEVICE void sync_block() { __syncthreads(); }
 PW_DEVICE void sync_warp() { __syncwarp(); }
-PW_DEVICE void fence_device() { __threadfence(); }
 
 template <class T>
 PW_DEVICE T shuffle(T value, int lane) {
@@ -42,7 +46,17 @@ PW_DEVICE T shuffle_up(T value, int delta) {
 }
 PW_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 
-PW_DEVICE int atomic_add(int* p, int value) { return atomicAdd(p, value); }
+// Adds one, but goes from `last` to 0; returns the old value. Orders memory between blocks: with a
+// block barrier before it, what the block has written is seen by whoever counts later; with one
+// after it, the block sees what those have written that counted earlier.
+PW_DEVICE int count_up_to(int* p, int last) {
+    int old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(p), "r"(last)
+                 : "memory");
+    return old;
+}
 PW_DEVICE void atomic_max(int64_t* p, int64_t value) {
     atomicMax(reinterpret_cast<long long*>(p), static_cast<long long>(value));
 }
@@ -97,6 +111,12 @@ PW_DEVICE void store_streaming(Vec16* p, Vec16 v) {
 PW_DEVICE uint64_t evict_first_policy() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+// For bytes that are read again.
+PW_DEVICE uint64_t evict_normal_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 

@@ -13,6 +13,8 @@ enum class ErrorKind : int {
     kAppendSlot = 7,
     kPackSlot = 8,
     kUnpackSlot = 9,
+    kDecodeCounter = 10,
+    kPrefillCounter = 11,
 };
 
 }  // namespace pagewire

@@ -1,137 +1,98 @@
-// Launching without <<<>>>: the same call runs a kernel on a GPU or under the emulation.
+// Launching without <<<>>>: the same host code starts a kernel on a GPU or under the emulation.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "cuda/device.h"
 
-#if !defined(PAGEWIRE_EMULATE)
-#include <cuda_runtime_api.h>
-
-#include <map>
-#include <mutex>
-#include <utility>
+#if defined(PAGEWIRE_EMULATE)
+#include "emulation/runtime.h"
 #else
-#include <cstdlib>
+#include "cuda/runtime_gpu.h"
 #endif
 
 namespace pagewire {
 
 struct LaunchConfig {
     const char* name;  // of the kernel, for messages
-    uint32_t grid_x, grid_y;
+    int64_t grid_x, grid_y;
     int num_threads;
     size_t shared_bytes;
     uintptr_t stream;
 };
 
-#if defined(PAGEWIRE_EMULATE)
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const LaunchConfig& c, const Arguments&... arguments) {
-    emulation::Block::running().run_grid(c.name, {c.grid_x, c.grid_y, 1}, c.num_threads,
-                                         c.shared_bytes, [&] { kernel(arguments...); });
-}
-
-inline int num_multiprocessors() {
-    const char* count = std::getenv("PAGEWIRE_EMULATION_SMS");
-    return count ? std::atoi(count) : 4;
-}
-
-template <class Kernel>
-int blocks_per_multiprocessor(Kernel, int, size_t) {
-    return 1;
-}
-
-struct UseDevice {
-    explicit UseDevice(int) {}
-};
-
-#else
-
-inline void check_cuda(cudaError_t error, const char* doing) {
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("pagewire: ") + doing + ": " +
-                                 cudaGetErrorString(error));
-    }
-}
-
 // Makes `device` current for this thread while in scope.
 class UseDevice {
   public:
-    explicit UseDevice(int device) {
-        check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-        if (device != previous_) {
-            check_cuda(cudaSetDevice(device), "cudaSetDevice");
-            changed_ = true;
-        }
+    explicit UseDevice(int device) : previous_(runtime::current_device()), own_(device) {
+        if (own_ != previous_) runtime::use_device(own_);
     }
     ~UseDevice() {
-        if (changed_) cudaSetDevice(previous_);
+        if (own_ != previous_) runtime::leave_device(previous_);
     }
     UseDevice(const UseDevice&) = delete;
     UseDevice& operator=(const UseDevice&) = delete;
 
   private:
-    int previous_ = 0;
-    bool changed_ = false;
+    int previous_, own_;
 };
 
-inline int current_device() {
-    int device = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    return device;
+// A block may ask for 48 KiB of shared memory unless its kernel's limit was raised. Raised once per
+// kernel and device, to all that the device has: a limit that followed the launches could be too
+// low for one that was prepared before another.
+template <class... Parameters>
+void allow_shared_memory(void (*kernel)(Parameters...)) {
+    static std::mutex mutex;
+    static std::set<std::pair<int, const void*> > allowed;
+    std::lock_guard<std::mutex> lock(mutex);
+    const std::pair<int, const void*> key{runtime::current_device(),
+                                          reinterpret_cast<const void*>(kernel)};
+    if (allowed.count(key)) return;
+    runtime::limit_shared_memory(kernel, runtime::shared_memory_of_a_block());
+    allowed.insert(key);
 }
 
-inline int num_multiprocessors() {
+// Blocks of this kernel that fit on one multiprocessor, at least one.
+template <class... Parameters>
+int blocks_per_multiprocessor(void (*kernel)(Parameters...), const char* name, int num_threads,
+                              size_t shared_bytes) {
     static std::mutex mutex;
-    static std::map<int, int> known;
-    std::lock_guard<std::mutex> lock(mutex);
-    int& count = known[current_device()];
-    if (count == 0) {
-        check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
-                   "cudaDeviceGetAttribute");
+    static std::map<std::tuple<int, const void*, size_t>, int> known;
+    const size_t limit = runtime::shared_memory_of_a_block();
+    if (shared_bytes > limit) {
+        throw std::runtime_error(
+            std::string("pagewire: ") + name + " needs " + std::to_string(shared_bytes) +
+            " bytes of shared memory a block, this device (sm_" +
+            std::to_string(runtime::architecture()) + ") has " + std::to_string(limit));
     }
-    return count;
-}
-
-// Blocks of this kernel that fit on one multiprocessor; also raises the kernel's limit of shared
-// memory to `shared_bytes`, so call it before the first launch. Asked once per kernel, size and
-// device.
-template <class Kernel>
-int blocks_per_multiprocessor(Kernel kernel, int num_threads, size_t shared_bytes) {
-    static std::mutex mutex;
-    static std::map<std::pair<int, std::pair<const void*, size_t> >, int> known;
-    const void* function = reinterpret_cast<const void*>(kernel);
+    allow_shared_memory(kernel);
     std::lock_guard<std::mutex> lock(mutex);
-    int& blocks = known[{current_device(), {function, shared_bytes}}];
+    int& blocks =
+        known[{runtime::current_device(), reinterpret_cast<const void*>(kernel), shared_bytes}];
+    if (blocks == 0)
+        blocks = runtime::blocks_of_a_multiprocessor(kernel, num_threads, shared_bytes);
     if (blocks == 0) {
-        check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)),
-                   "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-        check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, num_threads,
-                                                                 shared_bytes),
-                   "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-        if (blocks == 0) {
-            throw std::runtime_error("pagewire: a kernel with " + std::to_string(shared_bytes) +
-                                     " bytes of shared memory does not fit on this device");
-        }
+        throw std::runtime_error(std::string("pagewire: ") + name + " with " +
+                                 std::to_string(num_threads) + " threads and " +
+                                 std::to_string(shared_bytes) +
+                                 " bytes of shared memory does not fit on this device (sm_" +
+                                 std::to_string(runtime::architecture()) + ")");
     }
     return blocks;
 }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& c, const Arguments&... arguments) {
-    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(c.grid_x, c.grid_y, 1),
-                                dim3(static_cast<unsigned>(c.num_threads), 1, 1), pointers,
-                                c.shared_bytes, reinterpret_cast<cudaStream_t>(c.stream)),
-               c.name);
+    runtime::start(kernel, c.name, c.grid_x, c.grid_y, c.num_threads, c.shared_bytes, c.stream,
+                   arguments...);
 }
-
-#endif
 
 }  // namespace pagewire

@@ -114,9 +114,7 @@ void run(const MergeRequest& q) {
                         aligned(q.out, q.stride_row | q.stride_head, sizeof(Out));
     const int64_t items = q.num_rows * q.num_heads;
     launch(merge_kernel<T, Out>,
-           LaunchConfig{"merge_kernel", static_cast<uint32_t>((items + 3) / 4), 1, kThreads, 0,
-                        q.stream},
-           q, vector);
+           LaunchConfig{"merge_kernel", (items + 3) / 4, 1, kThreads, 0, q.stream}, q, vector);
 }
 
 template <class T>

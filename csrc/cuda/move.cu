@@ -419,13 +419,12 @@ void run(const MoveRequest& q, int first_layer, int num_layers) {
     const MoveSide& slotted = q.source_has_slots ? q.parts[0].source : q.parts[0].target;
     p.head_fastest = slotted.stride_head <= slotted.stride_token;
     const int64_t rows_per_block = int64_t(kThreads >> p.log2_lanes) * kRows;
-    const LaunchConfig config{
-        copies ? "copy_kernel" : "convert_kernel",
-        static_cast<uint32_t>((int64_t(p.num_rows) + rows_per_block - 1) / rows_per_block),
-        static_cast<uint32_t>(num_layers * num_parts),
-        kThreads,
-        0,
-        q.stream};
+    const LaunchConfig config{copies ? "copy_kernel" : "convert_kernel",
+                              (int64_t(p.num_rows) + rows_per_block - 1) / rows_per_block,
+                              num_layers * num_parts,
+                              kThreads,
+                              0,
+                              q.stream};
     if (copies) {
         launch(copy_kernel<kLayers>, config, p);
     } else {
@@ -444,6 +443,7 @@ void move(const MoveRequest& q) {
     }
     UseDevice guard(q.device);
     const int num_layers = static_cast<int>(q.pointers.size() / q.parts.size());
+    if (num_layers == 0) return;  // a grid without blocks is an error
     if (num_layers == 1) return run<1>(q, 0, 1);
     if (num_layers <= kUsualLayers) return run<kUsualLayers>(q, 0, num_layers);
     for (int first = 0; first < num_layers; first += kManyLayers) {

@@ -25,10 +25,11 @@ Block& Block::running() {
 void Block::run_grid(const char* kernel, Index3 grid, int num_threads, size_t shared_bytes,
                      const std::function<void()>& body) {
     std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-    if (num_threads % kWarp || num_threads > kMaxThreads || num_threads == 0) {
-        throw Fault(std::string(kernel) + ": a block of " + std::to_string(num_threads) +
-                    " threads cannot be launched");
+    if (num_threads % kWarp) {
+        throw Fault(std::string(kernel) + ": the emulation runs whole warps, not " +
+                    std::to_string(num_threads) + " threads");
     }
+    launched_ = {kernel, grid, num_threads, shared_bytes, 0, 0};
     kernel_ = kernel;
     grid_ = grid;
     num_threads_ = num_threads;
@@ -45,6 +46,7 @@ void Block::run_grid(const char* kernel, Index3 grid, int num_threads, size_t sh
         block_ = {static_cast<uint32_t>(at % grid.x), static_cast<uint32_t>(at / grid.x % grid.y),
                   static_cast<uint32_t>(at / grid.x / grid.y)};
         run_block();
+        if (after_block_) after_block_(i + 1);
     }
 }
 

@@ -3,7 +3,8 @@
 //
 // Reported as an exception that names kernel, block, thread and source line: barriers and warp
 // operations that some threads never reach, misaligned vector accesses, and everything SharedMemory
-// knows. A fault abandons the launch.
+// knows. A fault abandons the launch. What a device would refuse before a thread runs, runtime.h
+// refuses: shared memory above the kernel's or the device's limit, empty or too large grids.
 //
 // What this cannot show, because one block runs at a time and memory is sequentially consistent:
 //   - ordering between blocks: a missing __threadfence, a stale L1 line, a block that waits for a
@@ -97,6 +98,24 @@ class Block {
     void copy_async(void* shared, const void* global, int size, int bytes, Where where);
     void commit_copies();
     void wait_copies(size_t still_in_flight);
+    void note_policy(int bytes, bool evict_first) {
+        launched_.copied_bytes += bytes;
+        if (evict_first) launched_.evict_first_bytes += bytes;
+    }
+
+    // What the last launch was, for tests.
+    struct Launched {
+        std::string kernel;
+        Index3 grid;
+        int num_threads;
+        size_t shared_bytes;
+        int64_t copied_bytes, evict_first_bytes;  // asynchronously
+    };
+    const Launched& launched() const { return launched_; }
+
+    // Called after every block with the number of blocks that are done, until it is replaced: what
+    // another stream might do to memory while a launch is under way.
+    void after_each_block(std::function<void(uint64_t)> call) { after_block_ = std::move(call); }
 
     // Ends the launch with a Fault if `fault` says something.
     void report(const std::string& fault, Where where);
@@ -147,6 +166,8 @@ class Block {
     Where block_where_{"", 0};
     SharedMemory shared_;
     std::string fault_;
+    Launched launched_{};
+    std::function<void(uint64_t)> after_block_;
 };
 
 }  // namespace pagewire::emulation

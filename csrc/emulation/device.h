@@ -32,7 +32,6 @@ inline char* shared_memory() { return Block::running().shared(); }
 
 inline void sync_block(Where where = Where::here()) { Block::running().sync_block(where); }
 inline void sync_warp(Where where = Where::here()) { Block::running().sync_warp(where); }
-inline void fence_device() {}
 
 namespace emulation {
 
@@ -86,10 +85,10 @@ inline uint32_t ballot(bool value, Where where = Where::here()) {
     return mine.result;
 }
 
-inline int atomic_add(int* p, int value) {
-    const int old = *p;
-    *p += value;
-    return old;
+inline int count_up_to(int* p, int last) {
+    const uint32_t old = static_cast<uint32_t>(*p);
+    *p = old >= static_cast<uint32_t>(last) ? 0 : static_cast<int>(old + 1);
+    return static_cast<int>(old);
 }
 inline void atomic_max(int64_t* p, int64_t value) { *p = std::max(*p, value); }
 
@@ -129,10 +128,12 @@ inline void store_streaming(Vec16* p, Vec16 v, Where where = Where::here()) {
     store_global(p, v, where);
 }
 
-inline uint64_t evict_first_policy() { return 0; }
-inline void copy_async_16(void* shared, const void* global, int bytes, uint64_t,
+inline uint64_t evict_normal_policy() { return 0; }
+inline uint64_t evict_first_policy() { return 1; }
+inline void copy_async_16(void* shared, const void* global, int bytes, uint64_t policy,
                           Where where = Where::here()) {
     Block::running().copy_async(shared, global, 16, bytes, where);
+    Block::running().note_policy(bytes, policy == evict_first_policy());
 }
 inline void copy_async_4(void* shared, const void* global, int bytes, Where where = Where::here()) {
     Block::running().copy_async(shared, global, 4, bytes, where);

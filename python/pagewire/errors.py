@@ -28,12 +28,17 @@ _SENTENCES = {
     codes.APPEND_SLOT: "append_kv: slot_mapping[{entry}] is past the last slot, num_pages * page_size",
     codes.PACK_SLOT: "pack_kv: slots[{entry}] is outside [0, num_pages * page_size)",
     codes.UNPACK_SLOT: "unpack_kv: slots[{entry}] is outside [0, num_pages * page_size)",
+    codes.DECODE_COUNTER: "decode: seq_lens changed while a call ran (work counter {entry} was not zero after it)",
+    codes.PREFILL_COUNTER: "prefill: seq_lens or cu_seqlens_q changed while a call ran (work counter {entry} was not "
+    "zero after it)",
 }
 _CONSEQUENCE = {
     codes.PACK_SLOT: "its rows were packed as zeros",
     codes.UNPACK_SLOT: "its rows were skipped",
     codes.APPEND_SLOT: "its row was skipped",
     codes.PREFILL_MAX_Q_LEN: "its rows were left empty",
+    codes.DECODE_COUNTER: "rows of that call may be wrong, the counters were reset for the next one",
+    codes.PREFILL_COUNTER: "rows of that call may be wrong, the counters were reset for the next one",
 }
 
 _words: dict[torch.device, torch.Tensor] = {}
@@ -45,13 +50,20 @@ def device_word(device: torch.device) -> torch.Tensor:
         device = torch.device("cuda", torch.cuda.current_device())
     word = _words.get(device)
     if word is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _is_capturing(device):
             raise RuntimeError(
                 f"pagewire: the error word of {device} does not exist yet and cannot be allocated during a CUDA "
                 "graph capture; run one pagewire op on this device before capturing"
             )
         word = _words[device] = torch.zeros(1, dtype=torch.int64, device=device)
     return word
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Asked of the tensors' device, which need not be the current one."""
+    from pagewire.kernels.device import is_capturing  # importing pagewire loads nothing of kernels/
+
+    return is_capturing(device)
 
 
 def describe(word: int) -> str:
@@ -84,6 +96,6 @@ def check_after_call(device: torch.device) -> None:
     """Under PAGEWIRE_CHECK=1, `check_errors()` after each call outside a capture."""
     if not _words or os.environ.get("PAGEWIRE_CHECK") != "1":
         return
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         return
     check_errors()

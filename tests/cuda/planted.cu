@@ -30,6 +30,13 @@ enum Bug : int {
     kReadRace,
     kWriteRace,
     kMatrixRace,
+    // what the runtime refuses before a thread runs
+    kSharedOverLimit,
+    kSharedOverDevice,
+    kNoBlocks,
+    kTooManyBlocks,
+    kTooManyThreads,
+    kTooManyParameters,
     kNumBugs
 };
 constexpr const char* kNames[kNumBugs] = {
@@ -52,6 +59,12 @@ constexpr const char* kNames[kNumBugs] = {
     "read_race",
     "write_race",
     "matrix_race",
+    "shared_over_limit",
+    "shared_over_device",
+    "no_blocks",
+    "too_many_blocks",
+    "too_many_threads",
+    "too_many_parameters",
 };
 
 // Every thread copies 16 bytes to shared memory, all wait, every thread adds its neighbour's to its
@@ -112,6 +125,26 @@ void planted_kernel(const Vec16* in, uint32_t* out, Bug bug) {
     store_global(out + t, sum);
 }
 
+struct Large {
+    char bytes[32765];
+};
+PW_KERNEL(kThreads, 1)
+void large_kernel(const Large) {}
+
+void launch_planted(Bug bug, const Vec16* in, uint32_t* out) {
+    LaunchConfig c{"planted_kernel", 2, 1, kThreads, kThreads * 16, 0};
+    if (bug == kSharedOverLimit) c.shared_bytes = (48 << 10) + 16;
+    if (bug == kSharedOverDevice) {
+        c.shared_bytes = (227 << 10) + 16;
+        allow_shared_memory(planted_kernel);
+    }
+    if (bug == kNoBlocks) c.grid_x = 0;
+    if (bug == kTooManyBlocks) c.grid_y = 65536;
+    if (bug == kTooManyThreads) c.num_threads = 1056;
+    if (bug == kTooManyParameters) return launch(large_kernel, c, Large{});
+    launch(planted_kernel, c, in, out, bug);
+}
+
 int main(int argc, char** argv) {
     for (int bug = 0; bug < kNumBugs; ++bug) {
         if (argc != 2 || std::strcmp(argv[1], kNames[bug])) continue;
@@ -119,8 +152,7 @@ int main(int argc, char** argv) {
         for (uint32_t i = 0; i < kThreads; ++i) in[i] = {{i, i, i, i}};
         std::vector<uint32_t> out(kThreads);
         try {
-            launch(planted_kernel, LaunchConfig{"planted_kernel", 2, 1, kThreads, kThreads * 16, 0},
-                   in.data(), out.data(), static_cast<Bug>(bug));
+            launch_planted(static_cast<Bug>(bug), in.data(), out.data());
         } catch (const std::exception& e) {
             std::printf("%s\n", e.what());
             return 1;

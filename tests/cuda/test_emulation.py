@@ -27,6 +27,12 @@ REPORTS = {
     "read_race": ("reads what thread ", "overwrites what another thread may still be reading"),
     "write_race": ("reads what thread ", "overwrites what another thread may still be reading"),
     "matrix_race": "reads what thread ",
+    "shared_over_limit": "invalid argument (49168 bytes of shared memory, the kernel's limit is 49152)",
+    "shared_over_device": "invalid argument (232464 bytes of shared memory, the kernel's limit is 232448)",
+    "no_blocks": "invalid configuration argument (0 x 1 blocks)",
+    "too_many_blocks": "invalid configuration argument (2 x 65536 blocks)",
+    "too_many_threads": "invalid configuration argument (blocks of 1056 threads)",
+    "too_many_parameters": "invalid argument (32765 bytes of parameters, at most 32764)",
 }
 ADDRESS_SANITIZER = {
     "shared_out_of_bounds_by_pointer": "heap-buffer-overflow",

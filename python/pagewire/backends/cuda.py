@@ -10,6 +10,7 @@ import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,11 +102,11 @@ def _attention(
     )  # fmt: skip
     held: list[Tensor] = []  # until the launch has been queued
 
-    def allocate(partial_floats: int, num_counters: int) -> tuple[int, int]:
+    def allocate(partial_floats: int, num_counters: int) -> tuple[int, int, int]:
         partial = torch.empty(partial_floats, dtype=torch.float32, device=q.device)
         counters = _counters(q.device, stream, num_counters)
-        held.extend((partial, counters))
-        return partial.data_ptr(), counters.data_ptr()
+        held.extend((partial, counters.of_items, counters.of_blocks))
+        return partial.data_ptr(), counters.of_items.data_ptr(), counters.of_blocks.data_ptr()
 
     _extension(q.device).attention(
         tensors, _cache(k_cache, m.k_scale), _cache(v_cache, m.v_scale), sizes, modifiers, allocate
@@ -136,21 +137,27 @@ def _attention_scale(scale: Scale) -> tuple[int, float, int, int, int, int, int]
             return _TOKEN_HEAD, 1.0, at, 0, *scale.stride()  # type: ignore[return-value]
 
 
-# (device, stream) -> (capture, counters). Kernels leave counters at zero, so that one zeroed buffer serves every
-# launch on a stream; each capture gets its own, zeroed inside the graph, since graphs may replay side by side.
-_counter_buffers: dict[tuple[torch.device, int], tuple[int, Tensor]] = {}
+class _Counters(NamedTuple):
+    capture: int  # whose they are; 0: of no graph
+    of_items: Tensor  # int32
+    of_blocks: Tensor  # int32 [1]
 
 
-def _counters(device: torch.device, stream: int, count: int) -> Tensor:
-    capture = 0
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        capture = _built().capture_id(stream)
+# (device, stream) -> counters. Kernels leave them at zero, so that one zeroed buffer serves every launch on a stream;
+# each capture gets its own, zeroed inside the graph, since graphs may replay side by side.
+_counter_buffers: dict[tuple[torch.device, int], _Counters] = {}
+
+
+def _counters(device: torch.device, stream: int, count: int) -> _Counters:
+    # asks q's stream: the current device may be another one, with another stream that is captured or not
+    capture = _built().capture_id(stream) if device.type == "cuda" else 0
     key = (device, stream) if capture == 0 else (device, -1 - stream)
     known = _counter_buffers.get(key)
-    if known is None or known[0] != capture or known[1].shape[0] < count:
-        known = (capture, torch.zeros(max(count, 1024), dtype=torch.int32, device=device))
+    if known is None or known.capture != capture or known.of_items.shape[0] < count:
+        of_items = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        known = _Counters(capture, of_items, torch.zeros(1, dtype=torch.int32, device=device))
         _counter_buffers[key] = known
-    return known[1]
+    return known
 
 
 # ---------------------------------------------------------------------------------------------- merge

@@ -1,0 +1,99 @@
+#include "emulation/runtime.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+
+namespace pagewire::runtime {
+
+namespace {
+
+std::mutex mutex;
+std::map<std::pair<int, const void*>, size_t> shared_limits;  // (device, kernel) -> bytes
+
+int from_environment(const char* name, int otherwise) {
+    const char* value = std::getenv(name);
+    return value ? std::atoi(value) : otherwise;
+}
+
+std::string bytes(size_t n) { return std::to_string(n) + " bytes of shared memory"; }
+
+[[noreturn]] void refuse(const std::string& name, const std::string& error,
+                         const std::string& why) {
+    throw emulation::Fault(name + ": " + error + " (" + why + ")");
+}
+
+}  // namespace
+
+int architecture() { return from_environment("PAGEWIRE_EMULATION_ARCH", 90); }
+
+int num_multiprocessors() { return from_environment("PAGEWIRE_EMULATION_SMS", 4); }
+
+Limits limits_of(int arch) {
+    switch (arch) {
+        case 80:
+        case 87:
+            return {163 << 10, 164 << 10, arch == 80 ? 2048 : 1536};
+        case 86:
+        case 89:
+        case 120:
+        case 121:
+            return {99 << 10, 100 << 10, 1536};
+        case 90:
+        case 100:
+        case 103:
+        case 110:
+            return {227 << 10, 228 << 10, arch == 110 ? 1536 : 2048};
+        default:
+            throw emulation::Fault(
+                "PAGEWIRE_EMULATION_ARCH: expected 80, 86, 87, 89, 90, 100, 103, "
+                "110, 120 or 121, got " +
+                std::to_string(arch));
+    }
+}
+
+void limit_shared_memory(const void* kernel, size_t wanted) {
+    const int arch = architecture();
+    const size_t most = limits_of(arch).shared_of_a_block;
+    if (wanted > most) {
+        refuse("cudaFuncSetAttribute", "invalid argument",
+               bytes(wanted) + ", sm_" + std::to_string(arch) + " has " + std::to_string(most));
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    shared_limits[{arch, kernel}] = wanted;
+}
+
+// One where a block fits at all: more would only make the emulation slower.
+int blocks_of_a_multiprocessor(int num_threads, size_t shared_bytes) {
+    const Limits limits = limits_of(architecture());
+    return shared_bytes + kSharedOfTheSystem <= limits.shared_of_a_multiprocessor &&
+                   num_threads <= limits.threads_of_a_multiprocessor
+               ? 1
+               : 0;
+}
+
+void check_launch(const void* kernel, const char* name, int64_t grid_x, int64_t grid_y,
+                  int num_threads, size_t shared_bytes, size_t parameter_bytes) {
+    if (grid_x < 1 || grid_x > kMaxGridX || grid_y < 1 || grid_y > kMaxGridY) {
+        refuse(name, "invalid configuration argument",
+               std::to_string(grid_x) + " x " + std::to_string(grid_y) + " blocks");
+    }
+    if (num_threads < 1 || num_threads > emulation::Block::kMaxThreads) {
+        refuse(name, "invalid configuration argument",
+               "blocks of " + std::to_string(num_threads) + " threads");
+    }
+    if (parameter_bytes > kMaxParameterBytes) {
+        refuse(name, "invalid argument",
+               std::to_string(parameter_bytes) + " bytes of parameters, at most " +
+                   std::to_string(kMaxParameterBytes));
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto found = shared_limits.find({architecture(), kernel});
+    const size_t limit = found == shared_limits.end() ? kSharedWithoutAsking : found->second;
+    if (shared_bytes > limit) {
+        refuse(name, "invalid argument",
+               bytes(shared_bytes) + ", the kernel's limit is " + std::to_string(limit));
+    }
+}
+
+}  // namespace pagewire::runtime
