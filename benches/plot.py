@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -21,6 +23,7 @@ except ModuleNotFoundError:  # a plain source tree
 
 Row = bench_rows.Row
 _MARKS = "osD^vP*X"
+_FILLS = ("full", "none", "left", "top")  # of our backends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def roofline(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Left: attention, rate over intensity under the roof measured in the same run. Right: moves, share of the roof."""
+    """Left: attention, rate over intensity under the roof measured in the same run. Right: moves, share of the roof.
+
+    One of our backends: a mark per group. Several: each fills its marks in its own way, and has a bar of its own.
+    """
+    backends = list(dict.fromkeys(r.contender for r in rows if r.ours))
+    several = len(backends) > 1
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), width_ratios=(3, 2))
     attention = [r for r in rows if r.flops]
     if attention:
@@ -60,19 +68,21 @@ def roofline(rows: Sequence[Row], title: str, path: Path) -> None:
         left.annotate(f"{compute:.3g} TFLOP/s", (x[-1], compute), ha="right", va="bottom")
     for at, group in enumerate(dict.fromkeys(r.group for r in attention)):
         mark = _MARKS[at % len(_MARKS)]
-        for ours, colour, label in ((False, "0.7", None), (True, f"C{at}", group)):
-            points = [r for r in attention if r.group == group and r.ours == ours]
-            left.plot(
-                [r.flops / r.bytes for r in points], [r.tflops for r in points], mark, color=colour, label=label,
-                ms=6 if ours else 4, ls="", zorder=3 if ours else 2,
-            )  # fmt: skip
+        of_group = [r for r in attention if r.group == group]
+        points(left, [r for r in of_group if not r.ours], mark, color="0.7", ms=4, zorder=2)
+        for backend, fill in zip(backends, itertools.cycle(_FILLS), strict=False):
+            mine = [r for r in of_group if r.ours and r.contender == backend]
+            label = f"{group} {backend}" if several else group
+            points(left, mine, mark, color=f"C{at}", ms=6, zorder=3, fillstyle=fill, label=label)
     left.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s")
     left.set_title("attention (grey: peers)")
     if attention:
         left.legend()
     left.grid(alpha=0.3, which="both")
     moves = [r for r in rows if not r.flops and r.ours][::-1]
-    right.barh([r.case for r in moves], [r.roof_pct for r in moves], color="C0")
+    bars = [f"{r.case} {r.contender}" if several else r.case for r in moves]
+    colours = [f"C{backends.index(r.contender)}" for r in moves]
+    right.barh(bars, [r.roof_pct for r in moves], color=colours)
     right.axvline(100, color="black", lw=1)
     right.set_title("moves, % of the copy roof")
     right.tick_params(axis="y", labelsize=6)
@@ -82,8 +92,13 @@ def roofline(rows: Sequence[Row], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def points(axes: Any, rows: Sequence[Row], mark: str, **style: Any) -> None:
+    if rows:
+        axes.plot([r.flops / r.bytes for r in rows], [r.tflops for r in rows], mark, ls="", **style)
+
+
 def ratios(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Cases by peers: the peer's time over ours. Blue: we are faster; white: not compared."""
+    """Cases by peers: the peer's time over the fastest of ours. Blue: we are faster; white: not compared."""
     peers = list(dict.fromkeys(r.contender for r in rows if not r.ours))
     cases = list(dict.fromkeys(r.case for r in rows if not r.ours))
     values = np.full((max(len(cases), 1), max(len(peers), 1)), np.nan)
@@ -103,7 +118,7 @@ def ratios(rows: Sequence[Row], title: str, path: Path) -> None:
             axes.text(
                 x, y, text, ha="center", va="center", fontsize=6, color="w" if strong else "k"
             )
-    axes.set_xlabel(f"time of the peer over ours\n{title}", fontsize=7)
+    axes.set_xlabel(f"time of the peer over the fastest of ours\n{title}", fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -18,7 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 
 import pagewire as pw  # noqa: E402
+from cuda_fault import CudaFault  # noqa: E402
 from pagewire import emulation, registry  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if DEVICE == "cuda":
+        config.pluginmanager.register(CudaFault(config, torch.cuda.synchronize))
 
 
 @pytest.fixture(scope="session")

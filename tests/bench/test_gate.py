@@ -31,6 +31,18 @@ def test_a_recorded_case_that_was_not_timed_is_lost():
     assert lost.now is None and "not timed" in str(lost)
 
 
+def test_rows_of_ours_are_no_ratios():
+    """Two of ours: a peer's ratio is to the fastest of them, and theirs to each other are nobody's record."""
+    ours = [
+        Row("quick", "decode", "a", name, True, "ok", ratio=ratio)
+        for name, ratio in (("triton", 1.0), ("cuda", 1.6))
+    ]
+    found = [*ours, _row("a", "sdpa", 2.0)]
+    assert gate.ratios(found) == {"a": {"sdpa": 2.0}}
+    assert gate.losses({"a": {"sdpa": 2.0}}, found) == []
+    assert gate.ratios(gate.better(found, [*ours, _row("a", "sdpa", 2.5)])) == {"a": {"sdpa": 2.5}}
+
+
 def test_the_better_of_two_runs_counts():
     best = gate.better([_row("a", "sdpa", 1.0), _row("b", "sdpa", 3.0)], [_row("a", "sdpa", 2.0)])
     assert gate.ratios(best) == {"a": {"sdpa": 2.0}, "b": {"sdpa": 3.0}}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,27 @@ def test_nothing_timed_is_said(plot, tmp_path, capsys):
     rows.append(path, _rows()[2:3], describe("cpu"))
     assert plot.main([str(path), "--out", str(tmp_path)]) == 1
     assert "no timed rows" in capsys.readouterr().err
+
+
+def test_two_backends_of_ours_are_told_apart(plot, tmp_path, monkeypatch):
+    """A bar each, marks of their own, and ratios to the faster one, as the rows have them."""
+    both = []
+    for row in _rows():
+        both.append(row)
+        if row.ours:
+            both.append(replace(row, contender="cuda", us=25.0, roof_pct=90.0))
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    plot.roofline(both, "", tmp_path / "a.png")
+    left, right = figures[0].axes
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert labels == ["decode cpu", "decode cuda"]
+    marks = {line.get_label(): line for line in left.lines if line.get_label() in labels}
+    assert len({line.get_fillstyle() for line in marks.values()}) == 2
+    bars = dict(zip((x.get_text() for x in right.get_yticklabels()), right.patches, strict=True))
+    assert {name: bar.get_width() for name, bar in bars.items()} == {
+        "pack b cpu": 70.0, "pack b cuda": 90.0
+    }  # fmt: skip
+    plot.ratios(both, "", tmp_path / "b.png")
+    texts = [text.get_text() for text in figures[1].axes[0].texts]
+    assert texts == ["4.00", "0.40"]

@@ -1,7 +1,9 @@
 """The order of calls: interleaved, on buffers that nothing has touched for longest, a slow contender cut short."""
 
+import pytest
+
 from pagewire.bench import timing
-from pagewire.bench.timing import Clock, Times, interleave
+from pagewire.bench.timing import Clock, ContenderFailed, Times, interleave
 from pagewire.bench.work import Contender
 
 
@@ -53,6 +55,25 @@ def test_a_slow_contender_stops_after_two_rounds():
     assert not timing._continues(2, spent=100.0, share=1.0)
     assert timing._continues(timing.MIN_ROUNDS - 1, spent=2.0, share=1.0)
     assert not timing._continues(timing.MIN_ROUNDS, spent=2.0, share=1.0)
+
+
+def test_who_raises_is_named_with_the_cause():
+    def fail(copy: int) -> float:
+        raise OSError("no")
+
+    for failing in (Contender("b", fail), Contender("b", lambda copy: 5.0, before=fail)):
+        with pytest.raises(ContenderFailed, match="^b: OSError: no$") as caught:
+            interleave(FakeClock("cuda"), [_recorded([], "a"), failing], copies=2, seconds=0.0)
+        assert caught.value.name == "b" and isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_device_is_lost_when_it_says_so():
+    class Lost(FakeClock):
+        def synchronize(self) -> None:
+            raise RuntimeError("whatever the words")
+
+    assert Lost("cuda").lost()
+    assert not FakeClock("cuda").lost() and not Clock("cpu").lost()
 
 
 def test_quantiles():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from dataclasses import replace
@@ -15,6 +16,8 @@ from pagewire.bench import gate, machine, peers, rows, suite, suites, tune
 
 _EPILOG = """Every case is checked against the reference before it is timed. The column of a peer is its time over ours:
 above 1 we are faster. `-`: skipped, with the reason below the line. docs/tuning/README.md explains how to read it."""
+
+_FAULT = 3  # the exit status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backend",
         action="append",
         choices=names,
-        help="not the registry's choice; may be repeated",
+        help="default: on a CPU the registry's choice, on a GPU every one that runs there; may be repeated",
     )
     add("--threads", type=int, help="CPU threads; default: every core this process may use")
     add("--list", action="store_true", help="print the cases and the peers, time nothing")
@@ -60,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """0: everything checked green; 1: a red case, a loss against the record, or a refused request; 2: bad arguments."""
+    """The exit status of `pagewire bench`.
+
+    0: everything checked green; 1: a red case, a loss against the record, or a refused request; 2: bad arguments;
+    3: a CUDA fault ended this process's work, and the same command with --csv goes on with the next case. 3 comes
+    before 1: nothing is recorded or compared.
+    """
     args = _parser().parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -82,14 +90,21 @@ def main(argv: list[str]) -> int:
         cases = [c for c in cases if c.id in recorded[1]]
     if args.list:
         return _list(cases, chosen, device)
+    reasons = suite.ours(device, args.backend or ())
+    refused = [f"backend {name}: {why}" for name, why in reasons.items() if why is not None]
+    if refused and len(refused) == len(reasons):
+        return _say("; ".join(refused))
+    faults: frozenset[tuple[str, str]] = frozenset()
     if args.csv is not None and args.csv.exists():
-        cases = _not_in(args.csv, cases)
+        cases, faults = _not_in(args.csv, cases)
     minutes = args.minutes or _minutes(args.suite, device, bool(gated))
     backends = tuple(args.backend or ())
-    settings = suite.Settings(args.suite, device, minutes, chosen, backends, args.csv)
+    settings = suite.Settings(args.suite, device, minutes, chosen, backends, args.csv, faults)
     with torch.inference_mode():
         result = suite.run(settings, cases)
-        code = 1 if result.red else 0
+        if result.fault is not None:
+            return _ended(device)
+        code = 1 if result.red or (args.backend and refused) else 0
         if args.record:
             count = gate.record(args.record, result.rows, result.machine)
             print(f"{count} ratios in {args.record}")
@@ -131,13 +146,28 @@ def _check(
     return 1 if lost else 0
 
 
-def _not_in(path: Path, cases: list) -> list:
-    """A run that was cut off goes on where it stopped."""
-    done = {row.case for row, _ in rows.read(path)}
+def _not_in(path: Path, cases: list) -> tuple[list, frozenset[tuple[str, str]]]:
+    """A run that was cut off goes on where it stopped: (cases that are not done, who ended a process in which).
+
+    A case of which only faults are known comes after the new ones, for those of its contenders that did not fault.
+    """
+    written = [row for row, _ in rows.read(path)]
+    faults = frozenset((row.case, row.contender) for row in written if row.faulted)
+    done = {row.case for row in written if not row.faulted}
+    faulted = {case for case, _ in faults}
     left = [c for c in cases if c.id not in done]
     if len(left) < len(cases):
         print(f"{len(cases) - len(left)} of {len(cases)} cases are already in {path}")
-    return left
+    return sorted(left, key=lambda c: c.id in faulted), faults
+
+
+def _ended(device: str) -> int:
+    """After a fault destructors that call CUDA abort the interpreter's end: the status would not be ours."""
+    if device == "cuda":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_FAULT)
+    return _FAULT
 
 
 def _list(cases: list, chosen: tuple[peers.Peer, ...], device: str) -> int:

@@ -27,7 +27,7 @@ class Loss:
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Case -> peer -> the peer's time over ours, of the cases that were timed."""
+    """Case -> peer -> the peer's time over the fastest of ours, of the cases that were timed."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if not row.ours and row.status == "ok" and row.ratio > 0:

@@ -10,6 +10,9 @@ from typing import Any
 
 from pagewire.bench.machine import Machine
 
+# how the reason of a row begins whose contender ended its process; nothing else of that case was timed then
+FAULT = "CUDA fault: "
+
 
 @dataclass(frozen=True)
 class Row:
@@ -31,10 +34,16 @@ class Row:
     tflops: float = 0.0
     roof_pct: float = 0.0  # of the slower of moving and computing, at the rates below
     error: float = 0.0  # relative to fp64; moves: share of wrong bytes
-    ratio: float = 0.0  # a peer's time over ours: above 1 we are faster
+    ratio: float = (
+        0.0  # time over the fastest of ours in the case: a peer above 1 is slower than we are
+    )
     roof_gbps: float = 0.0
     roof_tflops: float = 0.0
     version: str = ""
+
+    @property
+    def faulted(self) -> bool:
+        return self.status == "failed" and self.reason.startswith(FAULT)
 
 
 FIELDS = (*(f.name for f in fields(Row)), *Machine._fields)

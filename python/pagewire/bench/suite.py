@@ -1,8 +1,13 @@
-"""The loop over cases: build, check, time beside the peers, print, write. Nothing is timed that has just been red."""
+"""The loop over cases: build, check, time beside the peers, print, write. Nothing is timed that has just been red.
+
+An exception ends a contender's part of a case. A fault that stays with the CUDA context ends this process's work: it
+says who and where, and the same command with --csv goes on after it.
+"""
 
 from __future__ import annotations
 
 import gc
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +18,7 @@ from typing import Any
 import torch
 
 import pagewire as pw
+from pagewire import registry
 from pagewire.bench import machine as machines
 from pagewire.bench import roof as roofs
 from pagewire.bench import rows as csv_rows
@@ -24,14 +30,15 @@ from pagewire.bench.peers import Peer
 from pagewire.bench.roof import Roof
 from pagewire.bench.rows import Row
 from pagewire.bench.table import Table
-from pagewire.bench.timing import Clock, Times, interleave
+from pagewire.bench.timing import Clock, ContenderFailed, Times, interleave
 from pagewire.bench.work import Contender, DoesNotFit, Verdict, Work
 from pagewire.errors import BackendError
 
 # seconds of timing per case where the suite's minutes allow it
 _SECONDS = {"cpu": 2.0, "cuda": 0.4}
 _SETUP_SHARE = 0.5  # of a case's time goes into memory, checks and compilation
-_MEMORY_SHARE = 0.45  # of what is free; peers hold copies of a case's K/V beside it
+MEMORY_SHARE = 0.45  # of what is free; peers hold copies of a case's K/V beside it
+_HOST = ("cpu", "reference")  # no contenders on a GPU
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,10 @@ class Settings:
     device: str  # "cpu", "cuda"
     minutes: float
     peers: tuple[Peer, ...]
-    backends: tuple[str, ...] = ()  # none: the one the registry takes
+    # none: on a CPU the one the registry takes, on a GPU every one that is there
+    backends: tuple[str, ...] = ()
     csv: Path | None = None
+    faults: frozenset[tuple[str, str]] = frozenset()  # (case, contender) not to run again
     only: Callable[[Case], bool] = lambda case: True
 
 
@@ -49,8 +58,10 @@ class Settings:
 class Result:
     rows: list[Row]
     machine: machines.Machine
-    red: list[str]  # cases in which we were wrong or failed
+    red: list[str]  # cases in which we were wrong or failed, and who
     late: list[str]  # cases the minutes did not reach
+    # whose call took the CUDA context with it: nothing more runs in this process
+    fault: Row | None = None
 
 
 def run(settings: Settings, cases: Sequence[Case]) -> Result:
@@ -64,9 +75,10 @@ def run(settings: Settings, cases: Sequence[Case]) -> Result:
     print(f"python {machine.python}, torch {machine.torch}, triton {machine.triton}")
     roof = roofs.measure(clock, smoke=smoke)
     print(f"roof: {roof}")
+    backends = _present_backends(settings)
     peers = _present(settings)
     cold = 1 << 20 if smoke else machines.cold_bytes(settings.device)
-    limit = int(_MEMORY_SHARE * machines.free_bytes(settings.device))
+    limit = int(MEMORY_SHARE * machines.free_bytes(settings.device))
     arena = Arena(settings.device, cold, limit)
     print(
         f"cold after {cold >> 20} MiB; at most {limit >> 20} MiB of tensors; {settings.minutes:g} minutes "
@@ -83,19 +95,50 @@ def run(settings: Settings, cases: Sequence[Case]) -> Result:
         seconds = min(
             0.05 if smoke else _SECONDS[settings.device], _SETUP_SHARE * left / (len(cases) - at)
         )
-        case_rows = _case(settings, case, peers, arena, clock, roof, seconds)
+        case_rows = _case(settings, case, backends, peers, arena, clock, roof, seconds)
         table.case(case_rows, case.op)
         result.rows += case_rows
-        result.red += [case.id for r in case_rows if r.ours and r.status in ("wrong", "failed")]
+        result.red += [f"{case.id} ({name})" for name in _red(case_rows, case, backends, settings)]
+        result.fault = next((r for r in case_rows if r.faulted), None)
         if settings.csv is not None:
-            csv_rows.append(settings.csv, case_rows, machine)
+            # a case that a fault cut short has no other row: the next run times its other contenders
+            written = case_rows if result.fault is None else [result.fault]
+            csv_rows.append(settings.csv, written, machine)
+        if result.fault is not None:
+            break
         gc.collect()
     print()
     table.summary()
-    if not smoke:
+    if not smoke and result.fault is None:
         _compare_roofs(roof, roofs.measure(clock))
     _last_words(result, settings.minutes, time.perf_counter() - started)
     return result
+
+
+def _red(rows: Sequence[Row], case: Case, backends: Sequence[str], settings: Settings) -> list[str]:
+    """Ours that were wrong or failed in a case, now or before this process."""
+    found = [r.contender for r in rows if r.ours and r.status in ("wrong", "failed")]
+    return found + [n for n in backends if (case.id, n) in settings.faults]
+
+
+def ours(device: str, asked: Sequence[str] = ()) -> dict[str, str | None]:
+    """The backends to time, each with None or why it cannot run here.
+
+    Args:
+        asked: by name; else every one on a GPU, and none on a CPU, where the registry takes one for each case.
+    """
+    every = [b.name for b in registry.BACKENDS if device == "cuda" and b.name not in _HOST]
+    reasons = pw.backends(device)
+    return {name: reasons[name] for name in asked or every}
+
+
+def _present_backends(settings: Settings) -> tuple[str, ...]:
+    """Ours that can run here; the others are named with their reason."""
+    found = ours(settings.device, settings.backends)
+    for name, reason in found.items():
+        if reason is not None:
+            print(f"backend {name} skipped: {reason}")
+    return tuple(name for name, reason in found.items() if reason is None)
 
 
 def _present(settings: Settings) -> list[Peer]:
@@ -121,14 +164,15 @@ def _work(case: Case, arena: Arena) -> Work:
 def _case(
     settings: Settings,
     case: Case,
+    backends: Sequence[str],
     peers: Sequence[Peer],
     arena: Arena,
     clock: Clock,
     roof: Roof,
     seconds: float,
 ) -> list[Row]:
-    """The rows of one case; the roof's rates are in every one of them."""
-    backends = settings.backends or (_backend(case, settings.device),)
+    """The rows of one case; the roof's rates are in every one of them. After a row that faulted there is no other."""
+    backends = backends or (_backend(case, settings.device),)
 
     def row(name: str, ours: bool, status: str, reason: str = "", **figures: Any) -> Row:
         return Row(
@@ -144,20 +188,33 @@ def _case(
     found: list[Row] = []
     ready: list[tuple[Contender, Verdict]] = []
     for name, ours, prepare in _contenders(work, backends, peers):
+        if (case.id, name) in settings.faults:
+            found.append(
+                row(name, ours, "skipped", "it ended an earlier process with a CUDA fault")
+            )
+            continue
         contender, verdict = _checked(work, prepare)
-        if contender is None or not verdict.ok:
-            status = "failed" if contender is None else "wrong"
-            reason = verdict.reason
-            if reason.startswith(_REFUSED):
-                status, reason = "skipped", reason.removeprefix(_REFUSED)
-            found.append(row(name, ours, status, reason, error=verdict.error))
-        else:
+        if contender is not None and verdict.ok:
             ready.append((contender, verdict))
-    if any(contender.name in backends for contender, _ in ready):
-        times = interleave(clock, [contender for contender, _ in ready], work.copies, seconds)
-    else:
-        times = {}
-    mine = next((times[name].median for name in backends if name in times), 0.0)
+            continue
+        status = "failed" if contender is None else "wrong"
+        reason = verdict.reason
+        if reason.startswith(_REFUSED):
+            status, reason = "skipped", reason.removeprefix(_REFUSED)
+        elif contender is None and clock.lost():
+            return [*found, row(name, ours, status, csv_rows.FAULT + reason)]
+        found.append(row(name, ours, status, reason, error=verdict.error))
+    times: dict[str, Times] = {}
+    while not times and any(contender.name in backends for contender, _ in ready):
+        try:
+            times = interleave(clock, [contender for contender, _ in ready], work.copies, seconds)
+        except ContenderFailed as failure:
+            name, reason = failure.name, _first_line(failure.__cause__ or failure)
+            if clock.lost():
+                return [*found, row(name, name in backends, "failed", csv_rows.FAULT + reason)]
+            found.append(row(name, name in backends, "failed", reason))
+            ready = [(c, v) for c, v in ready if c.name != name]
+    mine = min((times[name].median for name in backends if name in times), default=0.0)
     for contender, verdict in ready:
         ours = contender.name in backends
         if not times:
@@ -198,6 +255,12 @@ class _Refused(Exception):
     """A peer does not take the case."""
 
 
+def _reason(error: BackendError) -> str:
+    """Why a backend named by us does not take a call, without the words that say which and what."""
+    line = str(error).splitlines()[0]
+    return re.sub(r"^backend='\w+' refuses this \w+: ", "", line)
+
+
 def _checked(work: Work, prepare: Callable[[], Contender]) -> tuple[Contender | None, Verdict]:
     """An exception of a contender ends that contender, not the suite."""
     try:
@@ -207,6 +270,8 @@ def _checked(work: Work, prepare: Callable[[], Contender]) -> tuple[Contender | 
         return contender, verdict
     except _Refused as refusal:
         return None, Verdict(False, 0.0, f"{_REFUSED}{refusal}")
+    except BackendError as refusal:
+        return None, Verdict(False, 0.0, f"{_REFUSED}{_reason(refusal)}")
     except Exception as error:
         return None, Verdict(False, 0.0, _first_line(error))
 
@@ -227,8 +292,8 @@ def _backend(case: Case, device: str) -> str:
         )
     for line in told.splitlines()[1:]:
         name, reason = line.removeprefix("->").split(maxsplit=1)
-        # on a CPU Triton is interpreted, if anything: nothing to time
-        if reason == "takes it" and not (device == "cpu" and name == "triton"):
+        # on a CPU Triton is interpreted and CUDA emulated, if anything: nothing to time
+        if reason == "takes it" and not (device == "cpu" and name in ("triton", "cuda")):
             return name
     raise BackendError(told)
 
@@ -269,3 +334,9 @@ def _last_words(result: Result, minutes: float, seconds: float) -> None:
     if result.red:
         print(f"RED, not timed: {'; '.join(result.red)}")
     print(f"{len(result.rows)} rows in {seconds:.0f} s")
+    if result.fault is not None:
+        print(
+            f"CUDA FAULT of {result.fault.contender} in {result.fault.case}: nothing more runs in this process; "
+            "the same command with --csv goes on with the next case",
+            flush=True,
+        )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pagewire.bench.rows import Row
 
 _CASE = 50  # characters of a case's id
+_BEST = "best of ours"
 _MARKS = {"skipped": "-", "wrong": "WRONG", "failed": "failed"}
 
 
@@ -19,7 +20,7 @@ class Table:
         self.peers = peers  # op -> names, from left to right
         self._group = ""
         self._told: set[tuple[str, str]] = set()
-        self._ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self._ratios: dict[str, dict[str, dict[str, list[float]]]] = {}  # group -> whose -> peer
 
     def heading(self, group: str, op: str) -> None:
         if group == self._group:
@@ -44,19 +45,21 @@ class Table:
                 f"{rate(row):>15}{row.roof_pct:>7.0f}%"
             )
             columns = "".join(
-                f"{self._ratio(row, peers.get(name)):>{_width(name)}}" for name in self.peers[op]
+                f"{_ratio(row, peers.get(name)):>{_width(name)}}" for name in self.peers[op]
             )
             print(f"{line} |{columns}", flush=True)
+            self._keep(row.contender, row, peers)
+        timed = [r for r in rows if r.ours and r.status == "ok"]
+        if timed:
+            self._keep(_BEST, min(timed, key=lambda r: r.us), peers)
         for row in peers.values():
             self._tell(row)
 
-    def _ratio(self, ours: Row, peer: Row | None) -> str:
-        if peer is None:
-            return ""
-        if peer.status != "ok":
-            return _MARKS[peer.status]
-        self._ratios[ours.group, peer.contender].append(peer.us / ours.us)
-        return f"{peer.us / ours.us:.2f}x"
+    def _keep(self, whose: str, ours: Row, peers: Mapping[str, Row]) -> None:
+        kept = self._ratios.setdefault(ours.group, {}).setdefault(whose, defaultdict(list))
+        for name, peer in peers.items():
+            if peer.status == "ok":
+                kept[name].append(peer.us / ours.us)
 
     def _tell(self, row: Row) -> None:
         if row.status == "ok" or not row.reason or (row.contender, row.reason) in self._told:
@@ -65,16 +68,25 @@ class Table:
         print(f"    {row.contender} {row.status}: {row.reason}", flush=True)
 
     def summary(self) -> None:
-        """Geometric mean of the ratios per group and peer."""
-        for group in dict.fromkeys(group for group, _ in self._ratios):
-            means = []
-            for (of, name), ratios in self._ratios.items():
-                if of == group:
-                    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-                    means.append(
-                        f"{name} {mean:.2f}x ({min(ratios):.2f} to {max(ratios):.2f}, n={len(ratios)})"
-                    )
-            print(f"geomean {group}: {'; '.join(means)}")
+        """Geometric mean of the ratios per group, backend and peer; of several backends the best in each case too."""
+        for group, kept in self._ratios.items():
+            backends = [whose for whose in kept if whose != _BEST]
+            for whose in (*backends, _BEST) if len(backends) > 1 else backends:
+                if kept[whose]:
+                    means = "; ".join(map(_mean, kept[whose].items()))
+                    print(f"geomean {group} {whose}: {means}")
+
+
+def _ratio(ours: Row, peer: Row | None) -> str:
+    if peer is None:
+        return ""
+    return f"{peer.us / ours.us:.2f}x" if peer.status == "ok" else _MARKS[peer.status]
+
+
+def _mean(named: tuple[str, Sequence[float]]) -> str:
+    name, ratios = named
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return f"{name} {mean:.2f}x ({min(ratios):.2f} to {max(ratios):.2f}, n={len(ratios)})"
 
 
 def _width(name: str) -> int:

@@ -46,6 +46,14 @@ def _median(values: Sequence[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
+class ContenderFailed(Exception):
+    """A contender that was checked green raised while it was timed; the cause is the exception's."""
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        super().__init__(f"{name}: {type(cause).__name__}: {cause}")
+        self.name = name
+
+
 class Clock:
     """Times one call. On a GPU the stream is kept busy while the host launches, so that launch gaps stay out."""
 
@@ -81,6 +89,15 @@ class Clock:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
+    def lost(self) -> bool:
+        """Whether the device takes nothing more from this process: a fault stays with a CUDA context. Asked after an
+        exception, which has by then reported any error that does not stay."""
+        try:
+            self.synchronize()
+        except Exception:
+            return True
+        return False
+
 
 def _cycles_per_us() -> float:
     """How long the device's sleep really is: measured, since it counts cycles of a clock that moves."""
@@ -100,6 +117,9 @@ def interleave(
 
     Each call takes the next of `copies` sets of buffers, whoever called before, so none is touched again before all
     others were; each round starts with another contender.
+
+    Raises:
+        ContenderFailed: naming who raised, its exception as the cause.
     """
     times = {c.name: Times() for c in contenders}
     spent = {c.name: 0.0 for c in contenders}
@@ -145,10 +165,13 @@ def _turn(
 
 
 def _once(clock: Clock, contender: Contender, copy: int, times: Times) -> None:
-    if contender.before is not None:
-        contender.before(copy)
-        clock.synchronize()
     last = times.host_us[-1] if times.host_us else 200.0
-    device_us, host_us = clock.time(lambda: contender.call(copy), last, contender.syncs)
+    try:
+        if contender.before is not None:
+            contender.before(copy)
+            clock.synchronize()
+        device_us, host_us = clock.time(lambda: contender.call(copy), last, contender.syncs)
+    except Exception as error:
+        raise ContenderFailed(contender.name, error) from error
     times.device_us.append(device_us)
     times.host_us.append(host_us)
