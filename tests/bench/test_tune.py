@@ -1,5 +1,7 @@
 """The sweep's search, the row it prints, and that the table is left as it was."""
 
+import time
+
 import pytest
 import torch
 
@@ -46,6 +48,61 @@ def test_search_walks_to_the_best_and_steps_over_what_fails():
 def test_search_keeps_the_present_row_when_nothing_is_better():
     start = KernelConfig(16, 64, 4, 3, 2)
     assert tune.search(start, tune._CHOICES["decode"], lambda config: 0.9) == (start, 1.0)
+
+
+def test_search_prepares_a_field_before_it_asks_for_it():
+    start = KernelConfig(16, 64, 4, 3, 2)
+    together = ({"BLOCK_N": 64, "num_stages": 4}, {"BLOCK_N": 64})  # the second is the start itself
+    prepared, asked = [], []
+
+    def speedup(config: KernelConfig) -> float:
+        assert config in prepared[-1]
+        asked.append(config)
+        return 1.0 + (config.BLOCK_N == 32)
+
+    found, _ = tune.search(
+        start, tune._CHOICES["decode"], speedup, together=together, prepare=prepared.append
+    )
+    assert prepared[0] == [start._replace(num_stages=4)] and all(prepared)
+    assert [c for group in prepared for c in group] == asked
+    assert found == start._replace(BLOCK_N=32)
+    assert {c.BLOCK_N for group in prepared[2:] for c in group} == {32}
+
+
+def test_the_first_candidates_are_those_a_sweep_tries_first():
+    found = tune.first_candidates(tune.KERNELS, 90, tune.CANDIDATES)
+    assert len(set(found)) == len(found) == tune.CANDIDATES
+    rows = list(dict.fromkeys((t.kernel, t.key) for t, _ in found))
+    assert rows == [(t.kernel, t.key) for t in tune.targets(tune.KERNELS, 90)][:4]
+    for target, config in found:
+        assert config != target.table[target.key]
+    configs = {(t.kernel, t.key.operands, tuple(c)) for t, c in found}
+    assert ("prefill", "16", (128, 128, 8, 2, 1)) in configs
+    assert ("decode", "16x8", (16, 64, 4, 4, 3)) in configs
+
+
+def test_what_did_not_compile_is_not_timed(monkeypatch, capsys):
+    case = Attention("x", "2q1s40", (4, 2), 128, 16, torch.bfloat16)
+    target = tune.Target("decode", _key(), (case,))
+    present = tuning.DECODE[target.key]
+    timed = []
+
+    class Compilers:
+        def compile(self, kernel, key, configs, seconds):
+            assert (kernel, key) == ("decode", target.key) and seconds > 0
+            assert not set(configs) & set(timed)
+            return ["too wide" if c.BLOCK_N == 128 else "" for c in configs]
+
+    def compare(of, config, works, clock, backend):
+        timed.append(config)
+        return [1.0], [2.0]
+
+    monkeypatch.setattr(tune, "compare", compare)
+    arena = Arena("cpu", 1 << 16, 1 << 28)
+    line = tune._tune(target, arena, Clock("cpu"), time.perf_counter() + 60, Compilers())
+    assert "stays" in line
+    assert timed and all(c.BLOCK_N != 128 for c in timed)
+    assert f"{tuple(present._replace(BLOCK_N=128))}: too wide" in capsys.readouterr().out
 
 
 def test_a_comparison_runs_both_rows_and_puts_the_table_back(monkeypatch):

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from pagewire.bench.pretend import NoDevice
 from pagewire.kernels import decode, launch, prefill, tuning
 from pagewire.types import QUANT_MAX, Modifiers, dtype_name
 
@@ -45,22 +45,6 @@ class Case:
         words = [f"sm_{self.arch}", self.op, dtype_name(self.dtype), dtype_name(self.kv_dtype)]
         words += [f"D{self.head_dim}", f"M{self.rows}", f"P{self.page_size}"]
         return "-".join(words + ["modified"] * self.modified)
-
-
-class NoDevice:
-    """As much of a Triton driver as compiling needs."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def launches(

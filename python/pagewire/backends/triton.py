@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import pagewire.kernels.append as _append
+import pagewire.kernels.cache_keys as _cache_keys
 import pagewire.kernels.decode as _decode
 import pagewire.kernels.merge as _merge
 import pagewire.kernels.pack as _pack
@@ -17,6 +18,8 @@ import pagewire.kernels.prefill as _prefill
 from pagewire.errors import device_word
 from pagewire.packed import PackedKV
 from pagewire.types import Modifiers, Scale
+
+_cache_keys.settle()
 
 
 def append_kv(

@@ -1,4 +1,5 @@
-"""The lists of cases: `quick` judges a change, `full` makes a table, `smoke` is for tests."""
+"""The lists of cases: `quick` judges a change, `full` makes a table, `smoke` is for tests, `contact` for a machine met
+for the first time."""
 
 from __future__ import annotations
 
@@ -8,14 +9,15 @@ import torch
 
 from pagewire.bench.cases import Append, Attention, Case, Merge, Pack
 
-SUITES = ("smoke", "quick", "full")
+SUITES = ("smoke", "contact", "quick", "full")
 # how long a suite may take: what does not fit is skipped and named
 MINUTES = {
-    ("smoke", "cpu"): 1.0, ("quick", "cpu"): 5.0, ("full", "cpu"): 45.0,
-    ("smoke", "cuda"): 1.0, ("quick", "cuda"): 3.0, ("full", "cuda"): 8.0,
+    ("smoke", "cpu"): 1.0, ("contact", "cpu"): 3.0, ("quick", "cpu"): 5.0, ("full", "cpu"): 45.0,
+    ("smoke", "cuda"): 1.0, ("contact", "cuda"): 1.0, ("quick", "cuda"): 3.0, ("full", "cuda"): 8.0,
 }  # fmt: skip
 
 _BF16, _FP32, _E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+_FP16, _E5M2, _INT8 = torch.float16, torch.float8_e5m2, torch.int8
 _GROUPS = ((32, 8), (64, 8), (32, 32), (16, 1))
 
 
@@ -35,6 +37,36 @@ def _smoke() -> list[Case]:
         Pack("unpack", 37, 2, 2, 1, 64, layout="HND", dtype=_FP32, wire=_E4M3),
         Merge(2, 16, 4, 64, _FP32),
     ]
+
+
+# (head_dim, page_size, dtype, of the cache): each dtype pair, class of page sizes and of head widths once
+_CONTACT = (
+    (128, 16, _BF16, None), (128, 64, _BF16, _E4M3), (64, 1, _FP16, None), (256, 16, _BF16, None),
+    (128, 16, _FP16, _INT8), (80, 3, _BF16, _E5M2), (128, 16, _FP32, None),
+)  # fmt: skip
+
+
+def _contact() -> list[Case]:
+    """Every op on every kind of row, small. The third batch is what backends for short queries take."""
+    found: list[Case] = []
+    batches = (
+        ("decode", "q1_q1s16_q1s321"),
+        ("prefill", "q1_q9_q70_q300s321"),
+        ("prefill", "q1s9_2q5s40_q16s130"),
+        ("mixed", "q150s200_4q1s130"),
+    )
+    for group, batch in batches:
+        for head_dim, page_size, dtype, kv_dtype in _CONTACT:
+            found.append(Attention(group, batch, (32, 8), head_dim, page_size, dtype, kv_dtype))
+    for head_dim, page_size, dtype, kv_dtype in _CONTACT:
+        found.append(Append(33, 8, head_dim, page_size, dtype=dtype, kv_dtype=kv_dtype))
+    for op in ("pack", "unpack"):
+        for head_dim, page_size, dtype, wire in _CONTACT:
+            found.append(Pack(op, 57, 2, 8, 2, head_dim, page_size, dtype=dtype, wire=wire))
+    for num_states in (2, 3):
+        for head_dim, _, dtype, _ in _CONTACT:
+            found.append(Merge(num_states, 50, 32, head_dim, dtype))
+    return found
 
 
 def _quick_cpu() -> list[Case]:
@@ -151,4 +183,5 @@ def _pack_grid(num_tokens: int, *, layers: tuple[int, ...], heads: tuple[int, ..
 _LISTS = {
     ("smoke", "cpu"): _smoke, ("quick", "cpu"): _quick_cpu, ("full", "cpu"): _full_cpu,
     ("smoke", "cuda"): _smoke, ("quick", "cuda"): _quick_cuda, ("full", "cuda"): _full_cuda,
+    ("contact", "cpu"): _contact, ("contact", "cuda"): _contact,
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """`--tune`: tries tile shapes of the Triton kernels and prints rows for the tuning table. A person commits them.
 
 One field after another is varied around the present row, each candidate checked, then timed in turn with the present
-row on the same cold buffers. The library never does this by itself: its table is data.
+row on the same cold buffers. A field's candidates are compiled side by side before the first of them is timed. The
+library never does this by itself: its table is data.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, islice, product, zip_longest
 
 import torch
 
@@ -20,12 +21,17 @@ from pagewire.bench import machine as machines
 from pagewire.bench.arena import Arena
 from pagewire.bench.attention import AttentionWork
 from pagewire.bench.cases import Attention
+from pagewire.bench.standby import Compiler
 from pagewire.bench.timing import Clock, interleave
 from pagewire.bench.work import Contender, DoesNotFit
 from pagewire.kernels import tuning
 from pagewire.kernels.tuning import KernelConfig, Key
 
 KERNELS = ("decode", "prefill")
+MINUTES = 5.0  # of a sweep
+CANDIDATES = (
+    38  # compiled ahead: the first pass over the first row of 16 and of 8 bit of each kernel
+)
 _SECONDS = 0.3  # of timing per candidate and case
 _WORTH = 1.02  # a row is proposed when it is this much faster: less is noise
 _CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -42,6 +48,11 @@ _CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4, 8),
     },
 }
+# what one field at a time does not reach, since wide tiles fit only with fewer stages: (kernel, operands, head_dim)
+_TOGETHER: dict[tuple[str, str, int], tuple[dict[str, int], ...]] = {
+    ("prefill", "16", 128): ({"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2},),
+    ("decode", "16x8", 128): ({"BLOCK_N": 64, "num_stages": 4, "programs_per_processor": 3},),
+}
 
 
 @dataclass(frozen=True)
@@ -56,19 +67,44 @@ class Target:
     def table(self) -> MutableMapping[Key, KernelConfig]:
         return tuning.DECODE if self.kernel == "decode" else tuning.PREFILL
 
+    @property
+    def together(self) -> tuple[dict[str, int], ...]:
+        return _TOGETHER.get((self.kernel, self.key.operands, self.key.head_dim), ())
+
 
 def targets(kernels: Sequence[str], arch: int) -> list[Target]:
-    """The rows worth a sweep on an architecture, those of the most common models first."""
+    """The rows worth a sweep on an architecture, those of the most common models first, the kernels in turn."""
+    rows = (_targets(kernel, arch) for kernel in kernels)
+    return [target for turn in zip_longest(*rows) for target in turn if target is not None]
+
+
+def _targets(kernel: str, arch: int) -> list[Target]:
     found = []
     kv_dtypes = (None, torch.float8_e4m3fn)
-    for kernel in kernels:
-        batches: tuple[tuple[str, ...], ...] = (("q8k", "4q2k", "q1ks4k"),)
-        if kernel == "decode":  # 16, 32 and 64 packed rows at 4 query heads to a kv head
-            batches = (("32q1s4k", "q1s16k", "8q1s2k"), ("32q8s4k",), ("32q16s4k",))
-        for batch, kv_dtype, head_dim in product(batches, kv_dtypes, (128, 64, 256)):
-            cases = tuple(Attention("tune", b, head_dim=head_dim, kv_dtype=kv_dtype) for b in batch)
-            found.append(Target(kernel, key_of(kernel, cases[0], arch), cases))
+    batches: tuple[tuple[str, ...], ...] = (("q8k", "4q2k", "q1ks4k"),)
+    if kernel == "decode":  # 16, 32 and 64 packed rows at 4 query heads to a kv head
+        batches = (("32q1s4k", "q1s16k", "8q1s2k"), ("32q8s4k",), ("32q16s4k",))
+    for batch, head_dim, kv_dtype in product(batches, (128, 64, 256), kv_dtypes):
+        cases = tuple(Attention("tune", b, head_dim=head_dim, kv_dtype=kv_dtype) for b in batch)
+        found.append(Target(kernel, key_of(kernel, cases[0], arch), cases))
     return found
+
+
+def first_candidates(
+    kernels: Sequence[str], arch: int, limit: int
+) -> list[tuple[Target, KernelConfig]]:
+    """The first `limit` candidates that a sweep tries while no row has been beaten."""
+
+    def of(target: Target) -> Iterator[tuple[Target, KernelConfig]]:
+        seen: list[KernelConfig] = []
+
+        def lost(config: KernelConfig) -> None:
+            seen.append(config)
+
+        search(target.table[target.key], _CHOICES[target.kernel], lost, 1, target.together)
+        yield from ((target, config) for config in seen)
+
+    return list(islice(chain.from_iterable(map(of, targets(kernels, arch))), limit))
 
 
 def key_of(kernel: str, case: Attention, arch: int) -> Key:
@@ -83,21 +119,28 @@ def search(
     choices: dict[str, tuple[int, ...]],
     speedup: Callable[[KernelConfig], float | None],
     passes: int = 2,
+    together: Sequence[dict[str, int]] = (),
+    prepare: Callable[[list[KernelConfig]], None] = lambda candidates: None,
 ) -> tuple[KernelConfig, float]:
     """(best, its speedup over `start`): per field the best value, the others held, until nothing changes.
 
     Args:
         speedup: over `start`; None for a candidate that does not compile, does not fit or is wrong.
+        together: fields that are replaced at once, tried before the single ones.
+        prepare: gets the candidates that `speedup` is asked for next.
     """
     best, gain = start, 1.0
     tried = {start}
+    groups = [list(together), *([{name: v} for v in values] for name, values in choices.items())]
     for _ in range(passes):
         before = best
-        for name, values in choices.items():
-            for candidate in [best._replace(**{name: value}) for value in values]:
-                if candidate in tried:
-                    continue
-                tried.add(candidate)
+        for group in groups:
+            candidates = [best._replace(**fields) for fields in group]
+            candidates = [c for c in dict.fromkeys(candidates) if c not in tried]
+            tried.update(candidates)
+            if candidates:
+                prepare(candidates)
+            for candidate in candidates:
                 found = speedup(candidate)
                 if found is not None and found > gain:
                     best, gain = candidate, found
@@ -147,7 +190,7 @@ def compare(
     return old, new
 
 
-def _tune(target: Target, arena: Arena, clock: Clock, stop: float) -> str:
+def _tune(target: Target, arena: Arena, clock: Clock, stop: float, compiler: Compiler) -> str:
     """The line to print for a row: a proposal with its evidence, or why the present one stays."""
     try:
         works = [AttentionWork(case, arena) for case in target.cases]
@@ -155,9 +198,19 @@ def _tune(target: Target, arena: Arena, clock: Clock, stop: float) -> str:
         return f"    # {target.key}: skipped, {error}"
     present = target.table[target.key]
     evidence: dict[KernelConfig, str] = {}
+    refused: dict[KernelConfig, str] = {}
+
+    def prepare(candidates: list[KernelConfig]) -> None:
+        left = stop - time.perf_counter()
+        if left > 0:
+            errors = compiler.compile(target.kernel, target.key, candidates, left)
+            refused.update({c: e for c, e in zip(candidates, errors, strict=True) if e})
 
     def speedup(config: KernelConfig) -> float | None:
         if time.perf_counter() > stop:
+            return None
+        if config in refused:
+            print(f"    # {tuple(config)}: {refused[config]}", flush=True)
             return None
         try:
             old, new = compare(target, config, works, clock, "triton")
@@ -171,7 +224,9 @@ def _tune(target: Target, arena: Arena, clock: Clock, stop: float) -> str:
         print(f"    # {tuple(config)}: {gain:.3f}x ({evidence[config]})", flush=True)
         return gain
 
-    best, gain = search(present, _CHOICES[target.kernel], speedup)
+    best, gain = search(
+        present, _CHOICES[target.kernel], speedup, together=target.together, prepare=prepare
+    )
     cut = ", cut off by the minutes" if time.perf_counter() > stop else ""
     if gain < _WORTH:
         return f"    # {_shown(target.key)}: {tuple(present)} stays, best {gain:.3f}x{cut}"
@@ -205,10 +260,12 @@ def main(kernels: str, device: str, minutes: float) -> int:
     arena = Arena(device, machines.cold_bytes(device), machines.free_bytes(device) // 2)
     major, minor = torch.cuda.get_device_capability()
     print(f"# {found.device}, {found.clocks}, triton {found.triton}, {found.commit}, {found.date}")
-    with torch.inference_mode():
-        for target in targets(names, 10 * major + minor):
+    arch = 10 * major + minor
+    with torch.inference_mode(), Compiler(arch) as compiler:
+        for target in targets(names, arch):
             if time.perf_counter() > stop:
                 print(f"    # {_shown(target.key)}: not reached in {minutes:g} minutes")
                 continue
-            print(_tune(target, arena, clock, stop), flush=True)
+            print(f"    # {target.kernel} {_shown(target.key)}", flush=True)
+            print(_tune(target, arena, clock, stop, compiler), flush=True)
     return 0
