@@ -85,10 +85,12 @@ def attend(
     windows,  # (left, right)
     logit,  # (scale, softcap, slope_log2 [BLOCK_M])
     MASKED: tl.constexpr,  # False: every row sees every key of every tile, and every page is in range
-    EVICT: tl.constexpr,
     spec: tl.constexpr,
 ):
-    """Tiles of BLOCK_N keys at absolute multiples of BLOCK_N, from the first that touches `keys` to the last."""
+    """Tiles of BLOCK_N keys at absolute multiples of BLOCK_N, from the first that touches `keys` to the last.
+
+    spec.EVICT reaches an asynchronous copy on sm_90 with Triton 3.9; 3.6 drops it there, and both on sm_80.
+    """
     # The scale enters after the maximum and inside exp2, as one multiply-add, where nothing else comes between
     SCALE_LAST: tl.constexpr = not spec.SOFTCAP and not spec.ALIBI
     BLOCK_M: tl.constexpr = spec.BLOCK_M
@@ -96,6 +98,7 @@ def attend(
     BLOCK_D: tl.constexpr = spec.BLOCK_D
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
     PAGE_SIZE: tl.constexpr = spec.PAGE_SIZE
+    EVICT: tl.constexpr = spec.EVICT
     acc, maximum, total, bad_entry = state
     k_ptr, k_stride_page, k_stride_token = k
     v_ptr, v_stride_page, v_stride_token = v

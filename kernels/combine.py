@@ -10,21 +10,29 @@ from pagewire.kernels.work import row_tiles, units_before
 
 # arguments taken over from the decode kernel
 SHARED = (
-    "part_out", "part_lse", "num_slots", "part_rows", "seq_lens", "seq_lens_stride", "max_seq_len",
-    "cu_seqlens_q", "num_tokens", "max_q_len", "sinks", "out", "lse", "lse_stride_token", "lse_stride_head",
-    "batch_size", "window_left", "split_size", "spec",
+    "part_out", "part_lse", "head_rows", "part_rows", "token_rows", "request_rows", "seq_lens", "seq_lens_stride",
+    "max_seq_len", "cu_seqlens_q", "num_tokens", "max_q_len", "sinks", "out", "lse", "lse_stride_token",
+    "lse_stride_head", "batch_size", "window_left", "split_size", "spec",
 )  # fmt: skip
 
 _BLOCK_S = tl.constexpr(tuning.COMBINE.BLOCK_N)  # partials loaded together
 
 
 @triton.jit
-def store_partial(partials, values, lse_log2, kv_head, slot, row_ok, spec: tl.constexpr):
-    """values: fp32 [BLOCK_M, BLOCK_DV], lse_log2: [BLOCK_M]."""
+def split_row(request, row_start, token_rows, request_rows):
+    """With SPLIT: where the rows of a request begin among those of a partial. Every row that can exist has a place,
+    counted by tokens or, if they can have fewer, by requests: one of the factors is 0."""
+    return row_start.to(tl.int64) * token_rows + tl.cast(request, tl.int64) * request_rows
+
+
+@triton.jit
+def store_partial(partials, values, lse_log2, kv_head, part, row, row_ok, spec: tl.constexpr):
+    """values: fp32 [BLOCK_M, BLOCK_DV], lse_log2: [BLOCK_M]; row: of the partial, the tile's first."""
     BLOCK_M: tl.constexpr = spec.BLOCK_M
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
-    out_ptr, lse_ptr, num_slots, part_rows = partials
-    row = (kv_head * num_slots + slot).to(tl.int64) * part_rows + tl.arange(0, BLOCK_M)
+    out_ptr, lse_ptr, head_rows, part_rows = partials
+    row += kv_head.to(tl.int64) * head_rows + part.to(tl.int64) * part_rows
+    row += tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_DV)
     mask = row_ok[:, None] & (dim < spec.HEAD_DIM_V)[None, :]
     tl.store(out_ptr + row[:, None] * spec.HEAD_DIM_V + dim[None, :], values, mask=mask)
@@ -35,8 +43,10 @@ def store_partial(partials, values, lse_log2, kv_head, slot, row_ok, spec: tl.co
 def _combine_kernel(
     part_out,  # arguments as in decode.py
     part_lse,
-    num_slots,
+    head_rows,
     part_rows,
+    token_rows,
+    request_rows,
     seq_lens,
     seq_lens_stride,
     max_seq_len,
@@ -88,18 +98,20 @@ def _combine_kernel(
     dim_ok = dim < spec.HEAD_DIM_V
 
     for row in range(tl.program_id(1), packed, tl.num_programs(1)):
-        # partials of this row's tile: slots first_slot, then next_slot, next_slot + step, ...
+        # this row's partials: first_part, then next_part, next_part + STEP, ...
         first_unit = request_unit + row // BLOCK_M * num
         if spec.SPLIT:
             num_parts = num
-            first_slot = first_unit
-            next_slot = first_unit + 1
+            first_part = num * 0
+            next_part = num * 0 + 1
+            row_of_part = split_row(request, row_start, token_rows, request_rows) + row
         else:
             first_program = first_unit // tl.maximum(share, 1)
             last_program = (first_unit + num - 1) // tl.maximum(share, 1)
             num_parts = tl.where(num > 0, last_program - first_program + 1, 0)
-            first_slot = 2 * first_program + (first_unit != first_program * share).to(tl.int32)
-            next_slot = 2 * first_program + 2
+            first_part = 2 * first_program + (first_unit != first_program * share).to(tl.int32)
+            next_part = 2 * first_program + 2
+            row_of_part = row % BLOCK_M
         if num_parts != 1:  # one part was written where it belongs
             one = tl.zeros([1], tl.int32)
             maximum = tl.full([1], float("-inf"), tl.float32)
@@ -107,8 +119,8 @@ def _combine_kernel(
             acc = tl.zeros([1, BLOCK_DV], tl.float32)
             for start in range(0, num_parts, BLOCK_S):
                 part = start + tl.arange(0, BLOCK_S)
-                slot = tl.where(part == 0, first_slot, next_slot + (part - 1) * STEP)
-                part_row = (kv_head * num_slots + slot).to(tl.int64) * part_rows + row % BLOCK_M
+                at = tl.where(part == 0, first_part, next_part + (part - 1) * STEP).to(tl.int64)
+                part_row = kv_head.to(tl.int64) * head_rows + at * part_rows + row_of_part
                 part_ok = part < num_parts
                 lse_log2 = tl.load(part_lse + part_row, mask=part_ok, other=float("-inf"))
                 ptrs = part_out + part_row[:, None] * spec.HEAD_DIM_V + dim[None, :]

@@ -43,6 +43,7 @@ class Spec(NamedTuple):
     K_SCALE: str  # "value": folded into the softmax's scale; "head": per request and head; "token": per token and head
     V_SCALE: str
     V_LIFT: float  # per-token V scales times this are near 1, whatever the stored type's range: fp16 P keeps its digits
+    EVICT: str  # of K and V in L2: "evict_first" where all rows of a request fit one tile, so that they are read once
     SPLIT: bool  # split at multiples of split_size, so that no request's result depends on the rest of the batch
 
 

@@ -56,10 +56,12 @@ def _decode_kernel(
     cu_seqlens_q,  # int32 [batch_size + 1]; RAGGED only
     num_tokens,
     max_q_len,
-    part_out,  # fp32 [num_kv_heads, num_slots, part_rows, HEAD_DIM_V]
-    part_lse,  # fp32 [num_kv_heads, num_slots, part_rows], base 2
-    num_slots,
-    part_rows,  # rows of a tile that can exist
+    part_out,  # fp32 [num_kv_heads, head_rows, HEAD_DIM_V]
+    part_lse,  # fp32 [num_kv_heads, head_rows], base 2
+    head_rows,
+    part_rows,  # from one partial to the next
+    token_rows,  # SPLIT only: combine.split_row
+    request_rows,
     error_word,
     split_size,
     batch_size,
@@ -72,13 +74,13 @@ def _decode_kernel(
 ):
     """grid: [num_kv_heads, num_programs]; a program takes 1 / num_programs of all units of its kv head,
     and walks through the row tiles they belong to. Bound by KV bytes: each is read once for all query
-    heads of its group, and evicted first.
+    heads of its group, and again for the rows that do not fit the tile.
     """
     lse_rows = (lse, lse_stride_token, lse_stride_head)
     table = (page_table, table_stride, num_pages)
     lengths = (seq_lens, seq_lens_stride, max_seq_len)
     rows = (cu_seqlens_q, num_tokens, max_q_len)
-    partials = (part_out, part_lse, num_slots, part_rows)
+    partials = (part_out, part_lse, head_rows, part_rows)
     windows = (window_left, window_right)
     logit = (scale_log2, softcap, v_factor)
     BLOCK_M: tl.constexpr = spec.BLOCK_M
@@ -139,7 +141,6 @@ def _decode_kernel(
                 windows,
                 logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec),
                 True,
-                "evict_first",
                 spec,
             )
             acc, maximum, total, bad_entry = state
@@ -154,10 +155,13 @@ def _decode_kernel(
             else:
                 values, lse_log2 = finish(acc, maximum, total, maximum, False)
                 if spec.SPLIT:
-                    slot = unit
+                    part = skipped
+                    row = combine.split_row(request, row_start, token_rows, request_rows)
+                    row += tile_m * BLOCK_M
                 else:
-                    slot = 2 * program + (unit != first_unit).to(tl.int32)
-                combine.store_partial(partials, values, lse_log2, kv_head, slot, row_ok, spec)
+                    part = 2 * program + (unit != first_unit).to(tl.int32)
+                    row = 0
+                combine.store_partial(partials, values, lse_log2, kv_head, part, row, row_ok, spec)
             unit += taken
 
 
@@ -199,28 +203,38 @@ def plan(
     config = tuning.decode_config(launch.problem(q, k_cache, v_cache, device), rows)
     ragged = cu_seqlens_q is not None
     spec = launch.attention_spec(
-        q, k_cache, v_cache, m, lse, config, device.arch, ragged=ragged, row_limit=row_limit
-    )
+        q, k_cache, v_cache, m, lse, config, device.arch,
+        ragged=ragged, row_limit=row_limit, read_once=rows <= config.BLOCK_M,
+    )  # fmt: skip
     arguments = launch.attention_arguments(
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word, spec
     )
     num_programs = max(2, device.num_processors * config.programs_per_processor // num_kv_heads)
-    num_slots = 2 * num_programs
+    # a program leaves at most two partials: of the tile it begins in, of the tile it ends in
+    part_rows, num_parts = min(spec.BLOCK_M, rows), 2 * num_programs
+    token_rows = request_rows = 0
     if spec.SPLIT:
-        splits = min(MAX_SPLITS, -(-page_table.shape[1] * spec.PAGE_SIZE // m.split_size))
-        num_slots = batch_size * -(-rows // spec.BLOCK_M) * splits
-    part_rows = min(spec.BLOCK_M, rows)
-    slots = (num_kv_heads, num_slots, part_rows)
+        num_parts = min(MAX_SPLITS, -(-page_table.shape[1] * spec.PAGE_SIZE // m.split_size))
+        # as many rows as can exist: all tokens', or the most that every request can have
+        group_size = q.shape[1] // num_kv_heads
+        part_rows = min(q.shape[0] * group_size, batch_size * rows)
+        if part_rows == q.shape[0] * group_size:
+            token_rows = group_size
+        else:
+            request_rows = rows
+    partials = (num_kv_heads, num_parts * part_rows)
     arguments["part_out"] = torch.empty(
-        (*slots, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device
+        (*partials, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device
     )
-    arguments["part_lse"] = torch.empty(slots, dtype=torch.float32, device=q.device)
-    arguments["num_slots"] = num_slots
+    arguments["part_lse"] = torch.empty(partials, dtype=torch.float32, device=q.device)
+    arguments["head_rows"] = partials[1]
     arguments["part_rows"] = part_rows
+    arguments["token_rows"] = token_rows
+    arguments["request_rows"] = request_rows
     arguments["split_size"] = min(m.split_size or 0, 1 << 30)
     options = launch.options(config)
     with_padding = ragged and row_limit == 0
-    lanes = part_rows if device.arch else 1
+    lanes = min(spec.BLOCK_M, rows) if device.arch else 1
     shared = {name: arguments[name] for name in combine.SHARED}
     return [
         Launch(_decode_kernel, (num_kv_heads, num_programs), arguments, options),

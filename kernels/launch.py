@@ -25,8 +25,8 @@ _V_LIFT = {"float": 1.0, "e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 # that a model fixes, strides foremost, travel in tuples, which Triton always specialises
 PER_CALL = [
     "page_table", "table_stride", "num_pages", "seq_lens", "seq_lens_stride", "max_seq_len", "cu_seqlens_q",
-    "num_tokens", "max_q_len", "lse", "lse_stride_token", "lse_stride_head", "num_slots", "part_rows",
-    "batch_size", "window_left", "window_right", "split_size", "num_programs",
+    "num_tokens", "max_q_len", "lse", "lse_stride_token", "lse_stride_head", "head_rows", "part_rows", "token_rows",
+    "request_rows", "batch_size", "window_left", "window_right", "split_size", "num_programs",
 ]  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def attention_spec(
     *,
     ragged: bool,
     row_limit: int = 0,
+    read_once: bool = False,  # K and V, by the rows of a request
 ) -> Spec:
     stored = format_of(k_cache.dtype)
     return Spec(
@@ -118,6 +119,7 @@ def attention_spec(
         K_SCALE=_scale_kind(m.k_scale),
         V_SCALE=_scale_kind(m.v_scale),
         V_LIFT=_V_LIFT[stored] if _scale_kind(m.v_scale) == "token" else 1.0,
+        EVICT="evict_first" if read_once else "",
         SPLIT=m.split_size is not None,
     )
 

@@ -110,6 +110,7 @@ def facts(case: Case, planned: launch.Launch) -> dict:
         "num_warps": planned.options["num_warps"],
         "programs_per_processor": planned.grid[0] * planned.grid[1] / 132,
         "copies": sorted({int(n, 0) for n in copies}),
+        "evict_first": len(re.findall(r"cp\.async\.c[^;]*cache_hint", ptx)),
         "wgmma": "wgmma" in ptx,
     }
 
@@ -142,6 +143,7 @@ QUICK = [
     )
 ]
 QUICK += [Case(90, "decode", modified=True), Case(80, "decode", fp32, fp32)]
+QUICK += [Case(90, "decode", head_dim=256, rows=64)]  # two tiles read the same K and V
 
 
 def compilations() -> None:
