@@ -1,8 +1,9 @@
-"""The campaign's dry run on a CPU, its resumption, and steps that fail or run over."""
+"""The campaign's three goes dry on a CPU, their resumption, what is missing, and steps that fail or run over."""
 
-import importlib.util
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,71 +12,201 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benches" / "campaign.py"
+BENCHES = Path(__file__).parents[2] / "benches"
 
 
 @pytest.fixture(scope="module")
-def campaign():
-    spec = importlib.util.spec_from_file_location("campaign", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["campaign"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["campaign"]
+def benches():
+    """(goes, steps, peers): the campaign's modules, which import each other by name."""
+    sys.path.insert(0, str(BENCHES))
+    try:
+        yield [importlib.import_module(name) for name in ("goes", "steps", "peers")]
+    finally:
+        sys.path.remove(str(BENCHES))
+        for name in ("goes", "steps", "peers"):
+            sys.modules.pop(name, None)
 
 
-def _go(out: Path, *more: str) -> subprocess.CompletedProcess:
+def _go(number: int, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess:
     # relative, as people write it: the steps run elsewhere
-    command = [sys.executable, str(SCRIPT), "--out", os.path.relpath(out), "--dry-run", *more]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    command = [
+        sys.executable,
+        str(BENCHES / "campaign.py"),
+        "--go",
+        str(number),
+        "--out",
+        os.path.relpath(out),
+    ]
+    command += ["--dry-run", "--scratch", str(out.parent / "scratch"), *more]
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**kept, **env})
 
 
-def test_a_dry_run_does_every_step_or_says_why_not_and_is_resumed(campaign, tmp_path):
+def _states(out: Path) -> dict:
+    return json.loads((out / "campaign.json").read_text())
+
+
+@pytest.mark.timeout(900)
+def test_three_dry_goes_do_every_step_or_say_why_not_and_are_resumed(tmp_path):
     out = tmp_path / "out"
-    done = _go(out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    states = json.loads((out / "campaign.json").read_text())
-    assert {n for n, s in states.items() if s["status"] == "done"} >= {"info", "quick", "tests"}
+    done = _go(1, out)
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "campaign.log").read_text()
+    states = _states(out)
+    expected = {"info", "ahead", "smoke", "quick", "tests"}
+    assert {n for n, s in states.items() if s["status"] == "done"} == {f"1 {n}" for n in expected}
     for name, state in states.items():
         assert state["status"] == "done" or (state["status"] == "skipped" and state["reason"]), name
-    assert "GPU" in states["memcheck"]["reason"] and "bundle" in states["peers"]["reason"]
-    files = sorted(p.name for p in out.iterdir())
-    assert set(files) <= set(campaign.FILES) and {"quick.csv", "summary.md", "campaign.log"} <= set(
-        files
-    )
+    assert "GPU" in states["1 ncu-pack"]["reason"] and "bundle" in states["1 peers"]["reason"]
     assert "roof: copy" in (out / "summary.md").read_text()
-    size = (out / "campaign.log").stat().st_size
+
+    # the same go again: what is done stays done, but for what a bare machine lacks
+    again = _go(1, out)
+    assert again.returncode == 0 and again.stdout.count("done earlier in this go") == 3
 
     elsewhere = tmp_path / "next"
-    again = _go(elsewhere, "--resume", os.path.relpath(out), "--steps", "info,quick,tests")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("in an earlier go") == 3
-    assert (elsewhere / "campaign.log").stat().st_size == size
+    second = _go(2, elsewhere, "--resume", os.path.relpath(out))
+    assert second.returncode == 0, second.stdout + second.stderr
+    states = _states(elsewhere)
+    assert states["2 red"]["reason"] == "no test was red" and "GPU" in states["2 tune"]["reason"]
+    third = _go(3, elsewhere)
+    assert third.returncode == 0, third.stdout + third.stderr
+    states = _states(elsewhere)
+    assert {states[f"{go} quick"]["status"] for go in (1, 2, 3)} == {"done"}
+    assert states["3 plot"]["status"] in ("done", "skipped")
+    files = {p.name for p in elsewhere.iterdir()}
+    assert len(files) <= 8 and {f"quick-{go}.csv" for go in (1, 2, 3)} < files
+    assert {"summary.md", "campaign.log", "campaign.json"} < files
 
 
-def _step(campaign, *command: str, minutes: float = 1.0, **more):
-    return campaign.Step("x", (sys.executable, *command), minutes, **more)
+def test_a_go_ends_with_its_seconds_and_is_continued(tmp_path):
+    out = tmp_path / "out"
+    started = time.monotonic()
+    cut = _go(1, out, "--steps", "info,quick,tests", "--seconds", "6")
+    assert time.monotonic() - started < 40 and cut.returncode == 0
+    assert "to be continued ['quick', 'tests']" in cut.stdout or "['tests']" in cut.stdout
+    done = _go(1, out, "--steps", "info,quick,tests")
+    assert done.returncode == 0 and "to be continued nothing" in done.stdout
 
 
-def test_a_failing_step_is_failed_and_its_end_is_kept(campaign, tmp_path):
-    step = _step(campaign, "-c", "print('why'); raise SystemExit(3)")
-    state = campaign._run(step, tmp_path, dict(os.environ), time.monotonic() + 60)
+def test_a_bad_go_is_refused(tmp_path):
+    done = _go(4, tmp_path / "out")
+    assert done.returncode == 2 and "--go" in done.stderr and "1, 2, 3" in done.stderr
+
+
+def _plan(goes, tmp_path, **fields):
+    given = {"peers": None, "objects": None, "dry": False, "red": (), "cores": 16}
+    return goes.Plan(out=tmp_path, scratch=tmp_path, **{**given, **fields})
+
+
+def _all(goes, go: int, plan) -> dict:
+    return {step.name: step for group in goes.steps(go, plan) for step in group}
+
+
+def test_the_bounds_of_the_steps_fill_the_go_and_no_more(benches, tmp_path):
+    """The slowest step of each group, one group after the other."""
+    goes = benches[0]
+    for go, seconds in goes.SECONDS.items():
+        groups = goes.steps(go, _plan(goes, tmp_path))
+        assert (
+            0.9 * seconds <= sum(max(step.seconds for step in group) for group in groups) <= seconds
+        )
+
+
+@pytest.fixture
+def on_a_gpu(benches, monkeypatch):
+    """A machine with everything; `.without(name)` takes a program or a module away."""
+    goes = benches[0]
+    gone: set[str] = set()
+    monkeypatch.setattr(
+        goes.shutil, "which", lambda name, path=None: None if name in gone else f"/usr/bin/{name}"
+    )
+    monkeypatch.setattr(goes, "has", lambda module: module not in gone)
+    monkeypatch.setattr(goes, "_arch", lambda: "90")
+    for name in ("NVCC", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return gone
+
+
+MISSING = {
+    "nvcc": (1, "build", "no nvcc"),
+    "pybind11": (1, "build", "pybind11 is not installed"),
+    "triton": (1, "ahead", "triton is not installed"),
+    "pytest": (1, "tests", "pytest is not installed"),
+    "ncu": (1, "ncu-prefill", "ncu is not on the PATH"),
+    "compute-sanitizer": (3, "racecheck", "compute-sanitizer is not on the PATH"),
+    "matplotlib": (3, "plot", "matplotlib is not installed"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_skips_its_step_and_no_other(name, benches, on_a_gpu, tmp_path):
+    goes = benches[0]
+    go, step, words = MISSING[name]
+    plan = _plan(goes, tmp_path, peers=tmp_path)
+    before = {n: s.missing for n, s in _all(goes, go, plan).items()}
+    assert before[step] is None
+    on_a_gpu.add(name)
+    after = {n: s.missing for n, s in _all(goes, go, plan).items()}
+    assert words in after.pop(step)
+    others = {n: why for n, why in before.items() if n != step}
+    assert {n: w for n, w in after.items() if not n.startswith("ncu")} == {
+        n: w for n, w in others.items() if not n.startswith("ncu")
+    }
+
+
+def test_both_backends_are_timed_and_the_tests_use_every_core(benches, on_a_gpu, tmp_path):
+    goes = benches[0]
+    first = _all(goes, 1, _plan(goes, tmp_path))
+    assert "--backend" not in first["quick"].command  # every GPU backend that is there
+    assert first["quick"].restart == goes.FAULT and "flex" not in first["quick"].command
+    tests = first["tests"].command
+    assert tests[tests.index("-n") + 1] == "16"
+    assert not any(word in " ".join(tests) for word in ("compile", "test_static", "tests/bench"))
+    on_a_gpu.add("xdist")
+    assert "-n" not in _all(goes, 1, _plan(goes, tmp_path))["tests"].command
+
+
+def test_prebuilt_objects_and_the_devices_own_architecture(benches, on_a_gpu, tmp_path):
+    goes = benches[0]
+    build = _all(goes, 1, _plan(goes, tmp_path, objects=tmp_path / "o"))["build"].command
+    assert build[build.index("--arch") + 1] == "native"
+    assert build[build.index("--objects") + 1] == str(tmp_path / "o")
+
+
+def test_red_tests_are_the_next_goes_first(benches, tmp_path):
+    goes, steps, _ = benches
+    tail = "FAILED tests/ops/test_a.py::test_x[cuda] - AssertionError: 1 - 2\nERROR tests/b.py::test_y\n2 failed"
+    states = {"1 tests": steps.State("failed", tail=tail)}
+    red = goes.red_tests(states)
+    assert red == ("tests/ops/test_a.py::test_x[cuda]", "tests/b.py::test_y")
+    assert _all(goes, 2, _plan(goes, tmp_path, red=red))["red"].command[-2:] == red
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+
+def _run(steps, tmp_path, *command: str, seconds: float = 60.0, left: float = 100.0, **more):
+    log = steps.Log(tmp_path / "log")
+    runner = steps.Runner(tmp_path, dict(os.environ), log, time.monotonic() + left)
+    state = runner.run(steps.Step("x", (sys.executable, *command), seconds, **more))
+    log.close()
+    return state
+
+
+def test_a_failing_step_is_failed_and_its_end_is_kept(benches, tmp_path):
+    state = _run(benches[1], tmp_path, "-c", "print('why'); raise SystemExit(3)")
     assert (state.status, state.reason, state.tail) == ("failed", "exit status 3", "why")
 
 
-def test_a_step_that_runs_over_is_cut_with_all_it_started(campaign, tmp_path):
+def test_a_step_that_runs_over_is_cut_with_all_it_started(benches, tmp_path):
     code = (
         "import subprocess, time; child = subprocess.Popen(['sleep', '60']); "
         "print(child.pid, flush=True); time.sleep(60)"
     )
-    step = _step(campaign, "-c", code, minutes=1 / 60, output="x.txt")
     started = time.monotonic()
-    state = campaign._run(step, tmp_path, dict(os.environ), started + 100)
+    state = _run(benches[1], tmp_path, "-c", code, seconds=1.5)
     assert state.status == "cut" and time.monotonic() - started < 20
-    child = int((tmp_path / "x.txt").read_text().split()[0])
+    child = int(state.tail.split()[0])
     for _ in range(100):
         if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
             break
@@ -84,29 +215,122 @@ def test_a_step_that_runs_over_is_cut_with_all_it_started(campaign, tmp_path):
         pytest.fail(f"process {child} of the step is still there")
 
 
-def test_no_step_starts_in_the_last_seconds(campaign, tmp_path):
-    state = campaign._run(_step(campaign, "-c", "1/0"), tmp_path, {}, time.monotonic() + 5)
-    assert state.status == "cut" and not (tmp_path / "campaign.log").exists()
+def test_a_campaign_that_is_ended_ends_its_steps_and_says_so(tmp_path):
+    """A machine that is taken back: SIGTERM, and little time."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        str(BENCHES / "campaign.py"),
+        "--go",
+        "1",
+        "--out",
+        str(out),
+        "--dry-run",
+    ]
+    command += ["--steps", "smoke,quick,tests", "--scratch", str(tmp_path / "scratch")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    stop = time.monotonic() + 60
+    log = out / "campaign.log"
+    while not (log.exists() and "smoke | $" in log.read_text()):
+        assert time.monotonic() < stop
+        time.sleep(0.05)
+    process.terminate()
+    printed, _ = process.communicate(timeout=30)
+    assert {s["status"] for s in _states(out).values()} == {"cut"}, printed
+    assert "to be continued ['smoke', 'quick', 'tests']" in printed
+    for line in subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True
+    ).stdout.splitlines():
+        assert str(out) not in line
 
 
-def test_a_long_log_keeps_its_ends(campaign, tmp_path, monkeypatch):
-    monkeypatch.setattr(campaign, "LOG_BYTES", 100)
-    log = tmp_path / "log"
-    log.write_bytes(b"a" * 300 + b"z" * 300)
-    campaign._trim(log)
-    text = log.read_bytes()
-    assert text.startswith(b"a" * 50) and text.endswith(b"z" * 50) and b"cut" in text
+def test_lines_are_in_the_log_while_a_step_runs(benches, tmp_path):
+    """A machine that is taken back in the middle leaves what was said until then."""
+    steps = benches[1]
+    log = steps.Log(tmp_path / "log")
+    runner = steps.Runner(tmp_path, dict(os.environ), log, time.monotonic() + 100)
+    code = (
+        "import pathlib, time; print('first', flush=True)\n"
+        "stop = time.monotonic() + 30\n"
+        "while 'x | first' not in pathlib.Path('log').read_text():\n"
+        "    assert time.monotonic() < stop\n"
+    )
+    state = runner.run(steps.Step("x", (sys.executable, "-c", code), 60))
+    assert state.status == "done", state
+
+
+def test_steps_of_a_group_run_side_by_side(benches, tmp_path):
+    """Each waits for the other's file."""
+    steps = benches[1]
+    log = steps.Log(tmp_path / "log")
+    runner = steps.Runner(tmp_path, dict(os.environ), log, time.monotonic() + 100)
+    code = (
+        "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch()\n"
+        "stop = time.monotonic() + 30\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): assert time.monotonic() < stop\n"
+    )
+    pair = [
+        steps.Step(name, (sys.executable, "-c", code, name, other), 40)
+        for name, other in (("a", "b"), ("b", "a"))
+    ]
+    ended = []
+    states = runner.side_by_side(pair, lambda step, state: ended.append(step.name))
+    assert {s.status for s in states.values()} == {"done"} and sorted(ended) == ["a", "b"]
+
+
+def test_a_step_is_started_again_behind_a_fault(benches, tmp_path):
+    code = "import pathlib; p = pathlib.Path('n'); n = len(p.read_text()) if p.exists() else 0; "
+    code += "p.write_text('.' * (n + 1)); print(n); raise SystemExit(3 if n < 2 else 0)"
+    state = _run(benches[1], tmp_path, "-c", code, restart=3)
+    assert (state.status, state.tail) == ("done", "0\n1\n2")
+    (tmp_path / "n").unlink()
+    assert _run(benches[1], tmp_path, "-c", code).reason == "exit status 3"
+
+
+def test_no_step_starts_in_the_last_seconds(benches, tmp_path):
+    assert _run(benches[1], tmp_path, "-c", "1/0", left=2).status == "cut"
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_long_log_keeps_its_ends(benches, tmp_path, monkeypatch):
+    steps = benches[1]
+    monkeypatch.setattr(steps, "LOG_BYTES", 100)
+    log = steps.Log(tmp_path / "log")
+    for letter in "az":
+        log.line(letter, letter * 300)
+    log.close()
+    text = (tmp_path / "log").read_text()
+    assert text.startswith("a | aaa") and text.endswith("zzz\n") and "cut" in text
     assert len(text) < 200
 
 
-def test_a_bundle_is_unpacked_and_what_is_absent_is_named(campaign, tmp_path, capsys):
+# ------------------------------------------------------------------------------------------- peers
+
+
+def test_a_bundle_is_unpacked_and_what_is_absent_is_named(benches, tmp_path, capsys):
+    peers = benches[2]
     bundle, site = tmp_path / "bundle", tmp_path / "site"
     bundle.mkdir()
     (tmp_path / "peer.py").write_text("X = 1\n")
     with tarfile.open(bundle / "peer.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "peer.py", "peer/__init__.py")
-    campaign.unpack(str(bundle), str(site))
-    assert (site / "peer" / "__init__.py").read_text() == "X = 1\n"
+    shutil.make_archive(str(tmp_path / "other"), "zip", tmp_path, "peer.py")
+    shutil.move(tmp_path / "other.zip", bundle / "other-1-py3-none-any.whl")
+    (bundle / "broken.so.xz").write_bytes(b"no library")
+    broken = peers.unpack(bundle, site)
+    assert len(broken) == 1 and broken[0].startswith(str(bundle / "broken.so.xz"))
+    assert (site / "peer" / "__init__.py").read_text() == "X = 1\n" and (site / "peer.py").exists()
     assert "no vllm_triton folder" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="not a folder"):
-        campaign.unpack(str(tmp_path / "none"), str(site))
+
+
+@pytest.mark.parametrize("kind", ["none", "broken"])
+def test_a_bad_bundle_is_one_sentence(kind, tmp_path):
+    bundle = tmp_path / kind
+    if kind == "broken":
+        bundle.mkdir()
+        (bundle / "x.tar.xz").write_bytes(b"no archive")
+    command = [sys.executable, str(BENCHES / "peers.py"), str(bundle), str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    where = f"--peers: {bundle}" if kind == "none" else f"{bundle / 'x.tar.xz'}: "
+    assert done.returncode == 1 and done.stderr.startswith(f"peers.py: {where}")
+    assert done.stderr.count("\n") == 1
