@@ -56,7 +56,7 @@ void allow_shared_memory(void (*kernel)(Parameters...)) {
     const std::pair<int, const void*> key{runtime::current_device(),
                                           reinterpret_cast<const void*>(kernel)};
     if (allowed.count(key)) return;
-    runtime::limit_shared_memory(kernel, runtime::shared_memory_of_a_block());
+    runtime::raise_shared_memory_limit(kernel);
     allowed.insert(key);
 }
 

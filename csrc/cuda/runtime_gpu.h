@@ -56,12 +56,16 @@ inline int architecture() {
            attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
+// To all that a block can have beside what the kernel declares.
 template <class... Parameters>
-void limit_shared_memory(void (*kernel)(Parameters...), size_t bytes) {
-    check(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        "cudaFuncSetAttribute(MaxDynamicSharedMemorySize, " + std::to_string(bytes) + ")");
+void raise_shared_memory_limit(void (*kernel)(Parameters...)) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes of{};
+    check(cudaFuncGetAttributes(&of, function), "cudaFuncGetAttributes");
+    const size_t bytes = shared_memory_of_a_block() - of.sharedSizeBytes;
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          "cudaFuncSetAttribute(MaxDynamicSharedMemorySize, " + std::to_string(bytes) + ")");
 }
 
 template <class... Parameters>

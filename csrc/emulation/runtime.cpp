@@ -52,15 +52,10 @@ Limits limits_of(int arch) {
     }
 }
 
-void limit_shared_memory(const void* kernel, size_t wanted) {
+void raise_shared_memory_limit(const void* kernel) {
     const int arch = architecture();
-    const size_t most = limits_of(arch).shared_of_a_block;
-    if (wanted > most) {
-        refuse("cudaFuncSetAttribute", "invalid argument",
-               bytes(wanted) + ", sm_" + std::to_string(arch) + " has " + std::to_string(most));
-    }
     std::lock_guard<std::mutex> lock(mutex);
-    shared_limits[{arch, kernel}] = wanted;
+    shared_limits[{arch, kernel}] = limits_of(arch).shared_of_a_block;
 }
 
 // One where a block fits at all: more would only make the emulation slower.

@@ -36,15 +36,15 @@ inline void leave_device(int) noexcept {}
 int num_multiprocessors();
 inline size_t shared_memory_of_a_block() { return limits_of(architecture()).shared_of_a_block; }
 
-void limit_shared_memory(const void* kernel, size_t bytes);
+void raise_shared_memory_limit(const void* kernel);  // kernels here declare none of their own
 int blocks_of_a_multiprocessor(int num_threads, size_t shared_bytes);
 // Throws emulation::Fault where a device would answer with an error.
 void check_launch(const void* kernel, const char* name, int64_t grid_x, int64_t grid_y,
                   int num_threads, size_t shared_bytes, size_t parameter_bytes);
 
 template <class... Parameters>
-void limit_shared_memory(void (*kernel)(Parameters...), size_t bytes) {
-    limit_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+void raise_shared_memory_limit(void (*kernel)(Parameters...)) {
+    raise_shared_memory_limit(reinterpret_cast<const void*>(kernel));
 }
 
 template <class... Parameters>
