@@ -76,7 +76,7 @@ def steps(go: int, plan: Plan) -> list[tuple[Step, ...]]:
     """Groups of steps; those of a group run side by side, one group after the other."""
     quick = _quick(go, plan)
     goes: dict[int, list[Step | tuple[Step, ...]]] = {
-        1: [_setup(go, plan), _smoke(plan), quick, _tests(plan), *_profiles(plan)],
+        1: [_setup(go, plan), (_info(plan), _smoke(plan)), quick, _tests(plan), *_profiles(plan)],
         2: [_setup(go, plan), _red(plan), _tune(plan), quick],
         3: [_setup(go, plan), quick, _racecheck(plan), _plot(go, plan)],
     }
@@ -96,11 +96,14 @@ def _setup(go: int, plan: Plan) -> tuple[Step, ...]:
     unpack = ("benches/peers.py", str(plan.peers), str(plan.site))
     no_peers = None if plan.peers else "no --peers bundle was given"
     return (
-        Step("info", (plan.python, "-m", "pagewire", "info"), 20, always=True, tail=40),
         Step("peers", (plan.python, *unpack), 30, no_peers, always=True),
         Step("build", (plan.python, *build), 30, _no_build(plan), always=True),
         Step("ahead", (plan.python, *ahead), 30, _no_triton(), always=True),
     )
+
+
+def _info(plan: Plan) -> Step:
+    return Step("info", (plan.python, "-m", "pagewire", "info"), 20, tail=40)
 
 
 def _smoke(plan: Plan) -> Step:
