@@ -29,7 +29,9 @@ def _built(extension: str) -> str:
     if extension != "_cuda":
         return "built"
     driver, runtime = _cuda_versions()
-    return f"built with {_show_cuda(runtime)}, driver {_show_cuda(driver) if driver else 'not found'}"
+    return (
+        f"built with {_show_cuda(runtime)}, driver {_show_cuda(driver) if driver else 'not found'}"
+    )
 
 
 def report() -> str:
