@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import goes
+import peers
 from standin import driver as standin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,11 +64,19 @@ _HEAD = (
 )
 
 
-def rehearse(steps: Sequence[str], jobs: int, cores: int, candidates: int, only: str = "") -> int:
+def rehearse(
+    steps: Sequence[str],
+    jobs: int,
+    cores: int,
+    candidates: int,
+    only: str = "",
+    bundle: Path | None = None,
+) -> int:
     """How many things are wrong: compilations that a timed step waits for, calls that fail. Prints as it goes.
 
     Args:
-        steps: suites, "tune", or "tests". only: of their cases, those whose name matches.
+        steps: suites, "tune", or "tests". only: of their cases, those whose name matches. bundle: of peers, of which
+            vllm_triton/ is walked too.
     """
     print(f"{_HEAD}   ({cores} cores there)", flush=True)
     wrong = 0
@@ -75,6 +84,8 @@ def rehearse(steps: Sequence[str], jobs: int, cores: int, candidates: int, only:
         folder = Path(name)
         standin.build(folder)
         environment = _environment(folder)
+        if bundle is not None:
+            environment |= peers.environment(bundle.resolve(), folder)
         chosen = ["--candidates", str(candidates), *(["--only", only] if only else [])]
         ahead = ["--json", "--jobs", str(jobs)]
         suites = [step for step in steps if step != "tests"]
@@ -192,7 +203,8 @@ def walk(step: str, candidates: int, only: re.Pattern | None) -> dict[str, Any]:
             with item.table():
                 try:
                     work, ours = pretend.prepared(item.case, arena)
-                    pretend.call_each(work, ours)
+                    for contender in (ours, *(pretend.triton_peers(work) if item.peers else ())):
+                        pretend.call_each(work, contender)
                 except Exception as error:
                     failed.append(f"{item.name}: {type(error).__name__}: {error}".splitlines()[0])
                     unfit.add((item.target, item.config))
@@ -228,13 +240,15 @@ def main() -> int:
     add("--cores", type=int, default=16, help="of the machine that the seconds are predicted for")
     add("--candidates", type=int, default=38, help="of the sweep's first pass")
     add("--only", default="", metavar="REGEX", help="cases and candidates whose name matches")
+    add("--peers", type=Path, metavar="BUNDLE", help="walk vLLM's Triton kernels in it too")
     add("--walk", metavar="STEP", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.walk:
         only = re.compile(args.only) if args.only else None
         print(json.dumps(walk(args.walk, args.candidates, only)), flush=True)
         return 0
-    wrong = rehearse(args.suites.split(","), args.jobs, args.cores, args.candidates, args.only)
+    steps = args.suites.split(",")
+    wrong = rehearse(steps, args.jobs, args.cores, args.candidates, args.only, args.peers)
     return 1 if wrong else 0
 
 

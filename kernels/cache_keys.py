@@ -5,17 +5,16 @@ import sys
 from triton.runtime.jit import JITFunction
 
 
-def settle() -> None:
-    """Computes the keys of all functions in the loaded modules of this package, callees before their callers.
+def settle(package: str = "pagewire.kernels") -> None:
+    """Computes the keys of all functions in the loaded modules of a package, callees before their callers.
 
     Triton 3.6 merges the globals that a callee uses into its caller's key as far as they are known by then: hashed on
     demand, a kernel has another key in every order of first launches, and what one process has compiled the next one
     compiles again. The interpreter's functions have no key.
     """
-    package = __name__.rpartition(".")[0] + "."
     seen: set[int] = set()
     for name in sorted(sys.modules):
-        if name.startswith(package):
+        if name.startswith(f"{package}."):
             for function in list(vars(sys.modules[name]).values()):
                 _visit(function, seen)
 

@@ -82,6 +82,36 @@ def test_the_standby_answers_per_candidate(tmp_path, monkeypatch):
             compiler.compile("prefill", target.key, [present], 1.0)
 
 
+_PEER = """
+import triton
+import triton.language as tl
+from vllm.platforms import current_platform
+
+
+@triton.jit
+def _peers_kernel(x, N: tl.constexpr):
+    tl.store(x + tl.arange(0, N), 0.0)
+
+
+def unified_attention(out, block_table):
+    assert current_platform.has_device_capability(90)
+    _peers_kernel[(1,)](out, 16)
+"""
+
+
+@pytest.mark.parametrize(("suite", "expected"), [("smoke", 1), ("contact", 0)])
+def test_a_peer_in_triton_is_compiled_where_it_is_timed(suite, expected, tmp_path, monkeypatch):
+    (tmp_path / "triton_attention_helpers.py").write_text("")
+    (tmp_path / "triton_unified_attention.py").write_text(_PEER)
+    arguments = ("--json", "--jobs", "2", "--only", "^decode .* fp32$", suite)
+    environment = {**_environment(tmp_path / "cache"), "PAGEWIRE_PEER_VLLM_TRITON": str(tmp_path)}
+    command = [sys.executable, "-m", "pagewire.bench.ahead", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "cache").glob("*/_peers_kernel.cubin"))) == expected
+    assert list((tmp_path / "cache").glob("*/_decode_kernel.cubin"))
+
+
 _KEYS = """
 from triton.runtime.jit import JITFunction
 from pagewire import registry

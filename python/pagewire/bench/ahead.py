@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 from pagewire import registry
 from pagewire.bench import forks, machine, suites, tune
 from pagewire.bench.cases import Case
-from pagewire.bench.pretend import Blank, NoDevice, call_each, gpu, prepared
+from pagewire.bench.pretend import Blank, NoDevice, call_each, gpu, prepared, triton_peers
 from pagewire.kernels.tuning import KernelConfig, Key
 
 STEPS = (*suites.SUITES, "tune")
@@ -40,6 +40,7 @@ class Item(NamedTuple):
     case: Case
     target: tune.Target | None = None
     config: KernelConfig | None = None
+    peers: bool = False  # timed beside it
 
     @contextmanager
     def table(self) -> Iterator[None]:
@@ -78,7 +79,8 @@ def items(step: str, arch: int, candidates: int, only: re.Pattern | None = None)
         tried = tune.first_candidates(tune.KERNELS, arch, candidates)
         found = [item for target, config in tried for item in of_candidate(target, config)]
     else:
-        found = [Item(case.id, case) for case in suites.cases(step, "cuda")]
+        peers = step != "contact"  # which is ours alone
+        found = [Item(case.id, case, peers=peers) for case in suites.cases(step, "cuda")]
     return [item for item in found if only is None or only.search(item.name)]
 
 
@@ -117,7 +119,9 @@ def walk(wanted: Iterable[Item], arch: int) -> tuple[int, list[Work]]:
         with gpu(arch), torch.inference_mode():
             for item in wanted:
                 with item.table():
-                    call_each(*prepared(item.case, arena))
+                    work, ours = prepared(item.case, arena)
+                    for contender in (ours, *(triton_peers(work) if item.peers else ())):
+                        call_each(work, contender)
     finally:
         JITFunction.run = original
         triton.knobs.runtime.jit_cache_hook = None

@@ -16,6 +16,7 @@ from pagewire.bench.arena import Arena
 from pagewire.bench.cases import Case
 from pagewire.bench.machine import MIB
 from pagewire.bench.movement import PackWork
+from pagewire.bench.peers import vllm_triton
 from pagewire.bench.suite import _work
 from pagewire.bench.work import Contender, Work
 from pagewire.kernels import append, launch, pack, tables
@@ -75,6 +76,7 @@ def gpu(arch: int, num_processors: int = 132) -> Iterator[None]:
         (pack, "device_table", functools.cache(tables._write)),
         (registry, "choose", lambda problem, backend: triton_backend),
         (PackWork, "_reference_pack", lambda work, packed, slots: None),  # it reads values
+        (torch.cuda, "get_device_capability", lambda of=None: divmod(arch, 10)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
@@ -92,7 +94,19 @@ def prepared(case: Case, arena: Arena) -> tuple[Work, Contender]:
     return work, work.ours("triton")
 
 
-def call_each(work: Work, ours: Contender) -> None:
+def triton_peers(work: Work) -> list[Contender]:
+    """The peers of a case that are Triton kernels too, where they are there: they compile at the same expense."""
+    wanted = (
+        peer
+        for peer in vllm_triton.PEERS
+        if peer.missing("cuda") is None
+        and work.case.op in peer.ops
+        and peer.refuses(work.case) is None
+    )
+    return [peer.prepare(work) for peer in wanted]
+
+
+def call_each(work: Work, contender: Contender) -> None:
     """The call on every copy of the buffers that can differ from the others to a compilation."""
     for copy in range(min(work.copies, _ADDRESSES)):
-        ours.call(copy)
+        contender.call(copy)

@@ -25,6 +25,7 @@ from pagewire.bench.cases import Attention, Case
 from pagewire.bench.machine import version
 from pagewire.bench.peers import ATTENTION, Peer
 from pagewire.bench.work import Contender, Work
+from pagewire.kernels import cache_keys
 from pagewire.types import QUANT_MAX
 
 _FILES = (
@@ -79,6 +80,7 @@ def _unified_attention() -> Any:
             assert spec is not None and spec.loader is not None
             sys.modules[full] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
+        cache_keys.settle(_OPS)
         return module.unified_attention
     finally:
         for name in added:
