@@ -79,7 +79,6 @@ def rehearse(
             vllm_triton/ is walked too.
     """
     print(f"{_HEAD}   ({cores} cores there)", flush=True)
-    wrong = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         standin.build(folder)
@@ -87,63 +86,101 @@ def rehearse(
         if bundle is not None:
             environment |= peers.environment(bundle.resolve(), folder)
         chosen = ["--candidates", str(candidates), *(["--only", only] if only else [])]
-        ahead = ["--json", "--jobs", str(jobs)]
+        run = Rehearsal(environment, jobs, cores, chosen)
         suites = [step for step in steps if step != "tests"]
-        cpu, compilations = 0.0, 0
         for step in suites:
-            told = _json([*_AHEAD, *ahead, *chosen, step], environment)
-            cpu, compilations = cpu + told["cpu_seconds"], compilations + told["compilations"]
-            there = max(told["cpu_seconds"] / cores, told["longest"])
-            line = Line(
-                f"ahead {step}", told["launches"], told["compilations"], None, told["wall_seconds"], there, _AHEAD_LIMIT
-            )  # fmt: skip
-            print(line, flush=True)
-            for of, why in told["failed"].items():
-                print(f"    not compiled: {of}: {why}", flush=True)
-                wrong += step != "tune"  # a candidate may be too much for the compiler
+            run.ahead(step)
         for step in suites:
-            told = _json([str(Path(__file__).resolve()), "--walk", step, *chosen], environment)
-            there = told["cpu_seconds"] + told["timing_seconds"]
-            waited = told["kernels"] + [f"{told['files']} C files"] * bool(told["files"])
-            line = Line(
-                step, told["launches"], len(told["kernels"]) + told["files"], told["host_us"], told["seconds"], there,
-                _limit(step),
-            )  # fmt: skip
-            print(line, flush=True)
-            for text in waited:
-                print(f"    waited for {text}", flush=True)
-            for text in told["failed"]:
-                print(f"    failed: {text}", flush=True)
-            wrong += len(waited) + (len(told["failed"]) if step != "tune" else 0)
+            run.walk(step)
         if "tests" in steps:
-            print(_tests(environment, cpu / max(compilations, 1) / cores), flush=True)
-    return wrong
+            run.tests()
+    run.summary()
+    return run.wrong
 
 
 _AHEAD = ("-m", "pagewire.bench.ahead")
 
 
-def _tests(environment: dict[str, str], seconds: float) -> Line:
-    """What the kernels' tests would compile on the machine, `seconds` each there: counted, not compiled ahead."""
-    started = time.perf_counter()
-    paths = [environment["PYTHONPATH"], str(Path(__file__).parent)]
-    told = _json(
-        ["-m", "pytest", "-q", "-p", "standin.count_plugin", "-p", "no:cacheprovider", "-m", "not slow", "tests/ops"],
-        {**environment, "PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
-    here = time.perf_counter() - started
-    count = told["compilations"]
-    return Line("tests/ops", told["launches"], count, None, here, count * seconds, _limit("tests"))
+class Rehearsal:
+    """The lines as they are found, and what is wrong."""
+
+    def __init__(
+        self, environment: dict[str, str], jobs: int, cores: int, chosen: list[str]
+    ) -> None:
+        self.environment, self.jobs, self.cores, self.chosen = environment, jobs, cores, chosen
+        self.wrong = 0
+        self.there: dict[str, float] = {}  # step of the campaign -> seconds
+        self._cpu, self._compilations = 0.0, 0
+
+    def ahead(self, step: str) -> None:
+        told = self._told(*_AHEAD, "--json", "--jobs", str(self.jobs), *self.chosen, step)
+        self._cpu += told["cpu_seconds"]
+        self._compilations += told["compilations"]
+        there = max(told["cpu_seconds"] / self.cores, told["longest"])
+        self.there["ahead"] = self.there.get("ahead", 0.0) + there
+        name = f"ahead {step}"
+        self._print(
+            name, told["launches"], told["compilations"], None, told["wall_seconds"], there, _AHEAD_LIMIT
+        )  # fmt: skip
+        for of, why in told["failed"].items():
+            print(f"    not compiled: {of}: {why}", flush=True)
+            self.wrong += step != "tune"  # a candidate may be too much for the compiler
+
+    def walk(self, step: str) -> None:
+        told = self._told(str(Path(__file__).resolve()), "--walk", step, *self.chosen)
+        there = self.there[_NAMES.get(step, step)] = told["cpu_seconds"] + told["timing_seconds"]
+        waited = told["kernels"] + [f"{told['files']} C files"] * bool(told["files"])
+        count = len(told["kernels"]) + told["files"]
+        self._print(
+            step, told["launches"], count, told["host_us"], told["seconds"], there, _limit(step)
+        )
+        for text in waited:
+            print(f"    waited for {text}", flush=True)
+        for text in told["failed"]:
+            print(f"    failed: {text}", flush=True)
+        self.wrong += len(waited) + (len(told["failed"]) if step != "tune" else 0)
+
+    def tests(self) -> None:
+        """What the kernels' tests would compile beyond the cache: counted, not compiled ahead."""
+        started = time.perf_counter()
+        paths = [self.environment["PYTHONPATH"], str(Path(__file__).parent)]
+        plugins = ("-p", "standin.count_plugin", "-p", "no:cacheprovider")
+        told = _json(
+            ["-m", "pytest", "-q", *plugins, "-m", "not slow", "tests/ops"],
+            {**self.environment, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        here, count = time.perf_counter() - started, told["compilations"]
+        there = self.there["tests"] = count * self._cpu / max(self._compilations, 1) / self.cores
+        self._print("tests/ops", told["launches"], count, None, here, there, _limit("tests"))
+
+    def summary(self) -> None:
+        """The goes, a step with its seconds there, or with its bound (<) where none are known."""
+        for go, seconds in goes.SECONDS.items():
+            total, shown = 0.0, []
+            for group in goes.steps(go, _PLAN):
+                total += max(self.there.get(s.name, s.seconds) for s in group)
+                shown.append(" | ".join(self._shown(s.name, s.seconds) for s in group))
+            print(f"go {go}: {total:.0f} of {seconds} s: {', '.join(shown)}", flush=True)
+
+    def _shown(self, name: str, bound: float) -> str:
+        known = self.there.get(name)
+        return f"{name} <{bound:.0f}" if known is None else f"{name} {known:.0f}"
+
+    def _told(self, *command: str) -> dict[str, Any]:
+        return _json(command, self.environment)
+
+    def _print(self, *fields: Any) -> None:
+        print(Line(*fields), flush=True)
+
+
+_NAMES = {"contact": "smoke"}  # suite -> the campaign's step that runs it, where their names differ
+_PLAN = goes.Plan(Path(os.devnull), Path(os.devnull), None, None, False, (), 16)
 
 
 def _limit(step: str) -> float:
     """Seconds that a go of the campaign has for it, or the suite for itself."""
-    named = {"contact": "smoke"}.get(step, step)
-    nowhere = Path(os.devnull)
-    plan = goes.Plan(nowhere, nowhere, None, None, False, (), 16)
-    planned = [
-        s for go in goes.SECONDS for group in goes.steps(go, plan) for s in group if s.name == named
-    ]
+    name = _NAMES.get(step, step)
+    planned = [s for go in goes.SECONDS for g in goes.steps(go, _PLAN) for s in g if s.name == name]
     if planned and step != "smoke":
         return planned[0].seconds
     from pagewire.bench import suites

@@ -52,9 +52,15 @@ def test_a_step_that_waits_is_an_error(rehearse, monkeypatch, capsys):
     monkeypatch.setattr(rehearse.standin, "build", lambda folder: None)
     monkeypatch.setattr(rehearse, "_limit", lambda step: 3.0)
     assert rehearse.rehearse(["quick"], 2, 4, 10) == 0
-    ahead, quick = capsys.readouterr().out.splitlines()[1:]
+    ahead, quick, *summary = capsys.readouterr().out.splitlines()[1:]
     assert ahead.split()[:4] == ["ahead", "quick", "9", "2"] and "3.0" in ahead  # 8 / 4 is less
     assert quick.split() == ["quick", "20", "0", "5.0", "1.0", "5.0", "3", "OVER"]
+    first = summary[0]  # setting up is bound by what is not known, the suite takes its seconds
+    assert (
+        first.startswith("go 1: 190 of 290 s: peers <30 | build <30 | ahead 3, ")
+        and "quick 5, tests <85" in first
+    )
+    assert [line.split(":")[0] for line in summary] == ["go 1", "go 2", "go 3"]
     told.update(kernels=["_k of case"], files=2, failed=["case: why"])
     assert rehearse.rehearse(["quick"], 2, 4, 10) == 3
     printed = capsys.readouterr().out
