@@ -81,10 +81,8 @@ int blocks_of_a_multiprocessor(void (*kernel)(Parameters...), int num_threads,
 template <class... Parameters, class... Arguments>
 void start(void (*kernel)(Parameters...), const char* name, int64_t grid_x, int64_t grid_y,
            int num_threads, size_t shared_bytes, uintptr_t stream, const Arguments&... arguments) {
-    if (grid_x > INT32_MAX ||
-        grid_y > UINT16_MAX) {  // what does not fit into dim3 would be cut off
-        check(cudaErrorInvalidConfiguration, name);
-    }
+    // what does not fit into dim3 would be cut off
+    if (grid_x > INT32_MAX || grid_y > UINT16_MAX) check(cudaErrorInvalidConfiguration, name);
     const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1);
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
     check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,

@@ -1,8 +1,10 @@
 #include "emulation/runtime.h"
 
-#include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <mutex>
+#include <string>
+#include <utility>
 
 namespace pagewire::runtime {
 

@@ -8,9 +8,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
-#include <string>
-#include <utility>
 
 #include "emulation/block.h"
 
