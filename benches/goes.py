@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -234,8 +235,6 @@ def _no_build(plan: Plan) -> str | None:
 
 def _arch() -> str:
     """Of the first GPU; 90 where nvidia-smi does not say."""
-    import subprocess
-
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "-i", "0"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -39,7 +39,7 @@ _CALLS = 10  # made again per case, for the host's time
 
 @dataclass(frozen=True)
 class Line:
-    """A step. waited: compilations, where there may be none. there, limit: seconds."""
+    """A step. compilations: done ahead, or waited for. here, there, limit: seconds."""
 
     step: str
     launches: int
@@ -154,7 +154,8 @@ class Rehearsal:
         self._print("tests/ops", told["launches"], count, None, here, there, _limit("tests"))
 
     def summary(self) -> None:
-        """The goes, a step with its seconds there, or with its bound (<) where none are known."""
+        """The goes, a step with its seconds there, or with its bound (<) where none are known; ahead: of all suites
+        together, more than any one go needs."""
         for go, seconds in goes.SECONDS.items():
             total, shown = 0.0, []
             for group in goes.steps(go, _PLAN):

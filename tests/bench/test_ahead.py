@@ -112,6 +112,22 @@ def test_a_peer_in_triton_is_compiled_where_it_is_timed(suite, expected, tmp_pat
     assert list((tmp_path / "cache").glob("*/_decode_kernel.cubin"))
 
 
+def test_a_peer_that_fails_is_named_and_ours_is_compiled(tmp_path):
+    (tmp_path / "triton_attention_helpers.py").write_text("")
+    (tmp_path / "triton_unified_attention.py").write_text(
+        "def unified_attention(out): raise ValueError('another version')\n"
+    )
+    arguments = ("--json", "--jobs", "2", "--only", "^decode .* fp32$", "smoke")
+    environment = {**_environment(tmp_path / "cache"), "PAGEWIRE_PEER_VLLM_TRITON": str(tmp_path)}
+    command = [sys.executable, "-m", "pagewire.bench.ahead", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (name,) = json.loads(done.stdout)["failed"]
+    assert name.startswith("a call of decode 2q1s40") and list(
+        (tmp_path / "cache").glob("*/_decode_kernel.cubin")
+    )
+
+
 _KEYS = """
 from triton.runtime.jit import JITFunction
 from pagewire import registry

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -185,11 +186,15 @@ def test_red_tests_are_the_next_goes_first(benches, tmp_path):
 # ------------------------------------------------------------------------------------------- steps
 
 
-def _run(steps, tmp_path, *command: str, seconds: float = 60.0, left: float = 100.0, **more):
+def _runner(steps, tmp_path, left: float = 100.0):
     log = steps.Log(tmp_path / "log")
-    runner = steps.Runner(tmp_path, dict(os.environ), log, time.monotonic() + left)
+    return steps.Runner(tmp_path, dict(os.environ), log, time.monotonic() + left)
+
+
+def _run(steps, tmp_path, *command: str, seconds: float = 60.0, left: float = 100.0, **more):
+    runner = _runner(steps, tmp_path, left)
     state = runner.run(steps.Step("x", (sys.executable, *command), seconds, **more))
-    log.close()
+    runner.log.close()
     return state
 
 
@@ -247,8 +252,7 @@ def test_a_campaign_that_is_ended_ends_its_steps_and_says_so(tmp_path):
 def test_lines_are_in_the_log_while_a_step_runs(benches, tmp_path):
     """A machine that is taken back in the middle leaves what was said until then."""
     steps = benches[1]
-    log = steps.Log(tmp_path / "log")
-    runner = steps.Runner(tmp_path, dict(os.environ), log, time.monotonic() + 100)
+    runner = _runner(steps, tmp_path)
     code = (
         "import pathlib, time; print('first', flush=True)\n"
         "stop = time.monotonic() + 30\n"
@@ -262,8 +266,7 @@ def test_lines_are_in_the_log_while_a_step_runs(benches, tmp_path):
 def test_steps_of_a_group_run_side_by_side(benches, tmp_path):
     """Each waits for the other's file."""
     steps = benches[1]
-    log = steps.Log(tmp_path / "log")
-    runner = steps.Runner(tmp_path, dict(os.environ), log, time.monotonic() + 100)
+    runner = _runner(steps, tmp_path)
     code = (
         "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch()\n"
         "stop = time.monotonic() + 30\n"
@@ -276,6 +279,37 @@ def test_steps_of_a_group_run_side_by_side(benches, tmp_path):
     ended = []
     states = runner.side_by_side(pair, lambda step, state: ended.append(step.name))
     assert {s.status for s in states.values()} == {"done"} and sorted(ended) == ["a", "b"]
+
+
+def test_steps_that_end_at_once_are_told_one_at_a_time(benches, tmp_path):
+    """What is told writes files: two skipped steps end in the same moment."""
+    steps = benches[1]
+    busy, overlaps = threading.Lock(), []
+
+    def ended(step, state):
+        if not busy.acquire(blocking=False):
+            overlaps.append(step.name)
+            return
+        time.sleep(0.1)
+        busy.release()
+
+    skipped = [steps.Step(str(n), (), 1, missing="why") for n in range(4)]
+    states = _runner(steps, tmp_path).side_by_side(skipped, ended)
+    assert len(states) == 4 and not overlaps
+
+
+def test_a_go_is_over_when_its_seconds_are(benches, tmp_path):
+    """Also for a step that does not listen to SIGTERM."""
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    started = time.monotonic()
+    state = _run(benches[1], tmp_path, "-c", code, left=8)
+    assert state.status == "cut" and time.monotonic() - started < 9.5
+
+
+def test_a_program_that_is_not_there_fails_its_step(benches, tmp_path):
+    steps = benches[1]
+    state = _runner(steps, tmp_path).run(steps.Step("x", ("/nowhere/ncu",), 10))
+    assert state.status == "failed" and "/nowhere/ncu" in state.reason
 
 
 def test_a_step_is_started_again_behind_a_fault(benches, tmp_path):

@@ -119,11 +119,11 @@ def test_an_older_driver_is_refused_with_both_versions(driver, runtime, words, m
     extension = SimpleNamespace(driver_version=lambda: driver, runtime_version=lambda: runtime)
     monkeypatch.setitem(sys.modules, "pagewire._cuda", extension)
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object())
-    registry._cuda_versions.cache_clear()
+    registry.cuda_versions.cache_clear()
     try:
         reason = registry._cuda_unavailable("cuda")
     finally:
-        registry._cuda_versions.cache_clear()
+        registry.cuda_versions.cache_clear()
     if words is None:
         assert torch.cuda.is_available() or reason == "torch sees no CUDA device"
     else:

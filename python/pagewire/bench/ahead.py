@@ -26,6 +26,7 @@ from pagewire import registry
 from pagewire.bench import forks, machine, suites, tune
 from pagewire.bench.cases import Case
 from pagewire.bench.pretend import Blank, NoDevice, call_each, gpu, prepared, triton_peers
+from pagewire.bench.suite import _first_line
 from pagewire.kernels.tuning import KernelConfig, Key
 
 STEPS = (*suites.SUITES, "tune")
@@ -90,9 +91,10 @@ def of_candidate(target: tune.Target, config: KernelConfig) -> list[Item]:
     ]
 
 
-def walk(wanted: Iterable[Item], arch: int) -> tuple[int, list[Work]]:
-    """(launches, distinct compilations in the order of first need); nothing is compiled."""
+def walk(wanted: Iterable[Item], arch: int) -> tuple[int, list[Work], dict[str, str]]:
+    """(launches, distinct compilations in the order of first need, calls that failed and why); nothing is compiled."""
     launches = 0
+    failed: dict[str, str] = {}
     found: dict[tuple[str, str], Work] = {}
     original = JITFunction.run
 
@@ -118,14 +120,18 @@ def walk(wanted: Iterable[Item], arch: int) -> tuple[int, list[Work]]:
         arena = Blank("meta")
         with gpu(arch), torch.inference_mode():
             for item in wanted:
-                with item.table():
-                    work, ours = prepared(item.case, arena)
-                    for contender in (ours, *(triton_peers(work) if item.peers else ())):
-                        call_each(work, contender)
+                try:
+                    with item.table():
+                        work, ours = prepared(item.case, arena)
+                        call_each(work, ours)
+                        for peer in triton_peers(work) if item.peers else ():
+                            call_each(work, peer)
+                except Exception as error:  # of one call: the others are compiled
+                    failed[f"a call of {item.name}"] = _first_line(error)
     finally:
         JITFunction.run = original
         triton.knobs.runtime.jit_cache_hook = None
-    return launches, list(found.values())
+    return launches, list(found.values()), failed
 
 
 def compile_all(
@@ -133,13 +139,12 @@ def compile_all(
 ) -> Report:
     """Compiles what the items launch, `jobs` at a time, for at most `seconds`."""
     started, cpu = time.monotonic(), time.process_time()
-    launches, works = walk(wanted, arch)
+    launches, works, failed = walk(wanted, arch)
     walked = time.process_time() - cpu
     works.sort(key=lambda w: _LONGEST.index(w.kernel) if w.kernel in _LONGEST else len(_LONGEST))
     tasks = [lambda work=work: _compile(work) for work in works]  # type: ignore[misc]
     stop = float("inf") if seconds is None else started + seconds
     results = forks.run_all(tasks, jobs, stop)
-    failed = {}
     for work, result in zip(works, results, strict=True):
         error = "not started in time" if result is None else result.error
         if error:
