@@ -121,9 +121,14 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
         if (lane == 0) is_last = count_up_to(p.blocks_done, last) == last ? 1 : 0;
         if (!shuffle(is_last, 0)) return;
         sync_warp();
-        int left = 0;  // one pass that only loads, so that many are on their way at once
-        PW_UNROLL_BY(16)
-        for (int i = lane; i < p.num_counters; i += 32) left |= load_global_fresh(p.counters + i);
+        int left = 0;  // one pass that only loads: 16 are on their way at once
+        for (int first = lane; first < p.num_counters; first += 16 * 32) {
+            PW_UNROLL
+            for (int j = 0; j < 16; ++j) {
+                const int i = first + 32 * j;
+                if (i < p.num_counters) left |= load_global_fresh(p.counters + i);
+            }
+        }
         if (left == 0) return;
         for (int i = lane; i < p.num_counters; i += 32) {
             if (load_global_fresh(p.counters + i) == 0) continue;
