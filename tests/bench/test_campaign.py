@@ -84,7 +84,8 @@ def test_a_go_ends_with_its_seconds_and_is_continued(tmp_path):
     started = time.monotonic()
     cut = _go(1, out, "--steps", "info,quick,tests", "--seconds", "6")
     assert time.monotonic() - started < 40 and cut.returncode == 0
-    assert "to be continued ['quick', 'tests']" in cut.stdout or "['tests']" in cut.stdout
+    left = cut.stdout.rpartition("to be continued ")[2]  # how far it came is the machine's affair
+    assert "tests" in left and "nothing" not in left, cut.stdout
     done = _go(1, out, "--steps", "info,quick,tests")
     assert done.returncode == 0 and "to be continued nothing" in done.stdout
 
