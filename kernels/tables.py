@@ -38,7 +38,7 @@ def device_table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     Keyed by the values themselves: the same tensors find their table again, and other tensors never do.
     """
     if device.type == "cpu":
-        return torch.tensor(values, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64, device=device)
     key, stream = (device, values), torch.cuda.current_stream(device)
     table = _tables.get(key)
     if is_capturing(device):
@@ -60,7 +60,8 @@ def device_table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def _write(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """The values travel as kernel arguments: no pinned memory that must outlive a copy or a graph."""
     padded = values + values[-1:] * (-len(values) % _PER_LAUNCH)
-    table = torch.empty(len(padded), dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # kept for calls in any mode
+        table = torch.empty(len(padded), dtype=torch.int64, device=device)
     for start in range(0, len(padded), _PER_LAUNCH):
         _write_kernel[(1,)](table[start:], *padded[start : start + _PER_LAUNCH], num_warps=1)
     return table

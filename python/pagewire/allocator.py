@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 State = Literal["free", "active", "cached", "leased"]
+# ids: a list, tuple, set, range, numpy array or tensor of integers (a tensor on a GPU is waited for)
+Pages = Any
 STATES: tuple[State, ...] = ("free", "active", "cached", "leased")
 
 
@@ -21,7 +24,8 @@ class PageAllocator:
     - cached: owned by nobody, contents kept for reuse until evicted.
     - leased: owned by nobody but a transfer may still touch it; not on offer until the lease ends.
 
-    Every call is all or nothing: it raises before it changes anything.
+    Every call is all or nothing: it raises before it changes anything. A page id is any integer, of Python, numpy or a
+    tensor; no call takes a page twice.
 
     >>> pages = PageAllocator(4)
     >>> pages.alloc(3)
@@ -31,6 +35,7 @@ class PageAllocator:
     """
 
     def __init__(self, num_pages: int) -> None:
+        num_pages = _index("num_pages", num_pages)
         if num_pages < 0:
             raise ValueError(f"num_pages: expected >= 0, got {num_pages}")
         self.num_pages = num_pages
@@ -48,15 +53,16 @@ class PageAllocator:
         return {state: self._counts[state] for state in STATES}
 
     def ref_count(self, page: int) -> int:
-        self._check([page], None, "ref_count")
+        (page,) = self._check([page], None, "ref_count")
         return self._refs[page]
 
     def state(self, page: int) -> State:
-        self._check([page], None, "state")
+        (page,) = self._check([page], None, "state")
         return self._state[page]
 
     def alloc(self, num_pages: int) -> list[int]:
         """Take `num_pages` free pages, each with one reference. Raises OutOfPages when fewer are free."""
+        num_pages = _index("alloc: num_pages", num_pages)
         if num_pages < 0:
             raise ValueError(f"alloc: expected num_pages >= 0, got {num_pages}")
         if num_pages > self.num_free:
@@ -69,41 +75,34 @@ class PageAllocator:
             self._move(page, "active")
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
+    def share(self, pages: Pages) -> None:
         """Add one reference to each active page."""
-        pages = self._check(pages, "active", "share")
-        for page in pages:
+        for page in self._check(pages, "active", "share"):
             self._refs[page] += 1
 
-    def free(self, pages: Iterable[int], *, to: State = "free") -> None:
+    def free(self, pages: Pages, *, to: State = "free") -> None:
         """Drop one reference of each active page; at zero it becomes `to`: free, cached or leased."""
         if to == "active" or to not in STATES:
             raise ValueError(f"free: expected to='free', 'cached' or 'leased', got {to!r}")
-        pages = self._check(pages, "active", "free")
-        for page, times in Counter(pages).items():
-            if times > self._refs[page]:
-                raise ValueError(
-                    f"free: page {page} has {self._refs[page]} references, {times} were to be dropped"
-                )
-        for page in pages:
+        for page in self._check(pages, "active", "free"):
             self._refs[page] -= 1
             if self._refs[page] == 0:
                 self._move(page, to)
 
-    def revive(self, pages: Iterable[int]) -> None:
+    def revive(self, pages: Pages) -> None:
         """Cached pages become active again, each with one reference."""
-        for page in self._distinct(pages, "cached", "revive"):
+        for page in self._check(pages, "cached", "revive"):
             self._refs[page] = 1
             self._move(page, "active")
 
-    def evict(self, pages: Iterable[int]) -> None:
+    def evict(self, pages: Pages) -> None:
         """Cached pages become free; their contents are given up."""
-        for page in self._distinct(pages, "cached", "evict"):
+        for page in self._check(pages, "cached", "evict"):
             self._move(page, "free")
 
-    def end_lease(self, pages: Iterable[int]) -> None:
+    def end_lease(self, pages: Pages) -> None:
         """Leased pages become free: the transfer is known to be drained."""
-        for page in self._distinct(pages, "leased", "end_lease"):
+        for page in self._check(pages, "leased", "end_lease"):
             self._move(page, "free")
 
     def _move(self, page: int, to: State) -> None:
@@ -113,17 +112,26 @@ class PageAllocator:
         if to == "free":
             self._free.append(page)
 
-    def _distinct(self, pages: Iterable[int], state: State, verb: str) -> list[int]:
-        pages = self._check(pages, state, verb)
-        if len(set(pages)) != len(pages):
-            raise ValueError(f"{verb}: a page is named twice in {pages}")
-        return pages
-
-    def _check(self, pages: Iterable[int], state: State | None, verb: str) -> list[int]:
-        pages = list(pages)
-        for page in pages:
+    def _check(self, pages: Pages, state: State | None, verb: str) -> list[int]:
+        """The page ids as ints, each named once and in `state`."""
+        # of a tensor or array in one step: its elements are tensors, which compare by value and hash by identity
+        given: Any = pages.tolist() if hasattr(pages, "tolist") else pages
+        if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
+            raise TypeError(f"{verb}: expected page ids, got {pages!r}")
+        found = [_index(f"{verb}: a page id", page) for page in given]
+        for page in found:
             if not 0 <= page < self.num_pages:
                 raise ValueError(f"{verb}: expected page ids in [0, {self.num_pages}), got {page}")
             if state is not None and self._state[page] != state:
                 raise ValueError(f"{verb}: page {page} is {self._state[page]}, expected {state}")
-        return pages
+        if len(set(found)) != len(found):
+            twice = Counter(found).most_common(1)[0][0]
+            raise ValueError(f"{verb}: page {twice} is named twice in {found}")
+        return found
+
+
+def _index(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None

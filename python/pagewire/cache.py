@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from itertools import combinations
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pagewire import overlap, scalars, shared_kv, views
 from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, dtype_name
 
 CacheScale = Literal["none", "tensor", "head", "token_head"]
@@ -49,10 +52,14 @@ class PagedKVCache:
             `[num_pages, num_kv_heads, page_size, head_dim(_v)]` ("HND"); only the last dim must be contiguous.
             `v_caches` may be views of `k_caches` starting at the same element (MLA): then V is not packed.
         shares_kv: whether V is such a view; None looks at the pointers (under torch.compile: False).
+            K and V then have one scale: the same values, or, per token and head, tensors that the ops keep equal.
         k_scales, v_scales: per layer fp32 `[]`, `[num_kv_heads]` or `[num_pages, page_size, num_kv_heads]` (in either
             layout); needed exactly when the dtype is fp8 or int8.
+    Pickling, `copy.deepcopy`, `torch.save`, `to` and processes that share memory keep which tensors share what.
+
     Raises:
-        ValueError, TypeError: lists of different lengths, layers of different shape or dtype, missing scales.
+        ValueError, TypeError: lists of different lengths, layers of different shape or dtype, missing scales, two
+            scales for one storage, shares_kv=True for tensors that do not.
     """
 
     def __init__(
@@ -65,14 +72,14 @@ class PagedKVCache:
         v_scales: Sequence[Tensor] | None = None,
         shares_kv: bool | None = None,
     ) -> None:
-        self.k, self.v = tuple(k_caches), tuple(v_caches)
+        self.k, self.v = _layers("k_caches", k_caches), _layers("v_caches", v_caches)
         self.layout: Layout = layout
-        self.k_scale: tuple[Tensor | None, ...] = (
-            tuple(k_scales) if k_scales is not None else (None,) * len(self.k)
-        )
-        self.v_scale: tuple[Tensor | None, ...] = (
-            tuple(v_scales) if v_scales is not None else (None,) * len(self.v)
-        )
+        self.k_scale: tuple[Tensor | None, ...] = (None,) * len(self.k)
+        self.v_scale: tuple[Tensor | None, ...] = (None,) * len(self.v)
+        if k_scales is not None:
+            self.k_scale = _layers("k_scales", k_scales)
+        if v_scales is not None:
+            self.v_scale = _layers("v_scales", v_scales)
         self.geometry = _geometry(self, shares_kv)
 
     @property
@@ -86,6 +93,70 @@ class PagedKVCache:
     @property
     def device(self) -> torch.device:
         return self.k[0].device
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by the name of the argument it came in."""
+        found = {}
+        for name in ("k", "v", "k_scale", "v_scale"):
+            argument = f"{name}_caches" if len(name) == 1 else f"{name}s"
+            for i, tensor in enumerate(getattr(self, name)):
+                if tensor is not None:
+                    found[f"{argument}[{i}]"] = tensor
+        return found
+
+    @cached_property
+    def spans(self) -> tuple[overlap.Span, ...]:
+        """The memory in which all tensors lie, as addresses [start, stop)."""
+        return overlap.merged(map(overlap.span, self.tensors.values()))
+
+    @cached_property
+    def conflict(self) -> str | None:
+        """Where writing tokens would write the same memory twice; None if nowhere. V within K is not meant."""
+        if self.device.type == "meta":
+            return None
+        written = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if (name[0] == "k" or name.startswith("v_scales") or not self.geometry.shares_kv)
+            and ("scales" not in name or tensor.dim() == 3)
+        }
+        for name, tensor in written.items():
+            if overlap.overlaps_itself(tensor):
+                return f"{name} has stride {tensor.stride()} for shape {tuple(tensor.shape)}"
+        for (name, tensor), (other, another) in combinations(written.items(), 2):
+            if overlap.overlap(tensor, another):
+                of_one_layer = name == other.replace("v_scales", "k_scales")
+                if not (self.geometry.shares_kv and of_one_layer):
+                    return f"{other} overlaps {name}"
+        return None
+
+    def to(self, device: torch.device | str) -> PagedKVCache:
+        """This cache on `device`, itself if it is there already; what shares memory here shares it there."""
+        target = torch.empty(0, device=device).device
+        if target == self.device:
+            return self
+        return self._with(views.moved(tuple(self.tensors.values()), target))
+
+    def share_memory_(self) -> PagedKVCache:
+        """Moves the tensors of a CPU cache to memory that other processes can map; returns the cache itself."""
+        for tensor in self.tensors.values():
+            tensor.share_memory_()
+        self.__dict__.pop("spans", None)
+        return self
+
+    def _with(self, tensors: Sequence[Tensor]) -> PagedKVCache:
+        """A cache of the same geometry over other tensors, in the order of `self.tensors`."""
+        lists: dict[str, list[Tensor]] = {}
+        for name, tensor in zip(self.tensors, tensors, strict=True):
+            lists.setdefault(name.partition("[")[0], []).append(tensor)
+        return PagedKVCache(**lists, layout=self.layout, shares_kv=self.geometry.shares_kv)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        counts = len(self.k), self.k_scale[0] is not None
+        return _rebuilt, (
+            views.split(tuple(self.tensors.values())), *counts, self.layout, self.geometry.shares_kv,
+        )  # fmt: skip
 
     @classmethod
     def allocate(
@@ -107,13 +178,16 @@ class PagedKVCache:
         Raises:
             ValueError: a count below 1, an unknown layout or scale, or fp8/int8 without a scale (or a scale without).
         """
-        head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        for name, value in (
-            ("num_layers", num_layers), ("num_pages", num_pages), ("page_size", page_size),
-            ("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("head_dim_v", head_dim_v),
-        ):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name}: expected >= 1, got {value}")
+        counts = {
+            "num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim, "head_dim_v": head_dim if head_dim_v is None else head_dim_v,
+        }  # fmt: skip
+        num_layers, num_pages, page_size, num_kv_heads, head_dim, head_dim_v = (
+            scalars.integer(name, value, least=1) for name, value in counts.items()
+        )
+        if dtype not in KV_DTYPES:
+            accepted = ", ".join(map(dtype_name, KV_DTYPES))
+            raise TypeError(f"dtype: expected one of {accepted}, got {scalars.show(dtype)}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
         if scale not in CACHE_SCALES:
@@ -136,13 +210,31 @@ class PagedKVCache:
                 torch.ones(shape, dtype=torch.float32, device=device) for _ in range(num_layers)
             ]
 
-        return cls(
-            stored(head_dim),
-            stored(head_dim_v),
-            layout=layout,
-            k_scales=scales(),
-            v_scales=scales(),
-        )
+        with torch.inference_mode(False):  # to be written in any mode
+            tensors = stored(head_dim), stored(head_dim_v)
+            return cls(*tensors, layout=layout, k_scales=scales(), v_scales=scales())
+
+
+def _layers(name: str, tensors: Any) -> tuple[Any, ...]:
+    try:
+        found = tuple(tensors)
+    except TypeError:
+        found = ()
+    if not found or not all(isinstance(t, (Tensor, type(None))) for t in found):
+        expected = "a sequence with a tensor for each layer"
+        raise TypeError(f"{name}: expected {expected}, got {scalars.show(tensors)}")
+    return found
+
+
+def _rebuilt(
+    parts: views.Parts, num_layers: int, scaled: bool, layout: Layout, shares_kv: bool
+) -> PagedKVCache:
+    """The other end of a pickle."""
+    tensors = views.join(parts)
+    lists = [tensors[i : i + num_layers] for i in range(0, len(tensors), num_layers)]
+    names = ("k_caches", "v_caches", *(("k_scales", "v_scales") if scaled else ()))
+    arguments: dict[str, Any] = dict(zip(names, lists, strict=True))
+    return PagedKVCache(**arguments, layout=layout, shares_kv=shares_kv)
 
 
 def nhd(cache: Tensor, layout: Layout) -> Tensor:
@@ -152,8 +244,6 @@ def nhd(cache: Tensor, layout: Layout) -> Tensor:
 
 def _geometry(cache: PagedKVCache, shares_kv: bool | None) -> Geometry:
     num_layers = len(cache.k)
-    if num_layers == 0:
-        raise ValueError("k_caches: expected at least one layer, got none")
     for name, tensors in (
         ("v_caches", cache.v),
         ("k_scales", cache.k_scale),
@@ -192,24 +282,39 @@ def _geometry(cache: PagedKVCache, shares_kv: bool | None) -> Geometry:
         )
     k_nhd = nhd(k0, cache.layout)
     num_pages, page_size, num_kv_heads, head_dim = k_nhd.shape
+    for name, extent in (
+        ("page_size", page_size), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("head_dim_v", v0.shape[-1])
+    ):  # fmt: skip
+        if extent < 1:
+            raise ValueError(
+                f"k_caches, v_caches: expected {name} >= 1, got shapes {tuple(k0.shape)} and {tuple(v0.shape)}"
+            )
+    scale = _cache_scale(cache, num_pages, page_size, num_kv_heads)
+    shares_kv = _shares_kv(cache, shares_kv)
+    if shares_kv and scale in ("tensor", "head"):
+        for i, (k_scale, v_scale) in enumerate(zip(cache.k_scale, cache.v_scale, strict=True)):
+            if _has_memory(k0):
+                shared_kv.one_scale(f"v_scales[{i}]", k_scale, v_scale, may_wait=True)
     return Geometry(
         num_layers, num_pages, page_size, num_kv_heads, head_dim, v0.shape[-1], k0.dtype, cache.layout,
-        _cache_scale(cache, num_pages, page_size, num_kv_heads),
-        _shares_kv(cache) if shares_kv is None else shares_kv,
+        scale, shares_kv,
     )  # fmt: skip
 
 
-def _shares_kv(cache: PagedKVCache) -> bool:
-    """Every V is a prefix view of its K: the MLA layout."""
-    if torch.compiler.is_compiling():
-        return False
-    return all(
-        k.data_ptr() == v.data_ptr()
-        and k.stride() == v.stride()
-        and v.shape[-1] <= k.shape[-1]
-        and k.numel() > 0
-        for k, v in zip(cache.k, cache.v, strict=True)
-    )
+def _has_memory(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not x.is_meta and type(x) is Tensor
+
+
+def _shares_kv(cache: PagedKVCache, said: bool | None) -> bool:
+    """Every V is a prefix view of its K: the MLA layout. What cannot be seen is taken as said."""
+    if not _has_memory(cache.k[0]) or cache.k[0].numel() == 0:
+        return bool(said)
+    seen = all(map(overlap.is_prefix, cache.v, cache.k))
+    if said and not seen:
+        raise ValueError(
+            "shares_kv=True: expected each of v_caches to be the first columns of its k_caches, got memory of its own"
+        )
+    return seen if said is None else said
 
 
 def _cache_scale(

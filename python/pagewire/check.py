@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pagewire.types import FLOAT_DTYPES, KV_DTYPES, LAYOUTS, QUANT_MAX, Modifiers, Scale, dtype_name
+from pagewire import overlap, scalars
+from pagewire.types import (
+    FLOAT_DTYPES,
+    KV_DTYPES,
+    LAYOUTS,
+    QUANT_MAX,
+    Modifiers,
+    Options,
+    Scale,
+    dtype_name,
+)
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -30,8 +40,8 @@ class Dims:
 
     def check(self, name: str, tensor: Tensor, pattern: str) -> None:
         """`pattern`: dim names separated by spaces; a leading "<=" accepts a smaller extent."""
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if type(tensor) is not Tensor:
+            _plain(name, tensor)
         words, shape, known = _words(pattern), tensor.shape, self._known
         if len(shape) != len(words):
             raise ValueError(
@@ -47,6 +57,22 @@ class Dims:
                     f"{name}: expected [{pattern.replace(' ', ', ')}], got shape {tuple(shape)}; "
                     f"{word}={value} from {source}"
                 )
+
+
+def _plain(name: str, tensor: Any) -> None:
+    """A subclass will do if it is no more than a name: what dispatches for itself may have no memory of its own."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if dispatches(type(tensor)):
+        raise TypeError(
+            f"{name}: expected a plain torch.Tensor like the arguments before it, got {type(tensor).__name__}"
+        )
+
+
+@functools.cache
+def dispatches(kind: type[Tensor]) -> bool:
+    """Whether this class of tensors takes torch ops into its own hands, as fake and functional tensors do."""
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 @functools.cache
@@ -90,8 +116,10 @@ def caches(dims: Dims, k_cache: Tensor, v_cache: Tensor, layout_name: str) -> No
     dtype("k_cache", k_cache, KV_DTYPES)
     dtype("v_cache", v_cache, (k_cache.dtype,), " (from k_cache)")
     last_dim_contiguous(k_cache=k_cache, v_cache=v_cache)
-    if dims["page_size"] < 1:
-        raise ValueError("k_cache: expected page_size >= 1, got 0")
+    for name, tensor in (("page_size", k_cache), ("head_dim", k_cache), ("head_dim_v", v_cache)):
+        if dims[name] < 1:
+            where = "k_cache" if tensor is k_cache else "v_cache"
+            raise ValueError(f"{where}: expected {name} >= 1, got 0 in shape {tuple(tensor.shape)}")
 
 
 def cache_dtype(name: str, tensor: Tensor, kv_dtype: torch.dtype) -> None:
@@ -113,10 +141,6 @@ def scale(dims: Dims, name: str, value: Scale, kv_dtype: torch.dtype, *, per_req
             )
         return
     if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise ValueError(
-                f"{name}: expected a finite float > 0 or a float32 tensor, got {value!r}"
-            )
         return
     dtype(name, value, (torch.float32,))
     heads, pages, page_size = dims["num_kv_heads"], dims["num_pages"], dims["page_size"]
@@ -153,19 +177,36 @@ def offsets(dims: Dims, cu_seqlens_q: Tensor, expected: torch.device) -> None:
         )
 
 
-def modifiers(dims: Dims, q: Tensor, kv_dtype: torch.dtype, m: Modifiers) -> None:
-    for name, value in (("softmax_scale", m.softmax_scale), ("softcap", m.softcap)):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    if m.softcap < 0:
-        raise ValueError(f"softcap: expected >= 0 (0 = off), got {m.softcap}")
-    if m.split_size is not None and m.split_size < 1:
-        raise ValueError(f"split_size: expected >= 1 tokens or None, got {m.split_size}")
-    if m.max_q_len is not None and m.max_q_len < 1:
-        raise ValueError(f"max_q_len: expected >= 1 or None, got {m.max_q_len}")
+def scale_number(name: str, value: Any, device: torch.device) -> Scale:
+    """A number becomes a float, a tensor of one on the CPU too; any other tensor stays as it is, to be checked."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        ours = value.dtype == torch.float32 and value.device == device
+        if ours or value.dim() > 0 or value.device.type != "cpu":
+            return value
+    return scalars.positive(name, value, "a finite float > 0 or a float32 tensor")
+
+
+def modifiers(dims: Dims, q: Tensor, kv_dtype: torch.dtype, options: Options) -> Modifiers:
+    """What the caller asked for, as kernels take it: numbers in the range where they mean something."""
+    softcap = scalars.real("softcap", options.softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap: expected >= 0 (0 = off), got {softcap}")
+    scale_of_q = (
+        dims["head_dim"] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    )
+    m = Modifiers(
+        scalars.real("softmax_scale", scale_of_q), scalars.flag("causal", options.causal),
+        *scalars.window(options.window_size), softcap, options.alibi_slopes, options.sinks,
+        scale_number("k_scale", options.k_scale, q.device), scale_number("v_scale", options.v_scale, q.device),
+        scalars.count("split_size", options.split_size, " tokens"), scalars.count("max_q_len", options.max_q_len),
+    )  # fmt: skip
     if m.alibi_slopes is not None:
-        pattern = "num_qo_heads" if m.alibi_slopes.dim() == 1 else "batch_size num_qo_heads"
-        dims.check("alibi_slopes", m.alibi_slopes, pattern)
+        one = isinstance(m.alibi_slopes, Tensor) and m.alibi_slopes.dim() == 1
+        dims.check(
+            "alibi_slopes", m.alibi_slopes, "num_qo_heads" if one else "batch_size num_qo_heads"
+        )
         dtype("alibi_slopes", m.alibi_slopes, (torch.float32,))
     if m.sinks is not None:
         dims.check("sinks", m.sinks, "num_qo_heads")
@@ -180,6 +221,7 @@ def modifiers(dims: Dims, q: Tensor, kv_dtype: torch.dtype, m: Modifiers) -> Non
         k_scale=m.k_scale,
         v_scale=m.v_scale,
     )
+    return m
 
 
 def attention(
@@ -232,3 +274,31 @@ def out_and_lse(
         dims.check("lse", lse, f"{rows} num_qo_heads")
         dtype("lse", lse, (torch.float32,))
     device("q", q.device, out=out, lse=lse)
+
+
+def memory(
+    results: Mapping[str, Tensor | None],
+    inputs: Mapping[str, Tensor | Scale],
+    in_place: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Every result has memory of its own: no element twice, none of another result or an input.
+
+    in_place: (result, input) that may be the very same view, since each row is read before it is written.
+    """
+    seen: dict[str, Tensor] = {}
+    for name, result in results.items():
+        if result is None or result.device.type == "meta":
+            continue
+        if overlap.overlaps_itself(result):
+            raise ValueError(
+                f"{name}: expected memory of its own for each element, got stride {result.stride()} for shape "
+                f"{tuple(result.shape)}"
+            )
+        for other, tensor in (*seen.items(), *inputs.items()):
+            if not isinstance(tensor, Tensor) or not overlap.overlap(result, tensor):
+                continue
+            if (name, other) not in in_place or not overlap.same(result, tensor):
+                raise ValueError(
+                    f"{name}: expected memory of its own, got a tensor that overlaps {other}"
+                )
+        seen[name] = result

@@ -55,7 +55,8 @@ def device_word(device: torch.device) -> torch.Tensor:
                 f"pagewire: the error word of {device} does not exist yet and cannot be allocated during a CUDA "
                 "graph capture; run one pagewire op on this device before capturing"
             )
-        word = _words[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # to be written and cleared in any mode
+            word = _words[device] = torch.zeros(1, dtype=torch.int64, device=device)
     return word
 
 

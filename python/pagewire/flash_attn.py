@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pagewire import ops
+from pagewire.scalars import integer, show
 from pagewire.types import QUANT_MAX, Scale, dtype_name
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -54,7 +55,7 @@ def flash_attn_with_kvcache(
     causal: bool = False,
     window_size: Sequence[int | None] | None = (-1, -1),
     attention_chunk: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0,  # as in pagewire.decode
     alibi_slopes: Tensor | None = None,
     rotary_interleaved: bool = True,
     scheduler_metadata: Tensor | None = None,
@@ -92,8 +93,13 @@ def flash_attn_with_kvcache(
         rotary_seqlens=rotary_seqlens, scheduler_metadata=scheduler_metadata, pack_gqa=pack_gqa,
         attention_chunk=attention_chunk or None, sm_margin=sm_margin or None,
     )  # fmt: skip
+    _tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    _tensors(
+        k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, cache_batch_idx=cache_batch_idx,
+        page_table=page_table, block_table=block_table, out=out, optional=True,
+    )  # fmt: skip
     table = _one_of(page_table=page_table, block_table=block_table)
-    batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    batch_size = _batch(q, cu_seqlens_q)
     if table is None:
         table = _rows_as_pages(k_cache, cache_batch_idx, batch_size)
     elif cache_batch_idx is not None:
@@ -150,7 +156,7 @@ def flash_attn_varlen_func(
     *,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     softmax_scale: float | None = None,
     causal: bool = False,
     qv: Tensor | None = None,
@@ -160,7 +166,7 @@ def flash_attn_varlen_func(
     v_descale: Scale = None,
     window_size: Sequence[int | None] | None = (-1, -1),
     attention_chunk: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0,  # as in pagewire.decode
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -201,6 +207,11 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     if not isinstance(cu_seqlens_q, Tensor):
         raise TypeError(f"cu_seqlens_q: expected an int32 tensor [batch + 1], got {cu_seqlens_q!r}")
+    _tensors(q=q, k=k, v=v)
+    _tensors(
+        cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, page_table=page_table, block_table=block_table, out=out,
+        optional=True,
+    )  # fmt: skip
     if max_seqlen_q is None:
         raise ValueError("max_seqlen_q: expected an int, got None")
     table = _one_of(page_table=page_table, block_table=block_table)
@@ -216,6 +227,8 @@ def flash_attn_varlen_func(
             raise ValueError("max_seqlen_k: expected an int (there is no page table), got None")
         # every token is a page of its own
         k, v = k.unsqueeze(1), v.unsqueeze(1)
+        # no request has more keys than there are: a bound of any size costs no memory
+        max_seqlen_k = min(integer("max_seqlen_k", max_seqlen_k, least=0), k.shape[0])
         key = torch.arange(max_seqlen_k, dtype=torch.int32, device=q.device)
         table = cu_seqlens_k[:-1, None] + key
     if seqused_k is None:
@@ -238,13 +251,29 @@ def _ragged(
     keywords: dict[str, Any],
 ) -> Result:
     """out, or (out, lse [num_qo_heads, total_q])."""
-    max_q_len = None if max_seqlen_q is None else max(max_seqlen_q, 1)
+    max_q_len = None if max_seqlen_q is None else max(integer("max_seqlen_q", max_seqlen_q), 1)
     if keywords["return_lse"]:
-        keywords["lse"] = torch.empty(q.shape[1], q.shape[0], device=q.device).t()
+        keywords["lse"] = torch.empty(
+            q.shape[1], q.shape[0], dtype=torch.float32, device=q.device
+        ).t()
     result = ops.prefill(
         q, *keys, cu_seqlens_q, causal=causal, max_q_len=max_q_len, out=out, **keywords
     )
     return (result[0], result[1].t()) if isinstance(result, tuple) else result
+
+
+def _tensors(*, optional: bool = False, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and not (optional and value is None):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {show(value)}")
+
+
+def _batch(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
+    name, x = ("q", q) if cu_seqlens_q is None else ("cu_seqlens_q", cu_seqlens_q)
+    if x.dim() == 0 or (x.shape[0] < 1 and x is not q):
+        expected = "[batch, q_len, num_qo_heads, head_dim]" if x is q else "[batch + 1]"
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(x.shape)}")
+    return q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
 
 
 def _refuse(function: str, **arguments: Any) -> None:
@@ -281,8 +310,7 @@ def _keywords(
     return_lse: bool,
 ) -> dict[str, Any]:
     """The modifiers that both public ops take, in pagewire's words."""
-    if num_splits < 0:
-        raise ValueError(f"num_splits: expected >= 0, got {num_splits}")
+    num_splits = integer("num_splits", num_splits, least=0)
     for name, descale in (("k_descale", k_descale), ("v_descale", v_descale)):
         if descale is None and k_cache.dtype in QUANT_MAX:
             raise ValueError(
@@ -290,10 +318,13 @@ def _keywords(
             )
     if q_descale is not None:  # (q * q_descale) . k = q . (k * q_descale)
         k_descale = q_descale if k_descale is None else q_descale * k_descale
-    left, right = (-1, -1) if window_size is None else window_size
+    if window_size is None:
+        window_size = (-1, -1)
+    elif isinstance(window_size, (tuple, list)):
+        window_size = tuple(-1 if side is None else side for side in window_size)
     return {
         "softmax_scale": softmax_scale,
-        "window_size": (-1 if left is None else left, -1 if right is None else right),
+        "window_size": window_size,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "sinks": None if sinks is None else sinks.float(),  # FlashAttention's are bf16
@@ -322,7 +353,8 @@ def _merge_rows(name: str, x: Tensor) -> Tensor:
 def _rows_as_pages(k_cache: Tensor, cache_batch_idx: Tensor | None, batch_size: int) -> Tensor:
     """An unpaged cache [rows, max_len, ...] is one page per row."""
     if cache_batch_idx is not None:
-        return cache_batch_idx.to(torch.int32)[:, None]
+        # an index past 32 bits stays one that is out of range
+        return cache_batch_idx.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)[:, None]
     if k_cache.shape[0] != batch_size:
         raise ValueError(
             f"k_cache: expected [{batch_size}, max_len, ...] (batch from q; no page table), got {tuple(k_cache.shape)}"
@@ -337,9 +369,12 @@ def _cached_lens(
         if lens.dtype != torch.int32:
             raise TypeError(f"cache_seqlens: expected int32, got {dtype_name(lens.dtype)}")
         return lens
-    return torch.full(
-        (batch_size,), capacity if lens is None else lens, dtype=torch.int32, device=device
+    length = (
+        capacity if lens is None else integer("cache_seqlens", lens, what=" or an int32 tensor")
     )
+    if lens is not None and not torch.compiler.is_compiling() and not 0 <= length <= capacity:
+        raise ValueError(f"cache_seqlens: expected a length in [0, {capacity}], got {length}")
+    return torch.full((batch_size,), length, dtype=torch.int32, device=device)
 
 
 def _append(

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pagewire import check, scalars
+from pagewire.cache_part import CachePart
 from pagewire.packed import PackedKV, PackedShape
-from pagewire.types import Modifiers, Scale
+from pagewire.types import Options, Scale
 
 LIBRARY = torch.library.Library("pagewire", "DEF")
 
 _SCALES = "Tensor? k_scale, float? k_scale_value, Tensor? v_scale, float? v_scale_value"
 _MODIFIERS = (
-    "str layout, float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
-    f"Tensor? alibi_slopes, Tensor? sinks, {_SCALES}, int? split_size, int? max_q_len, str? backend"
+    "str layout, float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
+    f"Tensor? alibi_slopes, Tensor? sinks, {_SCALES}, SymInt? split_size, SymInt? max_q_len, str? backend"
 )
 _DECODE = (
     f"Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, {_MODIFIERS}"
@@ -28,7 +30,7 @@ _DECODE = (
 _PREFILL = _DECODE.replace("Tensor seq_lens,", "Tensor seq_lens, Tensor cu_seqlens_q,")
 _RESULTS = "Tensor(a!) out, Tensor(b!) lse"
 _MERGE = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str? backend"
-_SHAPE = "int num_tokens, int head_dim, int head_dim_v, ScalarType dtype, str scale_kind"
+_SHAPE = "SymInt num_tokens, SymInt head_dim, SymInt head_dim_v, ScalarType dtype, str scale_kind"
 _VIEWS = "Tensor[] k_caches, Tensor[] v_caches, Tensor[] k_scales, Tensor[] v_scales, Tensor slots"
 _VIEWS_MUT = _VIEWS.replace("Tensor[] k_c", "Tensor(a!)[] k_c").replace(
     "Tensor[] v_c", "Tensor(b!)[] v_c"
@@ -57,11 +59,11 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
 
 
-def traced(x: Tensor) -> bool:
-    """The call is being compiled, or `x` is a fake or functional tensor that only a torch op can take."""
-    return torch.compiler.is_compiling() or (
-        type(x) is not Tensor and type(x) is not torch.nn.Parameter
-    )
+def traced(x: Any) -> bool:
+    """The call is being compiled, or `x` is a tensor that takes torch ops into its own hands, as fake ones do."""
+    if torch.compiler.is_compiling():
+        return True
+    return type(x) is not Tensor and isinstance(x, Tensor) and check.dispatches(type(x))
 
 
 # ---------------------------------------------------------------------------------------- fakes
@@ -103,9 +105,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "merge_state": lambda out_a, *rest: _state_like(out_a, out_a.shape[-1]),
     "merge_state.out": _nothing,
     "merge_states": lambda outs, lses, backend: (
-        _state_like(outs[0], outs.shape[-1])
-        if outs.shape[0] > 0
-        else (outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:]))
+        outs.new_empty(outs.shape[1:]),
+        lses.new_empty(lses.shape[1:]),
     ),
     "merge_states.out": _nothing,
     "pack_kv": _fake_pack,
@@ -127,11 +128,13 @@ def join_scale(tensor: Tensor | None, value: float | None) -> Scale:
     return tensor if tensor is not None else value
 
 
-def flatten(layout: str, m: Modifiers, backend: str | None) -> tuple[Any, ...]:
-    """The schema's `_MODIFIERS`, in its order."""
+def flatten(layout: str, o: Options, backend: str | None) -> tuple[Any, ...]:
+    """The schema's `_MODIFIERS`, in its order. Sizes stay symbols: one compilation serves them all."""
+    left, right = scalars.pair("window_size", o.window_size, "(left, right)")
+    sizes = [scalars.for_schema(n) for n in (left, right, o.split_size, o.max_q_len)]
     return (
-        layout, m.softmax_scale, m.causal, m.window_left, m.window_right, m.softcap, m.alibi_slopes, m.sinks,
-        *split_scale(m.k_scale), *split_scale(m.v_scale), m.split_size, m.max_q_len, backend,
+        layout, o.softmax_scale, o.causal, *sizes[:2], o.softcap, o.alibi_slopes, o.sinks,
+        *split_scale(o.k_scale), *split_scale(o.v_scale), *sizes[2:], backend,
     )  # fmt: skip
 
 
@@ -166,10 +169,10 @@ def _state(
 
 
 def decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, layout: str, m: Modifiers,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, layout: str, options: Options,
     backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (q, k_cache, v_cache, page_table, seq_lens, *flatten(layout, m, backend))
+    args = (q, k_cache, v_cache, page_table, seq_lens, *flatten(layout, options, backend))
     return _state(
         torch.ops.pagewire.decode, args, out, lse, lambda: _state_like(q, v_cache.shape[-1])
     )
@@ -177,9 +180,17 @@ def decode(
 
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
-    layout: str, m: Modifiers, backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
+    layout: str, options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, *flatten(layout, m, backend))
+    args = (
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        cu_seqlens_q,
+        *flatten(layout, options, backend),
+    )
     return _state(
         torch.ops.pagewire.prefill, args, out, lse, lambda: _state_like(q, v_cache.shape[-1])
     )
@@ -203,15 +214,15 @@ def _flat_shape(shape: PackedShape) -> tuple[Any, ...]:
     return shape.num_tokens, shape.head_dim, shape.head_dim_v, shape.dtype, shape.scale_kind
 
 
-def pack_kv(
-    views: tuple[list[Tensor], ...], slots: Tensor, packed: PackedKV, backend: str | None
-) -> None:
+def pack_kv(part: CachePart, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
     torch.ops.pagewire.pack_kv.out(
-        *views, slots, *_flat_shape(packed.shape), backend, buffer=packed.buffer
+        *part.views, slots, *_flat_shape(packed.shape), backend, buffer=packed.buffer
     )
 
 
-def unpack_kv(
-    packed: PackedKV, views: tuple[list[Tensor], ...], slots: Tensor, backend: str | None
-) -> None:
-    torch.ops.pagewire.unpack_kv(packed.buffer, *views, slots, *_flat_shape(packed.shape), backend)
+def unpack_kv(packed: PackedKV, part: CachePart, slots: Tensor, backend: str | None) -> None:
+    for views in (part.views, part.second_scales()):
+        if views is not None:
+            torch.ops.pagewire.unpack_kv(
+                packed.buffer, *views, slots, *_flat_shape(packed.shape), backend
+            )

@@ -1,27 +1,17 @@
-"""The public ops: check, choose a backend, call it. Under torch.compile the same call goes through the torch op."""
+"""The public ops. Each is done at once (`eager.py`) or, under torch.compile, through the torch op (`library.py`)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pagewire import check, library, registry
-from pagewire.cache import PagedKVCache, nhd
-from pagewire.errors import check_after_call
+from pagewire import eager, library
+from pagewire.cache import PagedKVCache
+from pagewire.cache_part import CachePart
 from pagewire.packed import PackedKV, PackedShape
-from pagewire.types import (
-    FLOAT_DTYPES,
-    KV_DTYPES,
-    QUANT_MAX,
-    Layout,
-    Modifiers,
-    Problem,
-    Scale,
-    dtype_name,
-)
+from pagewire.types import Layout, Options, Scale
 
 
 def append_kv(
@@ -51,36 +41,7 @@ def append_kv(
         BadIndexError: a slot past the end (CPU and reference: at once, nothing written; GPU: see `check_errors`).
         BackendError: no backend takes it.
     """
-    if library.traced(k):
-        library.append_kv(k, v, k_cache, v_cache, slot_mapping, layout, k_scale, v_scale, backend)
-        return
-    dims = check.Dims()
-    check.caches(dims, k_cache, v_cache, layout)
-    dims.check("k", k, "num_tokens num_kv_heads head_dim")
-    dims.check("v", v, "num_tokens num_kv_heads head_dim_v")
-    check.cache_dtype("k", k, k_cache.dtype)
-    check.dtype("v", v, (k.dtype,), " (from k)")
-    check.last_dim_contiguous(k=k, v=v)
-    dims.check("slot_mapping", slot_mapping, "<=num_tokens")
-    check.dtype("slot_mapping", slot_mapping, check.INDEX_DTYPES)
-    check.scale(dims, "k_scale", k_scale, k_cache.dtype, per_request=False)
-    check.scale(dims, "v_scale", v_scale, k_cache.dtype, per_request=False)
-    check.no_float_scale(k_cache.dtype, k_scale=k_scale, v_scale=v_scale)
-    check.device(
-        "k",
-        k.device,
-        v=v,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        slot_mapping=slot_mapping,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-    module = registry.choose(_problem("append_kv", k, dims, k_cache.dtype), backend)
-    module.append_kv(
-        k, v, nhd(k_cache, layout), nhd(v_cache, layout), slot_mapping, k_scale, v_scale
-    )
-    check_after_call(k.device)
+    _route(k).append_kv(k, v, k_cache, v_cache, slot_mapping, layout, k_scale, v_scale, backend)
 
 
 def decode(
@@ -93,7 +54,7 @@ def decode(
     layout: Layout = "NHD",
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float = 0,  # not 0.0: torch.compile makes a float default an input of its graph
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     k_scale: Scale = None,
@@ -132,25 +93,13 @@ def decode(
     >>> decode(torch.ones(1, 2, 8), cache.k[0], cache.v[0], table, lens, backend="reference").shape
     torch.Size([1, 2, 8])
     """
-    m = Modifiers(
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, False, *_window(window_size), softcap,
-        alibi_slopes, sinks, k_scale, v_scale, split_size,
+    options = Options(
+        softmax_scale, False, window_size, softcap, alibi_slopes, sinks, k_scale, v_scale, split_size, None
     )  # fmt: skip
-    if library.traced(q):
-        result = library.decode(
-            q, k_cache, v_cache, page_table, seq_lens, layout, m, backend, out, lse, return_lse
-        )
-        return result if return_lse else result[0]
-    dims = check.Dims()
-    dims.check("q", q, "batch_size num_qo_heads head_dim")
-    check.attention(dims, q, k_cache, v_cache, page_table, seq_lens, layout)
-    check.modifiers(dims, q, k_cache.dtype, m)
-    check.out_and_lse(dims, q, out, lse, "batch_size")
-    out, lse = _results(q, dims["head_dim_v"], out, lse, return_lse)
-    module = registry.choose(_problem("decode", q, dims, k_cache.dtype), backend)
-    module.decode(q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, m, out, lse)
-    check_after_call(q.device)
-    return (out, lse) if return_lse else out  # type: ignore[return-value]
+    result = _route(q).decode(
+        q, k_cache, v_cache, page_table, seq_lens, layout, options, backend, out, lse, return_lse
+    )
+    return result if return_lse else result[0]  # type: ignore[return-value]
 
 
 def prefill(
@@ -166,7 +115,7 @@ def prefill(
     layout: Layout = "NHD",
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float = 0,  # not 0.0: torch.compile makes a float default an input of its graph
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     k_scale: Scale = None,
@@ -191,47 +140,13 @@ def prefill(
         The rest as in `decode`.
     Returns, Raises: as `decode`; BadIndexError also for cu_seqlens_q.
     """
-    m = Modifiers(
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, causal, *_window(window_size), softcap,
-        alibi_slopes, sinks, k_scale, v_scale, split_size, max_q_len,
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alibi_slopes, sinks, k_scale, v_scale, split_size, max_q_len
     )  # fmt: skip
-    if library.traced(q):
-        result = library.prefill(
-            q,
-            k_cache,
-            v_cache,
-            page_table,
-            seq_lens,
-            cu_seqlens_q,
-            layout,
-            m,
-            backend,
-            out,
-            lse,
-            return_lse,
-        )
-        return result if return_lse else result[0]
-    dims = check.Dims()
-    dims.check("q", q, "num_tokens num_qo_heads head_dim")
-    check.attention(dims, q, k_cache, v_cache, page_table, seq_lens, layout)
-    check.offsets(dims, cu_seqlens_q, q.device)
-    check.modifiers(dims, q, k_cache.dtype, m)
-    check.out_and_lse(dims, q, out, lse, "num_tokens")
-    out, lse = _results(q, dims["head_dim_v"], out, lse, return_lse)
-    module = registry.choose(_problem("prefill", q, dims, k_cache.dtype, max_q_len), backend)
-    module.prefill(
-        q,
-        nhd(k_cache, layout),
-        nhd(v_cache, layout),
-        page_table,
-        seq_lens,
-        cu_seqlens_q,
-        m,
-        out,
-        lse,
-    )
-    check_after_call(q.device)
-    return (out, lse) if return_lse else out  # type: ignore[return-value]
+    result = _route(q).prefill(
+        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, layout, options, backend, out, lse, return_lse
+    )  # fmt: skip
+    return result if return_lse else result[0]  # type: ignore[return-value]
 
 
 def merge_state(
@@ -255,22 +170,7 @@ def merge_state(
     Raises:
         ValueError, TypeError: a shape, dtype, stride or device that does not fit. BackendError: no backend takes it.
     """
-    if library.traced(out_a):
-        return library.merge_state(out_a, lse_a, out_b, lse_b, out, lse, backend)
-    dims = check.Dims()
-    for name, o, s in (("a", out_a, lse_a), ("b", out_b, lse_b)):
-        dims.check(f"out_{name}", o, "num_tokens num_qo_heads head_dim")
-        dims.check(f"lse_{name}", s, "num_tokens num_qo_heads")
-        check.dtype(f"out_{name}", o, FLOAT_DTYPES if name == "a" else (out_a.dtype,))
-        check.dtype(f"lse_{name}", s, (torch.float32,))
-    check.last_dim_contiguous(out_a=out_a, out_b=out_b)
-    check.device("out_a", out_a.device, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    check.out_and_lse(dims, out_a, out, lse, "num_tokens", width="head_dim")
-    out, lse = _results(out_a, dims["head_dim"], out, lse, True)
-    assert lse is not None
-    module = registry.choose(_movement("merge_state", out_a, dims["head_dim"]), backend)
-    module.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
-    return out, lse
+    return _route(out_a).merge_state(out_a, lse_a, out_b, lse_b, out, lse, backend)
 
 
 def merge_states(
@@ -288,23 +188,7 @@ def merge_states(
         out, lse: results, [num_tokens, num_qo_heads, head_dim] and [num_tokens, num_qo_heads].
     Returns, Raises: as `merge_state`.
     """
-    if library.traced(outs):
-        return library.merge_states(outs, lses, out, lse, backend)
-    dims = check.Dims()
-    dims.check("outs", outs, "n num_tokens num_qo_heads head_dim")
-    dims.check("lses", lses, "n num_tokens num_qo_heads")
-    check.dtype("outs", outs, FLOAT_DTYPES)
-    check.dtype("lses", lses, (torch.float32,))
-    check.last_dim_contiguous(outs=outs)
-    check.device("outs", outs.device, lses=lses)
-    check.out_and_lse(dims, outs, out, lse, "num_tokens", width="head_dim")
-    if out is None:
-        out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
-    if lse is None:
-        lse = torch.empty(lses.shape[1:], dtype=torch.float32, device=outs.device)
-    module = registry.choose(_movement("merge_states", outs, dims["head_dim"]), backend)
-    module.merge_states(outs, lses, out, lse)
-    return out, lse
+    return _route(outs).merge_states(outs, lses, out, lse, backend)
 
 
 def pack_kv(
@@ -329,19 +213,10 @@ def pack_kv(
     Raises:
         ValueError, TypeError, BackendError: as `append_kv`. BadIndexError: a slot out of range (GPU: packed as zeros).
     """
-    layers, heads = _ranges(cache, layers, heads)
-    dtype = dtype or cache.geometry.dtype
-    shape = packed_shape(
-        cache, slots.shape[0] if slots.dim() else 0, layers=layers, heads=heads, dtype=dtype
-    )
-    if not library.traced(slots):
-        _check_slots(cache, slots)
-    packed = _packed_out(out, shape, cache.device)
-    views = _layer_views(cache, layers, heads)
-    if library.traced(slots):
-        library.pack_kv(views, slots, packed, backend)
-        return packed
-    run_pack(views, slots, packed, backend)
+    part = CachePart.of(cache, layers, heads)
+    part.check_slots(slots)
+    packed = part.buffer(out, part.packed_shape(slots.shape[0], dtype), slots)
+    _route(slots).pack_kv(part, slots, packed, backend)
     return packed
 
 
@@ -362,14 +237,10 @@ def unpack_kv(
     Raises:
         ValueError, TypeError, BackendError: as `append_kv`. BadIndexError: a slot out of range (GPU: skipped).
     """
-    layers, heads = _ranges(cache, layers, heads)
-    _check_packed(packed, cache, slots, layers, heads)
-    views = _layer_views(cache, layers, heads)
-    if library.traced(slots):
-        library.unpack_kv(packed, views, slots, backend)
-        return
-    _check_slots(cache, slots)
-    run_unpack(packed, views, slots, backend)
+    part = CachePart.of(cache, layers, heads)
+    part.check_slots(slots)
+    part.check_packed(packed, slots)
+    _route(slots).unpack_kv(packed, part, slots, backend)
 
 
 def packed_shape(
@@ -381,184 +252,9 @@ def packed_shape(
     dtype: torch.dtype | None = None,
 ) -> PackedShape:
     """The shape (and so the byte size) that `pack_kv` with the same arguments gives."""
-    layers, heads = _ranges(cache, layers, heads)
-    g = cache.geometry
-    dtype = dtype or g.dtype
-    if dtype not in KV_DTYPES:
-        raise TypeError(
-            f"dtype: expected one of {', '.join(map(dtype_name, KV_DTYPES))}, got {dtype_name(dtype)}"
-        )
-    scale_kind = g.scale if dtype == g.dtype else "token_head" if dtype in QUANT_MAX else "none"
-    head_dim_v = 0 if g.shares_kv else g.head_dim_v
-    return PackedShape(
-        layers[1] - layers[0],
-        heads[1] - heads[0],
-        num_tokens,
-        g.head_dim,
-        head_dim_v,
-        dtype,
-        scale_kind,
-    )
+    return CachePart.of(cache, layers, heads).packed_shape(num_tokens, dtype)
 
 
-# ------------------------------------------------------------------------------- shared by ops and torch ops
-
-LayerViews = tuple[
-    list[Tensor], list[Tensor], list[Tensor], list[Tensor]
-]  # NHD k, v and scales k, v; lists may be empty
-
-
-def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
-    k_caches, v_caches, k_scales, v_scales = views
-    module = registry.choose(_cache_problem("pack_kv", packed, k_caches[0]), backend)
-    module.pack_kv(k_caches, v_caches, k_scales, v_scales, slots, packed)
-    # rarely any: what lay there before must not travel, and equal contents must give equal buffers
-    padding = packed.buffer[packed.shape.payload_bytes : packed.shape.scales_start]
-    if padding.numel():
-        padding.zero_()
-    check_after_call(slots.device)
-
-
-def run_unpack(packed: PackedKV, views: LayerViews, slots: Tensor, backend: str | None) -> None:
-    k_caches, v_caches, k_scales, v_scales = views
-    module = registry.choose(_cache_problem("unpack_kv", packed, k_caches[0]), backend)
-    module.unpack_kv(packed, k_caches, v_caches, k_scales, v_scales, slots)
-    check_after_call(slots.device)
-
-
-def _window(window_size: Sequence[int]) -> tuple[int, int]:
-    if len(window_size) != 2:
-        raise ValueError(f"window_size: expected (left, right), got {window_size!r}")
-    left, right = window_size
-    return int(left), int(right)
-
-
-def _results(
-    q: Tensor, width: int, out: Tensor | None, lse: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    if out is None:
-        out = torch.empty((*q.shape[:-1], width), dtype=q.dtype, device=q.device)
-    if lse is None and return_lse:
-        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    return out, lse
-
-
-def _problem(
-    op: str, x: Tensor, dims: check.Dims, kv_dtype: torch.dtype, max_q_len: int | None = None
-) -> Problem:
-    """Only a max_q_len that makes every request short tells backends apart: keep the number of problems small."""
-    group_size = x.shape[1] // max(dims["num_kv_heads"], 1)
-    max_q_len = max_q_len if max_q_len is not None and max_q_len <= 16 else None
-    return Problem(
-        op, x.device.type, x.dtype, kv_dtype, dims["head_dim"], dims["head_dim_v"], dims["page_size"], group_size,
-        max_q_len, x.device.index,
-    )  # fmt: skip
-
-
-def _movement(op: str, x: Tensor, width: int) -> Problem:
-    return Problem(op, x.device.type, x.dtype, x.dtype, width, width, device_index=x.device.index)
-
-
-def _cache_problem(op: str, packed: PackedKV, k_cache: Tensor) -> Problem:
-    shape, device = packed.shape, k_cache.device
-    page_size = k_cache.shape[1]
-    return Problem(
-        op, device.type, shape.dtype, k_cache.dtype, shape.head_dim, shape.head_dim_v, page_size,
-        device_index=device.index,
-    )  # fmt: skip
-
-
-def _ranges(
-    cache: PagedKVCache, layers: tuple[int, int] | None, heads: tuple[int, int] | None
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    g = cache.geometry
-    result = []
-    for name, given, extent in (("layers", layers, g.num_layers), ("heads", heads, g.num_kv_heads)):
-        start, stop = (0, extent) if given is None else given
-        if not 0 <= start < stop <= extent:
-            raise ValueError(
-                f"{name}: expected (start, stop) with 0 <= start < stop <= {extent}, got {given}"
-            )
-        result.append((start, stop))
-    return result[0], result[1]
-
-
-def _layer_views(
-    cache: PagedKVCache, layers: tuple[int, int], heads: tuple[int, int]
-) -> LayerViews:
-    which, columns = slice(*layers), slice(*heads)
-    every_head = heads == (0, cache.geometry.num_kv_heads)
-
-    def views(tensors: Sequence[Tensor]) -> list[Tensor]:
-        all_heads = [nhd(t, cache.layout) for t in tensors[which]]
-        return all_heads if every_head else [t[:, :, columns] for t in all_heads]
-
-    def scales(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        return [s if s.dim() == 0 else s[..., columns] for s in tensors[which] if s is not None]
-
-    shared = cache.geometry.shares_kv
-    return (
-        views(cache.k),
-        [] if shared else views(cache.v),
-        scales(cache.k_scale),
-        [] if shared else scales(cache.v_scale),
-    )
-
-
-def _check_slots(cache: PagedKVCache, slots: Tensor) -> None:
-    if slots.dim() != 1 or slots.dtype != torch.int64:
-        raise ValueError(
-            f"slots: expected [num_tokens] int64, got {tuple(slots.shape)} {dtype_name(slots.dtype)}"
-        )
-    if slots.device != cache.device:
-        raise ValueError(
-            f"slots: expected device {cache.device} (from the cache), got {slots.device}"
-        )
-
-
-def _packed_out(
-    out: PackedKV | Tensor | None, shape: PackedShape, device: torch.device
-) -> PackedKV:
-    if out is None:
-        return PackedKV.empty(shape, device)
-    if isinstance(out, PackedKV):
-        if out.shape != shape:
-            raise ValueError(f"out: expected {shape}, got {out.shape}")
-        buffer = out.buffer
-    else:
-        buffer = out
-    if buffer.device != device and not (device.type == "cuda" and buffer.is_pinned()):
-        raise ValueError(
-            f"out: expected device {device} (from the cache) or pinned memory, got {buffer.device}"
-        )
-    return out if isinstance(out, PackedKV) else PackedKV.wrap(buffer, shape)
-
-
-def _check_packed(
-    packed: PackedKV,
-    cache: PagedKVCache,
-    slots: Tensor,
-    layers: tuple[int, int],
-    heads: tuple[int, int],
-) -> None:
-    g, shape = cache.geometry, packed.shape
-    head_dim_v = 0 if g.shares_kv else g.head_dim_v
-    for name, expected, got, source in (
-        ("num_layers", layers[1] - layers[0], shape.num_layers, f"layers={layers}"),
-        ("num_heads", heads[1] - heads[0], shape.num_heads, f"heads={heads}"),
-        ("num_tokens", math.prod(slots.shape), shape.num_tokens, "slots"),
-        ("head_dim", g.head_dim, shape.head_dim, "the cache"),
-        ("head_dim_v", head_dim_v, shape.head_dim_v, "the cache; 0 = V is a view of K"),
-    ):
-        if expected != got:
-            raise ValueError(f"packed: expected {name}={expected} (from {source}), got {got}")
-    if (shape.dtype in QUANT_MAX) != (shape.scale_kind != "none"):
-        raise ValueError(
-            f"packed: scale kind {shape.scale_kind!r} does not go with {dtype_name(shape.dtype)}"
-        )
-    if packed.buffer.device != cache.device and not (
-        cache.device.type == "cuda" and packed.buffer.is_pinned()
-    ):
-        raise ValueError(
-            f"packed: expected device {cache.device} (from the cache) or pinned memory, got {packed.buffer.device}"
-        )
+def _route(first: Any) -> Any:
+    """`library` under torch.compile and for tensors that only a torch op can take, else `eager`: the same functions."""
+    return library if library.traced(first) else eager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pagewire import scalars
 from pagewire.types import dtype_name
 
 _ALIGN = 16  # bytes; the scales behind the payload start on this boundary
@@ -79,6 +81,20 @@ class PackedKV:
     def num_bytes(self) -> int:
         return self.shape.num_bytes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies keep the buffer and their views in it."""
+        return PackedKV.wrap, (self.buffer, self.shape)
+
+    def to(self, device: torch.device | str) -> PackedKV:
+        """The same tokens in a buffer on `device`; itself if it is there already."""
+        buffer = self.buffer.to(device)
+        return self if buffer is self.buffer else PackedKV.wrap(buffer, self.shape)
+
+    def share_memory_(self) -> PackedKV:
+        """Moves a CPU buffer to memory that other processes can map; the views stay views of it. Returns itself."""
+        self.buffer.share_memory_()
+        return self
+
     @classmethod
     def wrap(cls, buffer: Tensor, shape: PackedShape) -> PackedKV:
         """Views over the first `shape.num_bytes` bytes of `buffer` (uint8, 1-d, contiguous, 16-byte aligned).
@@ -86,6 +102,11 @@ class PackedKV:
         Raises:
             ValueError, TypeError: the buffer is of another dtype, not contiguous, not aligned, or too small.
         """
+        if not isinstance(buffer, Tensor) or not isinstance(shape, PackedShape):
+            raise TypeError(
+                "packed buffer: expected a uint8 tensor and a PackedShape, got "
+                f"{scalars.show(buffer)} and {scalars.show(shape)}"
+            )
         if buffer.dtype != torch.uint8:
             raise TypeError(f"packed buffer: expected uint8, got {dtype_name(buffer.dtype)}")
         if buffer.dim() != 1 or not buffer.is_contiguous():

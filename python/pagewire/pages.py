@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pagewire.scalars import integer, show
+
 
 def page_slots(page_table_row: Tensor, start: int, stop: int, page_size: int) -> Tensor:
     """Slots of tokens `[start, stop)` of one request: `page * page_size + offset`.
@@ -20,13 +22,15 @@ def page_slots(page_table_row: Tensor, start: int, stop: int, page_size: int) ->
     >>> page_slots(torch.tensor([7, 2], dtype=torch.int32), 3, 6, page_size=4).tolist()
     [31, 8, 9]
     """
+    if not isinstance(page_table_row, Tensor):
+        raise TypeError(f"page_table_row: expected a torch.Tensor, got {show(page_table_row)}")
     if page_table_row.dim() != 1 or page_table_row.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             "page_table_row: expected [max_pages_per_seq] int32 or int64, got "
             f"{tuple(page_table_row.shape)} {page_table_row.dtype}"
         )
-    if page_size < 1:
-        raise ValueError(f"page_size: expected >= 1, got {page_size}")
+    page_size = integer("page_size", page_size, least=1)
+    start, stop = integer("start", start), integer("stop", stop)
     capacity = page_table_row.shape[0] * page_size
     if not 0 <= start <= stop <= capacity:
         raise ValueError(
@@ -56,6 +60,8 @@ def page_table_from_csr(
     [[5, 1], [-1, -1], [4, -1]]
     """
     for name, tensor in (("kv_indptr", kv_indptr), ("kv_indices", kv_indices)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {show(tensor)}")
         if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"{name}: expected a 1-d int32 or int64 tensor, got {tuple(tensor.shape)} {tensor.dtype}"
@@ -66,8 +72,8 @@ def page_table_from_csr(
         raise ValueError(
             f"kv_indices: expected device {kv_indptr.device} (from kv_indptr), got {kv_indices.device}"
         )
-    if max_pages_per_seq is not None and max_pages_per_seq < 0:
-        raise ValueError(f"max_pages_per_seq: expected >= 0, got {max_pages_per_seq}")
+    if max_pages_per_seq is not None:
+        max_pages_per_seq = integer("max_pages_per_seq", max_pages_per_seq, least=0)
     num_pages = kv_indptr[1:] - kv_indptr[:-1]  # [batch_size]
     if kv_indptr.device.type == "cpu":
         _check_csr(kv_indptr, num_pages, kv_indices.shape[0], max_pages_per_seq)
@@ -78,7 +84,9 @@ def page_table_from_csr(
     if kv_indices.shape[0] == 0:
         return torch.full(owned.shape, -1, dtype=torch.int32, device=kv_indptr.device)
     source = (kv_indptr[:-1, None] + column).clamp(0, kv_indices.shape[0] - 1)
-    return torch.where(owned, kv_indices[source], -1).to(torch.int32)
+    pages = torch.where(owned, kv_indices[source], -1)
+    # a page id past 32 bits stays one that is out of range
+    return pages.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
 
 
 def _check_csr(

@@ -42,4 +42,6 @@ def token_head_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _divisor(value: Tensor | float, device: torch.device) -> Tensor:
     """On a GPU torch divides by a Python number as `x * (1 / value)`, which is not the IEEE quotient."""
-    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float32, device=device)

@@ -211,6 +211,10 @@ def choose(problem: Problem, backend: str | None) -> ModuleType:
     Raises:
         BackendError: `backend` (or PAGEWIRE_BACKEND) refuses it or does not exist, or nothing takes it.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected one of {', '.join(_BY_NAME)} or None, got {backend!r}")
+    if problem.device == "meta":
+        return _load("pagewire.backends.meta")
     environment = None if backend is not None else os.environ.get("PAGEWIRE_BACKEND") or None
     on_cpu = None
     if problem.device == "cpu" and (backend or environment) in ("triton", "cuda"):

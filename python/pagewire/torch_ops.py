@@ -1,4 +1,4 @@
-"""What the torch ops run: the public functions, given back their own arguments."""
+"""What the torch ops run: the functions of `eager.py`, given back their own arguments."""
 
 from __future__ import annotations
 
@@ -7,66 +7,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagewire import library, ops
+from pagewire import eager, library
+from pagewire.cache_part import LayerViews
+from pagewire.overlap import is_prefix
 from pagewire.packed import PackedKV
-
-_FIELDS = (
-    "layout", "softmax_scale", "causal", "window_left", "window_right", "softcap", "alibi_slopes", "sinks",
-    "k_scale", "k_scale_value", "v_scale", "v_scale_value", "split_size", "max_q_len", "backend",
-)  # fmt: skip
+from pagewire.types import Options
 
 
-def _keywords(flat: tuple[Any, ...], *, prefill: bool) -> dict[str, Any]:
-    """Keyword arguments of the public function from the schema's flat modifiers."""
-    f = dict(zip(_FIELDS, flat, strict=True))
-    f["window_size"] = (f.pop("window_left"), f.pop("window_right"))
-    for name in ("k_scale", "v_scale"):
-        f[name] = library.join_scale(f[name], f.pop(f"{name}_value"))
-    if not prefill:
-        del f["causal"], f["max_q_len"]
-    return f
+def _scales(k_scale, k_value, v_scale, v_value) -> tuple[Any, Any]:  # type: ignore[no-untyped-def]
+    return library.join_scale(k_scale, k_value), library.join_scale(v_scale, v_value)
 
 
-def _append_kv(
-    k, v, k_cache, v_cache, slot_mapping, layout, k_scale, k_value, v_scale, v_value, backend
-) -> None:  # type: ignore[no-untyped-def]
-    ops.append_kv(
-        k, v, k_cache, v_cache, slot_mapping, layout=layout, k_scale=library.join_scale(k_scale, k_value),
-        v_scale=library.join_scale(v_scale, v_value), backend=backend,
+def _append_kv(k, v, k_cache, v_cache, slot_mapping, layout, *scales_and_backend) -> None:  # type: ignore[no-untyped-def]
+    *flat, backend = scales_and_backend
+    eager.append_kv(k, v, k_cache, v_cache, slot_mapping, layout, *_scales(*flat), backend)
+
+
+def _modifiers(
+    layout, softmax_scale, causal, left, right, softcap, alibi, sinks,
+    k_scale, k_value, v_scale, v_value, split_size, max_q_len, backend,
+) -> tuple[Any, Any, Any]:  # type: ignore[no-untyped-def]  # fmt: skip
+    """(layout, options, backend) of the schema's flat modifiers."""
+    options = Options(
+        softmax_scale, causal, (left, right), softcap, alibi, sinks,
+        *_scales(k_scale, k_value, v_scale, v_value), split_size, max_q_len,
     )  # fmt: skip
+    return layout, options, backend
 
 
-def _decode(
-    q, k_cache, v_cache, page_table, seq_lens, *flat, out=None, lse=None
-) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    keywords = _keywords(flat, prefill=False)
-    return ops.decode(
-        q, k_cache, v_cache, page_table, seq_lens, out=out, lse=lse, return_lse=True, **keywords
-    )  # type: ignore[return-value]
+def _decode(q, k_cache, v_cache, page_table, seq_lens, *flat, out=None, lse=None):  # type: ignore[no-untyped-def]
+    return eager.decode(
+        q, k_cache, v_cache, page_table, seq_lens, *_modifiers(*flat), out, lse, True
+    )
 
 
 def _prefill(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, *flat, out=None, lse=None):  # type: ignore[no-untyped-def]
-    keywords = _keywords(flat, prefill=True)
-    return ops.prefill(
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
-        cu_seqlens_q,
-        out=out,
-        lse=lse,
-        return_lse=True,
-        **keywords,
+    return eager.prefill(
+        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, *_modifiers(*flat), out, lse, True
     )
 
 
 def _merge_state(out_a, lse_a, out_b, lse_b, backend, out=None, lse=None):  # type: ignore[no-untyped-def]
-    return ops.merge_state(out_a, lse_a, out_b, lse_b, out=out, lse=lse, backend=backend)
+    return eager.merge_state(out_a, lse_a, out_b, lse_b, out, lse, backend)
 
 
 def _merge_states(outs, lses, backend, out=None, lse=None):  # type: ignore[no-untyped-def]
-    return ops.merge_states(outs, lses, out=out, lse=lse, backend=backend)
+    return eager.merge_states(outs, lses, out, lse, backend)
 
 
 def _pack_kv(
@@ -75,14 +61,20 @@ def _pack_kv(
     *flat, backend = shape_and_backend
     shape = library.packed_shape(k_caches, *flat)
     packed = PackedKV.empty(shape, slots.device) if buffer is None else PackedKV.wrap(buffer, shape)
-    ops.run_pack((k_caches, v_caches, k_scales, v_scales), slots, packed, backend)
+    eager.run_pack(LayerViews(k_caches, v_caches, k_scales, v_scales), slots, packed, backend)
     return packed.buffer
 
 
 def _unpack_kv(buffer, k_caches, v_caches, k_scales, v_scales, slots, *shape_and_backend) -> None:  # type: ignore[no-untyped-def]
     *flat, backend = shape_and_backend
     packed = PackedKV.wrap(buffer, library.packed_shape(k_caches, *flat))
-    ops.run_unpack(packed, (k_caches, v_caches, k_scales, v_scales), slots, backend)
+    for layer, v in enumerate(v_caches):  # none when V is known to be within K
+        if is_prefix(v, k_caches[layer]):
+            raise ValueError(
+                f"unpack_kv: v_caches[{layer}] is a view of k_caches[{layer}], but V was packed on its own; make the "
+                "cache outside torch.compile, or with shares_kv=True"
+            )
+    eager.run_unpack(packed, LayerViews(k_caches, v_caches, k_scales, v_scales), slots, backend)
 
 
 def _no_result(function: Any) -> Any:

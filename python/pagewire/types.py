@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,23 @@ def scale_kind(scale: Scale) -> ScaleKind:
     return ("tensor", "head", "batch_head", "token_head")[scale.dim()]  # type: ignore[return-value]
 
 
+class Options(NamedTuple):
+    """What the caller asks of attention besides softmax(q k^T) v: arguments of the public functions, as they came."""
+
+    softmax_scale: Any  # None: 1 / sqrt(head_dim)
+    causal: Any
+    window_size: Any
+    softcap: Any
+    alibi_slopes: Any
+    sinks: Any
+    k_scale: Any
+    v_scale: Any
+    split_size: Any
+    max_q_len: Any
+
+
 class Modifiers(NamedTuple):
-    """What attention does besides softmax(q k^T) v; field names and meaning as in the public functions."""
+    """The same, checked, as every kernel takes it; field names and meaning as in the public functions."""
 
     softmax_scale: float
     causal: bool = False

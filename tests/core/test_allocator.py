@@ -1,6 +1,8 @@
 """PageAllocator against a model that is only sets and counts."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -15,6 +17,20 @@ from hypothesis.stateful import (
 
 import pagewire as pw
 from pagewire.allocator import STATES
+
+# page ids as callers have them
+FORMS = {
+    "list": list,
+    "tuple": tuple,
+    "int32 tensor": lambda pages: torch.tensor(pages, dtype=torch.int32),
+    "int64 tensor": lambda pages: torch.tensor(pages, dtype=torch.int64),
+    "array": lambda pages: np.array(pages, dtype=np.int64),
+    "numpy integers": lambda pages: [np.int32(p) for p in pages],
+    "0-d tensors": lambda pages: [torch.tensor(p) for p in pages],
+    "row of a page table": lambda pages: torch.tensor([pages, pages], dtype=torch.int32)[1],
+    "generator": lambda pages: (p for p in pages),
+}
+forms = st.sampled_from(list(FORMS.values()))
 
 
 class Allocator(RuleBasedStateMachine):
@@ -46,42 +62,46 @@ class Allocator(RuleBasedStateMachine):
             self.refs[page] = 1
         return multiple(*taken)
 
-    @rule(target=references, page=references)
-    def share(self, page: int) -> int:
-        self.pages.share([page])
+    @rule(target=references, page=references, form=forms)
+    def share(self, page: int, form) -> int:
+        self.pages.share(form([page]))
         self.refs[page] += 1
         return page
 
-    @rule(page=consumes(references), to=st.sampled_from(["free", "cached", "leased"]))
-    def let_go(self, page: int, to: str) -> None:
-        self.pages.free([page], to=to)
+    @rule(page=consumes(references), to=st.sampled_from(["free", "cached", "leased"]), form=forms)
+    def let_go(self, page: int, to: str, form) -> None:
+        self.pages.free(form([page]), to=to)
         self.refs[page] -= 1
         if self.refs[page] == 0 and to != "free":
             self.where[to].add(page)
 
-    @rule(target=references, data=st.data())
-    def revive(self, data):
+    @rule(target=references, data=st.data(), form=forms)
+    def revive(self, data, form):
         chosen = self.some("cached", data)
-        self.pages.revive(chosen)
+        self.pages.revive(form(chosen))
         for page in chosen:
             self.where["cached"].discard(page)
             self.refs[page] = 1
         return multiple(*chosen)
 
-    @rule(data=st.data())
-    def evict(self, data) -> None:
+    @rule(data=st.data(), form=forms)
+    def evict(self, data, form) -> None:
         chosen = self.some("cached", data)
-        self.pages.evict(chosen)
+        self.pages.evict(form(chosen))
         self.where["cached"].difference_update(chosen)
 
-    @rule(data=st.data())
-    def end_lease(self, data) -> None:
+    @rule(data=st.data(), form=forms)
+    def end_lease(self, data, form) -> None:
         chosen = self.some("leased", data)
-        self.pages.end_lease(chosen)
+        self.pages.end_lease(form(chosen))
         self.where["leased"].difference_update(chosen)
 
-    @rule(data=st.data(), verb=st.sampled_from(["share", "free", "revive", "evict", "end_lease"]))
-    def one_wrong_page_changes_nothing(self, data, verb: str) -> None:
+    @rule(
+        data=st.data(),
+        verb=st.sampled_from(["share", "free", "revive", "evict", "end_lease"]),
+        form=forms,
+    )
+    def one_wrong_page_changes_nothing(self, data, verb: str, form) -> None:
         """All or nothing: a call that names one page it may not touch leaves the others alone too."""
         needed = {"revive": "cached", "evict": "cached", "end_lease": "leased"}.get(verb, "active")
         states = {page: self.pages.state(page) for page in range(self.pages.num_pages)}
@@ -91,14 +111,18 @@ class Allocator(RuleBasedStateMachine):
         ]
         right = [page for page, state in states.items() if state == needed]
         with pytest.raises(ValueError, match=f"{verb}: "):
-            getattr(self.pages, verb)([*right, data.draw(st.sampled_from(wrong))])
-        if verb != "share" and right:
-            with pytest.raises(ValueError, match=f"{verb}: "):  # more often than it is held
-                getattr(self.pages, verb)(right + right[:1] * (self.refs[right[0]] + 1))
+            getattr(self.pages, verb)(form([*right, data.draw(st.sampled_from(wrong))]))
+        if right:
+            with pytest.raises(ValueError, match=f"{verb}: page {right[0]} is named twice"):
+                getattr(self.pages, verb)(form(right + right[:1]))
 
     def some(self, state: str, data) -> list[int]:
         pages = sorted(self.where[state])
         return data.draw(st.lists(st.sampled_from(pages), unique=True)) if pages else []
+
+    @invariant()
+    def hands_out_plain_integers(self) -> None:
+        assert all(type(page) is int for page in self.pages._free)
 
     @invariant()
     def agrees_with_the_model(self) -> None:
@@ -142,3 +166,26 @@ def test_free_to_an_unknown_state(to):
 def test_negative_counts(call):
     with pytest.raises(ValueError, match=">= 0"):
         call()
+
+
+@pytest.mark.parametrize(
+    "pages", [3, 1.0, [1.5], "0", ["0"], None, torch.tensor([0.0]), torch.tensor([[0]])]
+)
+@pytest.mark.parametrize("verb", ["share", "free", "revive", "evict", "end_lease"])
+def test_what_is_no_page_id_is_refused_in_a_sentence(verb, pages):
+    allocator = pw.PageAllocator(4)
+    allocator.alloc(4)
+    with pytest.raises(
+        TypeError, match=f"^{verb}: (a page id: expected an integer|expected page ids), got"
+    ):
+        getattr(allocator, verb)(pages)
+    assert allocator.counts()["active"] == 4
+
+
+@pytest.mark.parametrize("count", [2.0, "2", None, torch.tensor(2.0)])
+def test_counts_are_integers(count):
+    with pytest.raises(TypeError, match="num_pages: expected an integer"):
+        pw.PageAllocator(count)
+    with pytest.raises(TypeError, match="alloc: num_pages: expected an integer"):
+        pw.PageAllocator(4).alloc(count)
+    assert pw.PageAllocator(np.int64(4)).alloc(torch.tensor(2)) == [0, 1]

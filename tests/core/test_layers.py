@@ -11,11 +11,11 @@ PACKAGE = ROOT / "python" / "pagewire"
 # lowest first; a module may import its own layer and those before it
 LAYERS = [
     {"kernels", "version"},
-    {"types", "errors", "emulation"},
-    {"quant", "packed", "pages", "allocator", "cache"},
-    {"check", "registry"},
+    {"types", "errors", "emulation", "overlap", "scalars", "views"},
+    {"quant", "packed", "pages", "allocator", "cache", "shared_kv"},
+    {"check", "registry", "cache_part"},
     {"backends"},  # reached by name only, from the registry
-    {"library"},
+    {"eager", "library"},
     {"ops"},
     {"torch_ops"},
     {"_api"},

@@ -5,8 +5,9 @@ import torch
 
 import cases
 import pagewire as pw
-from pagewire import library, ops
-from pagewire.types import Modifiers
+from pagewire import library
+from pagewire.cache_part import CachePart
+from pagewire.types import Options
 
 ATTENTION = [
     cases.Attention((20, 9), head_dim=16),
@@ -21,9 +22,9 @@ CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 def flat(call: cases.Call) -> tuple:
     kw = dict(call.kwargs)
-    layout, (left, right) = kw.pop("layout"), kw.pop("window_size")
-    m = Modifiers(call.args[0].shape[-1] ** -0.5, window_left=left, window_right=right, **kw)
-    return (*call.args, *library.flatten(layout, m, "reference"))
+    layout = kw.pop("layout")
+    rest = dict.fromkeys(Options._fields) | {"causal": False}
+    return (*call.args, *library.flatten(layout, Options(**(rest | kw)), "reference"))
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda c: c.id)
@@ -90,7 +91,7 @@ def test_pack_opcheck():
         scale="head",
     )
     slots = torch.tensor([3, 9, 0])
-    views = ops._layer_views(cache, (0, 2), (0, 2))
+    views = CachePart.of(cache, None, None).views
     packed = pw.pack_kv(cache, slots, backend="reference")
     shape = library._flat_shape(packed.shape)
     packet = torch.ops.pagewire.pack_kv

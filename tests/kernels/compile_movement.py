@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import pagewire as pw
+from pagewire.cache_part import CachePart
 from pagewire.kernels import append, merge, pack, tables
 from pagewire.types import dtype_name
 
@@ -97,7 +98,7 @@ def move_call(op, kv_dtype, scale, wire, dim, dim_v=None, heads=(0, 4), page_siz
     )  # fmt: skip
     slots = torch.arange(page_size * 6)
     packed = pw.PackedKV.empty(pw.packed_shape(cache, len(slots), heads=heads, dtype=wire), "cpu")
-    views = pw.ops._layer_views(cache, (0, 2), heads)
+    views = CachePart.of(cache, None, heads).views
     word = torch.zeros(1, dtype=torch.int64)
     if op == "pack":
         pack.pack_kv(*views, slots, packed, word)

@@ -154,8 +154,10 @@ def _counters(device: torch.device, stream: int, count: int) -> _Counters:
     key = (device, stream) if capture == 0 else (device, -1 - stream)
     known = _counter_buffers.get(key)
     if known is None or known.capture != capture or known.of_items.shape[0] < count:
-        of_items = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        known = _Counters(capture, of_items, torch.zeros(1, dtype=torch.int32, device=device))
+        with torch.inference_mode(False):  # kept for calls in any mode
+            of_items = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+            of_blocks = torch.zeros(1, dtype=torch.int32, device=device)
+        known = _Counters(capture, of_items, of_blocks)
         _counter_buffers[key] = known
     return known
 
@@ -172,8 +174,9 @@ def merge_state(
 def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
     n = outs.shape[0]
     if n == 0:
-        out.zero_()
-        lse.fill_(-torch.inf)
+        with torch.inference_mode():  # they may be inference tensors
+            out.zero_()
+            lse.fill_(-torch.inf)
         return
     strides = (outs.stride(0), lses.stride(0))
     last = min(1, n - 1)

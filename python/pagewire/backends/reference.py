@@ -6,7 +6,9 @@ before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +21,23 @@ from pagewire.types import QUANT_MAX, Modifiers, Scale, scale_kind
 _ROWS = 256  # query rows at a time: bounds the logits of a long prefill
 
 
+def _bound_by_nobody(op: Callable[..., None]) -> Callable[..., None]:
+    """Autocast, gradients and inference mode of the caller change nothing, of the result or of its tensors."""
+
+    @functools.wraps(op)
+    def run(first: Any, *args: Any, **keywords: Any) -> None:
+        x = first.buffer if isinstance(first, PackedKV) else first
+        device = (x if isinstance(x, Tensor) else x[0]).device
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            op(first, *args, **keywords)
+
+    return run
+
+
 # ---------------------------------------------------------------------------------------------- attention
 
 
+@_bound_by_nobody
 def decode(
     q: Tensor,  # [batch_size, num_qo_heads, head_dim]
     k_cache: Tensor,
@@ -50,6 +66,7 @@ def decode(
     )
 
 
+@_bound_by_nobody
 def prefill(
     q: Tensor,  # [num_tokens, num_qo_heads, head_dim]
     k_cache: Tensor,
@@ -98,7 +115,7 @@ def _attention(
         _first_key(n, rows[b + 1] - rows[b], m.window_left) for b, n in enumerate(lengths)
     ]
     _check_pages(op, page_table, lengths, rows, first_keys, k_cache)
-    out.zero_()  # rows without a visible key stay so
+    result = torch.zeros_like(out)  # rows without a visible key stay so; out may be q
     if lse is not None:
         lse.copy_(torch.full_like(lse, -torch.inf) if m.sinks is None else m.sinks.expand_as(lse))
     for b, seq_len in enumerate(lengths):
@@ -113,9 +130,10 @@ def _attention(
             stop = min(start + _ROWS, rows[b + 1])
             position = seq_len - rows[b + 1] + torch.arange(start, stop, device=q.device)
             o, row_lse = _attend(q[start:stop].to(compute_dtype), k, v, position, key, b, m)
-            out[start:stop] = o.to(out.dtype)
+            result[start:stop] = o.to(out.dtype)
             if lse is not None:
                 lse[start:stop] = row_lse.to(lse.dtype)
+    out.copy_(result)
 
 
 def _attend(
@@ -147,12 +165,23 @@ def _attend(
         visible &= -distance <= m.window_right
     logits = logits.masked_fill(~visible, -torch.inf)
     lse = logits.logsumexp(-1)  # [num_qo_heads, q_len]
+    lse = lse.masked_fill(
+        lse == torch.inf, torch.nan
+    )  # inf - inf; as a state +inf would be an empty one
     if m.sinks is not None:
-        lse = torch.logaddexp(lse, m.sinks[:, None].to(lse.dtype))
+        sink = m.sinks[:, None].to(lse.dtype).expand_as(lse)
+        joint = torch.logaddexp(lse, sink)
+        lse = torch.where((sink == torch.inf) & ~lse.isnan(), sink, joint)  # inf - inf within it
     # an empty row has lse -inf (or its sink): its weights are exp(-inf - finite) = 0
     weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     weights = weights.masked_fill(~visible, 0.0)
-    return torch.einsum("hqk,khd->qhd", weights, v), lse.transpose(0, 1)
+    # what is not finite counts where it is seen only: elsewhere 0 * inf would be NaN
+    finite = v.isfinite().flatten(1).all(1)  # [num_keys]
+    out = torch.einsum("hqk,khd->qhd", weights[..., finite], v[finite])
+    for j in (~finite).nonzero().flatten().tolist():
+        seen = visible[:, j, None, None]  # [q_len, 1, 1]
+        out += torch.where(seen, weights[:, :, j].t()[..., None] * v[j], 0.0)
+    return out, lse.transpose(0, 1)
 
 
 def _gather(
@@ -231,6 +260,7 @@ def _check_pages(
 # ---------------------------------------------------------------------------------------------- append
 
 
+@_bound_by_nobody
 def append_kv(
     k: Tensor,  # [num_tokens, num_kv_heads, head_dim]
     v: Tensor,
@@ -242,7 +272,7 @@ def append_kv(
 ) -> None:
     slots = slot_mapping.long()
     num_slots = k_cache.shape[0] * k_cache.shape[1]
-    _check_slots("append_kv", "slot_mapping", slots.clamp(min=0), slots, num_slots)
+    _check_slots("append_kv", "slot_mapping", slots, num_slots, negative_skips=True)
     kept = slots >= 0
     page, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
@@ -279,8 +309,11 @@ def _put(cache: Tensor, page: Tensor, offset: Tensor, stored: Tensor) -> None:
     cache[page, offset] = stored
 
 
-def _check_slots(op: str, name: str, checked: Tensor, slots: Tensor, num_slots: int) -> None:
-    bad = ((checked < 0) | (checked >= num_slots)).nonzero()
+def _check_slots(
+    op: str, name: str, slots: Tensor, num_slots: int, *, negative_skips: bool = False
+) -> None:
+    low = torch.zeros_like(slots, dtype=torch.bool) if negative_skips else slots < 0
+    bad = (low | (slots >= num_slots)).nonzero()
     if bad.numel():
         entry = int(bad[0])
         raise BadIndexError(
@@ -292,12 +325,14 @@ def _check_slots(op: str, name: str, checked: Tensor, slots: Tensor, num_slots: 
 # ---------------------------------------------------------------------------------------------- merge
 
 
+@_bound_by_nobody
 def merge_state(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
 ) -> None:
     merge_states(torch.stack([out_a.float(), out_b.float()]), torch.stack([lse_a, lse_b]), out, lse)
 
 
+@_bound_by_nobody
 def merge_states(
     outs: Tensor,  # [n, num_tokens, num_qo_heads, head_dim]
     lses: Tensor,  # [n, num_tokens, num_qo_heads] fp32; +inf and -inf are empty
@@ -311,7 +346,8 @@ def merge_states(
     lses = lses.masked_fill(lses == torch.inf, -torch.inf)
     merged = lses.logsumexp(0)
     weights = torch.exp(lses - merged.masked_fill(merged == -torch.inf, 0.0))[..., None]
-    values = torch.where(weights > 0, outs.float(), 0.0)  # an empty state's out may be anything
+    live = (lses != -torch.inf)[..., None]
+    values = torch.where(live, outs.float(), 0.0)  # an empty state's out may be anything
     out.copy_((weights * values).sum(0))
     lse.copy_(merged)
 
@@ -319,6 +355,7 @@ def merge_states(
 # ---------------------------------------------------------------------------------------------- pack / unpack
 
 
+@_bound_by_nobody
 def pack_kv(
     k_caches: Sequence[Tensor],  # per layer, NHD view of the heads to pack
     v_caches: Sequence[Tensor],  # empty when V is a view of K
@@ -330,7 +367,7 @@ def pack_kv(
     packed: PackedKV,
 ) -> None:
     num_slots = k_caches[0].shape[0] * k_caches[0].shape[1]
-    _check_slots("pack_kv", "slots", slots, slots, num_slots)
+    _check_slots("pack_kv", "slots", slots, num_slots)
     for caches, scales, target, target_scale in (
         (k_caches, k_scales, packed.k, packed.k_scale),
         (v_caches, v_scales, packed.v, packed.v_scale),
@@ -361,6 +398,7 @@ def _pack_layer(
     target.copy_(quantise(x, divisor, target.dtype))
 
 
+@_bound_by_nobody
 def unpack_kv(
     packed: PackedKV,
     k_caches: Sequence[Tensor],
@@ -370,7 +408,7 @@ def unpack_kv(
     slots: Tensor,
 ) -> None:
     num_slots = k_caches[0].shape[0] * k_caches[0].shape[1]
-    _check_slots("unpack_kv", "slots", slots, slots, num_slots)
+    _check_slots("unpack_kv", "slots", slots, num_slots)
     for caches, scales, source, source_scale in (
         (k_caches, k_scales, packed.k, packed.k_scale),
         (v_caches, v_scales, packed.v, packed.v_scale),

@@ -1,0 +1,249 @@
+"""An op done at once: check, choose a backend, call it. The functions of `library.py`, without torch ops between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagewire import check, registry, shared_kv
+from pagewire.cache import nhd
+from pagewire.cache_part import CachePart, LayerViews
+from pagewire.errors import check_after_call
+from pagewire.overlap import is_prefix, overlap
+from pagewire.packed import PackedKV
+from pagewire.types import FLOAT_DTYPES, Layout, Modifiers, Options, Problem
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    layout: Layout,
+    k_scale: Any,
+    v_scale: Any,
+    backend: str | None,
+) -> None:
+    dims = check.Dims()
+    check.caches(dims, k_cache, v_cache, layout)
+    dims.check("k", k, "num_tokens num_kv_heads head_dim")
+    dims.check("v", v, "num_tokens num_kv_heads head_dim_v")
+    check.cache_dtype("k", k, k_cache.dtype)
+    check.dtype("v", v, (k.dtype,), " (from k)")
+    check.last_dim_contiguous(k=k, v=v)
+    dims.check("slot_mapping", slot_mapping, "<=num_tokens")
+    check.dtype("slot_mapping", slot_mapping, check.INDEX_DTYPES)
+    k_scale = check.scale_number("k_scale", k_scale, k.device)
+    v_scale = check.scale_number("v_scale", v_scale, k.device)
+    check.scale(dims, "k_scale", k_scale, k_cache.dtype, per_request=False)
+    check.scale(dims, "v_scale", v_scale, k_cache.dtype, per_request=False)
+    check.no_float_scale(k_cache.dtype, k_scale=k_scale, v_scale=v_scale)
+    check.device(
+        "k", k.device, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    module = registry.choose(_problem("append_kv", k, dims, k_cache.dtype), backend)
+    if k.device.type == "meta":
+        return
+    shared = is_prefix(v_cache, k_cache)
+    if shared:  # K's rows are written, and V's within them
+        shared_kv.one_scale("v_scale", k_scale, v_scale, may_wait=False)
+        shared_kv.same_rows(k, v, slot_mapping)
+        v, v_cache = k, k_cache
+        v_scale = shared_kv.second_scale(k_scale, v_scale)
+    written, read = {"k_cache": k_cache}, {"slot_mapping": slot_mapping}
+    if not shared:
+        written["v_cache"] = v_cache
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if isinstance(scale, Tensor) and not (shared and name == "v_scale" and scale is k_scale):
+            (written if scale.dim() == 3 else read)[name] = scale
+    check.memory(written, read)
+    # rows of the cache itself are read before any is written
+    k, v = (x.clone() if any(overlap(x, w) for w in written.values()) else x for x in (k, v))
+    module.append_kv(
+        k, v, nhd(k_cache, layout), nhd(v_cache, layout), slot_mapping, k_scale, v_scale
+    )
+    check_after_call(k.device)
+
+
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, layout: Layout,
+    options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    dims = check.Dims()
+    dims.check("q", q, "batch_size num_qo_heads head_dim")
+    check.attention(dims, q, k_cache, v_cache, page_table, seq_lens, layout)
+    m = check.modifiers(dims, q, k_cache.dtype, options)
+    check.out_and_lse(dims, q, out, lse, "batch_size")
+    if out is not None or lse is not None:
+        _check_results(q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens)
+    out, lse = _results(q, dims["head_dim_v"], out, lse, return_lse)
+    module = registry.choose(_problem("decode", q, dims, k_cache.dtype), backend)
+    module.decode(q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, m, out, lse)
+    check_after_call(q.device)
+    return out, lse
+
+
+def prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
+    layout: Layout, options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    dims = check.Dims()
+    dims.check("q", q, "num_tokens num_qo_heads head_dim")
+    check.attention(dims, q, k_cache, v_cache, page_table, seq_lens, layout)
+    check.offsets(dims, cu_seqlens_q, q.device)
+    m = check.modifiers(dims, q, k_cache.dtype, options)
+    check.out_and_lse(dims, q, out, lse, "num_tokens")
+    if out is not None or lse is not None:
+        _check_results(
+            q, k_cache, v_cache, m, out, lse,
+            page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q,
+        )  # fmt: skip
+    out, lse = _results(q, dims["head_dim_v"], out, lse, return_lse)
+    module = registry.choose(_problem("prefill", q, dims, k_cache.dtype, m.max_q_len), backend)
+    module.prefill(
+        q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse
+    )  # fmt: skip
+    check_after_call(q.device)
+    return out, lse
+
+
+def _check_results(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, m: Modifiers, out: Tensor | None, lse: Tensor | None,
+    **tables: Tensor,
+) -> None:  # fmt: skip
+    inputs = {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, **tables, "alibi_slopes": m.alibi_slopes, "sinks": m.sinks,
+        "k_scale": m.k_scale, "v_scale": m.v_scale,
+    }  # fmt: skip
+    check.memory({"out": out, "lse": lse}, inputs, in_place=[("out", "q")])
+
+
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, lse: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dims = check.Dims()
+    for name, o, s in (("a", out_a, lse_a), ("b", out_b, lse_b)):
+        dims.check(f"out_{name}", o, "num_tokens num_qo_heads head_dim")
+        dims.check(f"lse_{name}", s, "num_tokens num_qo_heads")
+        check.dtype(f"out_{name}", o, FLOAT_DTYPES if name == "a" else (out_a.dtype,))
+        check.dtype(f"lse_{name}", s, (torch.float32,))
+    check.last_dim_contiguous(out_a=out_a, out_b=out_b)
+    check.device("out_a", out_a.device, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    check.out_and_lse(dims, out_a, out, lse, "num_tokens", width="head_dim")
+    states = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    in_place = [(name[:3], name) for name in states]
+    check.memory({"out": out, "lse": lse}, states, in_place)
+    out, lse = _results(out_a, dims["head_dim"], out, lse, True)
+    module = registry.choose(_movement("merge_state", out_a, dims["head_dim"]), backend)
+    module.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
+    return out, lse  # type: ignore[return-value]
+
+
+def merge_states(
+    outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    dims = check.Dims()
+    dims.check("outs", outs, "n num_tokens num_qo_heads head_dim")
+    dims.check("lses", lses, "n num_tokens num_qo_heads")
+    check.dtype("outs", outs, FLOAT_DTYPES)
+    check.dtype("lses", lses, (torch.float32,))
+    check.last_dim_contiguous(outs=outs)
+    check.device("outs", outs.device, lses=lses)
+    check.out_and_lse(dims, outs, out, lse, "num_tokens", width="head_dim")
+    if out is not None or lse is not None:
+        states = {f"outs[{i}]": o for i, o in enumerate(outs)}
+        states |= {f"lses[{i}]": s for i, s in enumerate(lses)}
+        in_place = [(name[:3], name) for name in states]
+        check.memory({"out": out, "lse": lse}, states, in_place)
+    if out is None:
+        out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
+    if lse is None:
+        lse = torch.empty(lses.shape[1:], dtype=torch.float32, device=outs.device)
+    module = registry.choose(_movement("merge_states", outs, dims["head_dim"]), backend)
+    module.merge_states(outs, lses, out, lse)
+    return out, lse
+
+
+def pack_kv(part: CachePart, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
+    part.check_shared_scales(slots)
+    run_pack(part.views, slots, packed, backend)
+
+
+def unpack_kv(packed: PackedKV, part: CachePart, slots: Tensor, backend: str | None) -> None:
+    part.check_writable(packed, slots)
+    run_unpack(packed, part.views, slots, backend)
+    second = part.second_scales()
+    if second is not None:  # the same rows once more, for the scale of each
+        run_unpack(packed, second, slots, backend)
+
+
+def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
+    module = registry.choose(_cache_problem("pack_kv", packed, views.k[0]), backend)
+    if slots.shape[0] == 0:
+        _pack_shared_scales(views, packed)
+    else:
+        module.pack_kv(*views, slots, packed)
+    # rarely any: what lay there before must not travel, and equal contents must give equal buffers
+    padding = packed.buffer[packed.shape.payload_bytes : packed.shape.scales_start]
+    if padding.numel():
+        with torch.inference_mode():  # the buffer may be an inference tensor
+            padding.zero_()
+    check_after_call(slots.device)
+
+
+def _pack_shared_scales(views: LayerViews, packed: PackedKV) -> None:
+    """What travels without any token: the scales of tensors and heads."""
+    if packed.scale_kind not in ("tensor", "head"):
+        return
+    with torch.inference_mode():
+        for scales, rows in ((views.k_scale, packed.k_scale), (views.v_scale, packed.v_scale)):
+            for layer, scale in enumerate(scales):
+                assert rows is not None
+                rows[layer].copy_(scale)
+
+
+def run_unpack(packed: PackedKV, views: LayerViews, slots: Tensor, backend: str | None) -> None:
+    module = registry.choose(_cache_problem("unpack_kv", packed, views.k[0]), backend)
+    module.unpack_kv(packed, *views, slots)
+    check_after_call(slots.device)
+
+
+def _results(
+    q: Tensor, width: int, out: Tensor | None, lse: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    if out is None:
+        out = torch.empty((*q.shape[:-1], width), dtype=q.dtype, device=q.device)
+    if lse is None and return_lse:
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    return out, lse
+
+
+def _problem(
+    op: str, x: Tensor, dims: check.Dims, kv_dtype: torch.dtype, max_q_len: int | None = None
+) -> Problem:
+    """Only a max_q_len that makes every request short tells backends apart: keep the number of problems small."""
+    group_size = x.shape[1] // max(dims["num_kv_heads"], 1)
+    max_q_len = max_q_len if max_q_len is not None and max_q_len <= 16 else None
+    return Problem(
+        op, x.device.type, x.dtype, kv_dtype, dims["head_dim"], dims["head_dim_v"], dims["page_size"], group_size,
+        max_q_len, x.device.index,
+    )  # fmt: skip
+
+
+def _movement(op: str, x: Tensor, width: int) -> Problem:
+    return Problem(op, x.device.type, x.dtype, x.dtype, width, width, device_index=x.device.index)
+
+
+def _cache_problem(op: str, packed: PackedKV, k_cache: Tensor) -> Problem:
+    shape, device = packed.shape, k_cache.device
+    page_size = k_cache.shape[1]
+    return Problem(
+        op, device.type, shape.dtype, k_cache.dtype, shape.head_dim, shape.head_dim_v, page_size,
+        device_index=device.index,
+    )  # fmt: skip

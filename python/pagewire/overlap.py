@@ -1,0 +1,151 @@
+"""Which memory a strided tensor covers: whether two of them, or one with itself, name the same byte. Exact.
+
+Two views overlap if `sum(c_i * x_i) = t` has a solution with `0 <= x_i <= u_i`: one term for each dim of each view,
+and one for the bytes of an element. Solved from the largest coefficient down, with what the rest can reach as the
+bound; strides of real tensors are nested, so that hardly any choice is left (numpy's `shares_memory` works alike).
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+from torch import Tensor
+
+Span = tuple[int, int]  # byte addresses [start, stop)
+
+_MOST_STEPS = 100_000  # beyond, two views are taken to overlap
+
+
+def span(x: Tensor) -> Span:
+    """From the first byte of `x` to behind its last; nothing for a tensor without elements."""
+    start = x.data_ptr()
+    last = 0
+    for n, stride in zip(x.shape, x.stride(), strict=True):
+        if n == 0:
+            return start, start
+        last += (n - 1) * stride
+    return start, start + (last + 1) * x.element_size()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the very same view."""
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and _live(a) == _live(b)
+    )
+
+
+def is_prefix(part: Tensor, whole: Tensor) -> bool:
+    """Whether `part` is the first columns of the rows of `whole`, the way MLA keeps V within K."""
+    return (
+        part.data_ptr() == whole.data_ptr()
+        and part.dtype == whole.dtype
+        and part.shape[:-1] == whole.shape[:-1]
+        and part.shape[-1] <= whole.shape[-1]
+        and _live(part)[:-1] == _live(whole)[:-1]
+        and whole.numel() > 0
+    )
+
+
+def _live(x: Tensor) -> tuple[int, ...]:
+    """Strides, 0 where the extent is 1: such a stride is never used."""
+    return tuple(s if n > 1 else 0 for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether some byte belongs to both."""
+    (a_start, a_stop), (b_start, b_stop) = span(a), span(b)
+    if a_start >= b_stop or b_start >= a_stop or a_start == a_stop or b_start == b_stop:
+        return False
+    return _overlap(_terms(a), _terms(b), b_start - a_start)
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements of `x` are the same memory, as in an expanded tensor."""
+    reached = 1
+    dims = sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)
+    if x.numel() == 0 or not dims:
+        return False
+    for stride, n in dims:
+        if stride < reached:
+            return _overlaps_itself(tuple(dims))
+        reached += stride * (n - 1)
+    return False  # every stride is longer than all that the smaller ones reach
+
+
+def _terms(x: Tensor) -> tuple[tuple[int, int], ...]:
+    """(bytes, largest index) of each dim, and of the bytes of an element."""
+    size = x.element_size()
+    dims = ((s * size, n - 1) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)
+    return (*dims, (1, size - 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def _overlap(a: tuple[tuple[int, int], ...], b: tuple[tuple[int, int], ...], distance: int) -> bool:
+    """a + indices = b + distance + indices; those of b counted from their end, to have one sign only."""
+    bounds: dict[int, int] = {}
+    for c, u in (*a, *b):
+        bounds[c] = bounds.get(c, 0) + u
+    target = distance + sum(c * u for c, u in b)
+    return any(True for _ in _solutions(sorted(bounds.items(), reverse=True), target))
+
+
+@functools.lru_cache(maxsize=4096)
+def _overlaps_itself(dims: tuple[tuple[int, int], ...]) -> bool:
+    """Two index vectors that differ and reach the same place: another solution than equal ones."""
+    terms = [(s, 2 * (n - 1)) for s, n in reversed(dims)]
+    if any(s == 0 for s, _ in terms):
+        return True
+    found = _solutions(terms, sum(s * u // 2 for s, u in terms))
+    return len(list(islice(found, 2))) == 2
+
+
+def _solutions(terms: Sequence[tuple[int, int]], target: int) -> Iterator[tuple[int, ...] | None]:
+    """Of sum(c * x) = target, 0 <= x <= u; terms (c, u) with c descending. None: given up, there may be one."""
+    rest = [0]
+    for c, u in reversed(terms):
+        rest.append(rest[-1] + c * u)
+    rest.reverse()  # rest[i]: what terms i.. can reach
+    steps = 0
+
+    def search(i: int, left: int) -> Iterator[tuple[int, ...] | None]:
+        nonlocal steps
+        if i == len(terms):
+            if left == 0:
+                yield ()
+            return
+        c, u = terms[i]
+        if c == 0:
+            yield from search(i + 1, left)
+            return
+        for x in range(max(0, -(-(left - rest[i + 1]) // c)), min(u, left // c) + 1):
+            steps += 1
+            if steps > _MOST_STEPS:
+                yield None
+                return
+            for tail in search(i + 1, left - c * x):
+                yield None if tail is None else (x, *tail)
+
+    return search(0, target)
+
+
+def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The spans, sorted, those that meet made one."""
+    result: list[Span] = []
+    for start, stop in sorted(s for s in spans if s[0] < s[1]):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(stop, result[-1][1]))
+        else:
+            result.append((start, stop))
+    return tuple(result)
+
+
+def touches(spans: Sequence[Span], other: Span) -> bool:
+    """Whether `other` meets one of the `merged` spans."""
+    at = bisect_right(spans, (other[1],))
+    return at > 0 and spans[at - 1][1] > other[0] and other[0] < other[1]
