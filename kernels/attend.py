@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pagewire.kernels.common import LOG2_E, dot, per_head, to_operand
+from pagewire.kernels.common import LN_2, LOG2_E, dot, per_head, to_operand
 from pagewire.kernels.quant import from_float32, to_float32
 
 
@@ -51,9 +51,11 @@ def logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec: tl.
 
 
 @triton.jit
-def value_factor(logit, v_scale, request, kv_head, spec: tl.constexpr):
+def value_factor(logit, v_scale, lift, request, kv_head, spec: tl.constexpr):
     """What out is still to be multiplied by."""
     _, _, factor = logit
+    if spec.V_SCALE == "token":
+        factor *= _inverse(lift)
     if spec.V_SCALE == "head":
         factor *= per_head(v_scale, request, kv_head)
     return factor
@@ -61,19 +63,30 @@ def value_factor(logit, v_scale, request, kv_head, spec: tl.constexpr):
 
 @triton.jit
 def empty_state(spec: tl.constexpr):
-    """(acc, maximum_log2, total) before any key, and the table entries found bad so far."""
+    """(acc, maximum_log2, total, lift) before any key, and the table entries found bad so far."""
     BLOCK_M: tl.constexpr = spec.BLOCK_M
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
     BLOCK_N: tl.constexpr = spec.BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    return acc, maximum, tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_N], -1, tl.int32)
+    lift = tl.full([], _MOST_LIFT if spec.LIFTS else 1.0, tl.float32)
+    return acc, maximum, tl.zeros([BLOCK_M], tl.float32), lift, tl.full([BLOCK_N], -1, tl.int32)
+
+
+@triton.jit
+def is_finite(acc, row_ok, spec: tl.constexpr):
+    """Whether the sums of all rows that exist are; True where all rows see the same keys."""
+    if spec.LEFT or spec.RIGHT:
+        bad = (tl.abs(acc) < float("inf")) == 0  # NaN too
+        return tl.max(tl.max((bad & row_ok[:, None]).to(tl.int32), 1), 0) == 0
+    else:
+        return True
 
 
 @triton.jit
 def attend(
-    state,  # fp32 (acc [BLOCK_M, BLOCK_DV], maximum_log2 [BLOCK_M], total [BLOCK_M]), and int32 [BLOCK_N]: the last
-    # table entry that each lane found out of range, -1 for none
+    state,  # fp32 (acc [BLOCK_M, BLOCK_DV], maximum_log2 [BLOCK_M], total [BLOCK_M], lift []: acc holds that multiple),
+    # and int32 [BLOCK_N]: the last table entry that each lane found out of range, -1 for none
     q,  # [BLOCK_M, BLOCK_D]
     k,  # (pointer at the kv head, stride_page, stride_token)
     v,
@@ -89,6 +102,8 @@ def attend(
 ):
     """Tiles of BLOCK_N keys at absolute multiples of BLOCK_N, from the first that touches `keys` to the last.
 
+    A key that takes part counts in every row, whether it sees it or not, if its value is not finite: 0 * inf is NaN.
+    `is_finite` tells; then `alone` makes tiles of rows that see the same keys.
     spec.EVICT reaches an asynchronous copy on sm_90 with Triton 3.9; 3.6 drops it there, and both on sm_80.
     """
     # The scale enters after the maximum and inside exp2, as one multiply-add, where nothing else comes between
@@ -99,7 +114,7 @@ def attend(
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
     PAGE_SIZE: tl.constexpr = spec.PAGE_SIZE
     EVICT: tl.constexpr = spec.EVICT
-    acc, maximum, total, bad_entry = state
+    acc, maximum, total, lift, bad_entry = state
     k_ptr, k_stride_page, k_stride_token = k
     v_ptr, v_stride_page, v_stride_token = v
     table_ptr, num_pages = table
@@ -149,8 +164,8 @@ def attend(
         if not SCALE_LAST:
             qk *= scale_log2
         if spec.SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1); scale_log2 holds 2 log2(e) / softcap times the logit's scale
-            qk = (softcap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(qk) + 1.0))
+            # scale_log2 holds 2 log2(e) / softcap times the logit's scale
+            qk = (softcap * LOG2_E) * _tanh_of_log2(qk)
         if spec.ALIBI:
             qk -= slope_log2[:, None] * tl.abs(position[:, None] - key[None, :]).to(tl.float32)
         if MASKED:
@@ -175,7 +190,13 @@ def attend(
         total = total * rescale + tl.sum(p, 1)
         maximum = new_maximum
         if spec.V_SCALE == "token":
-            p *= (_token_scale(v_scale, page, slot, taking_part, MASKED) * spec.V_LIFT)[None, :]
+            factor = _token_scale(v_scale, page, slot, taking_part, MASKED)
+            if spec.LIFTS:
+                new_lift = tl.minimum(lift, _lift_of(factor))
+                rescale *= new_lift * _inverse(lift)
+                lift = new_lift
+                factor *= lift
+            p *= factor[None, :]
 
         v_offset = page * v_stride_page + slot * v_stride_token
         v_tile = _load_rows(
@@ -184,7 +205,37 @@ def attend(
         acc = dot(
             from_float32(p, q.dtype), to_operand(v_tile, q.dtype, spec), acc * rescale[:, None]
         )
-    return acc, maximum, total, bad_entry
+    return acc, maximum, total, lift, bad_entry
+
+
+@triton.jit
+def _tanh_of_log2(y):
+    """tanh(x) of y = 2 log2(e) x. As 1 - 2 / (exp(2 x) + 1) it cancels near 0: there by its series."""
+    x = y * (0.5 * LN_2)
+    square = x * x
+    series = x + x * square * (-1 / 3 + square * (2 / 15 - square * (17 / 315)))
+    return tl.where(tl.abs(y) < 0.5, series, 1.0 - 2.0 / (tl.exp2(y) + 1.0))
+
+
+# fp16 holds weights times per-token scales only if these are about 1: P is lifted by a power of two, chosen by the
+# largest scale so far, and acc with it. A weight of 1 keeps its digits at scales down to 2^-28 of that.
+_MOST_LIFT = tl.constexpr(2.0**115)
+
+
+@triton.jit
+def _lift_of(factor):
+    """factor: fp32 [BLOCK_N] -> 2^n with the largest finite |factor| times it in [2^14, 2^15)."""
+    size = tl.abs(factor)
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0), 0)
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    # biased: 127 + 14 - (exponent - 127); at most 2^115, whose inverse is a normal number too
+    return (tl.minimum(268 - exponent, 242) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse(power):
+    """1 / power of a normal power of two."""
+    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -32,11 +32,12 @@ def store_partial(partials, values, lse_log2, kv_head, part, row, row_ok, spec: 
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
     out_ptr, lse_ptr, head_rows, part_rows = partials
     row += kv_head.to(tl.int64) * head_rows + part.to(tl.int64) * part_rows
-    row += tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_DV)
     mask = row_ok[:, None] & (dim < spec.HEAD_DIM_V)[None, :]
-    tl.store(out_ptr + row[:, None] * spec.HEAD_DIM_V + dim[None, :], values, mask=mask)
-    tl.store(lse_ptr + row, lse_log2, mask=row_ok)
+    offset = lane[:, None] * spec.HEAD_DIM_V + dim[None, :]
+    tl.store(out_ptr + row * spec.HEAD_DIM_V + offset, values, mask=mask)
+    tl.store(lse_ptr + row + lane, lse_log2, mask=row_ok)
 
 
 @triton.jit(do_not_specialize=launch.PER_CALL)
@@ -117,13 +118,18 @@ def _combine_kernel(
             maximum = tl.full([1], float("-inf"), tl.float32)
             total = tl.zeros([1], tl.float32)
             acc = tl.zeros([1, BLOCK_DV], tl.float32)
+            # the scalar part of an address goes into the pointer: inside the offsets of a tile, Triton 3.5 and 3.6
+            # have miscompiled such a reduction (lmdeploy pull request 4920)
+            base = kv_head.to(tl.int64) * head_rows + row_of_part
+            lse_ptr = part_lse + base
+            out_ptr = part_out + base * spec.HEAD_DIM_V
             for start in range(0, num_parts, BLOCK_S):
                 part = start + tl.arange(0, BLOCK_S)
                 at = tl.where(part == 0, first_part, next_part + (part - 1) * STEP).to(tl.int64)
-                part_row = kv_head.to(tl.int64) * head_rows + at * part_rows + row_of_part
+                part_row = at * part_rows
                 part_ok = part < num_parts
-                lse_log2 = tl.load(part_lse + part_row, mask=part_ok, other=float("-inf"))
-                ptrs = part_out + part_row[:, None] * spec.HEAD_DIM_V + dim[None, :]
+                lse_log2 = tl.load(lse_ptr + part_row, mask=part_ok, other=float("-inf"))
+                ptrs = out_ptr + (part_row[:, None] * spec.HEAD_DIM_V + dim[None, :])
                 values = tl.load(ptrs, mask=part_ok[:, None] & dim_ok[None, :], other=0.0)
                 new_maximum = tl.maximum(maximum, tl.max(lse_log2, 0))
                 shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)

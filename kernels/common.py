@@ -42,7 +42,7 @@ class Spec(NamedTuple):
     LSE: bool
     K_SCALE: str  # "value": folded into the softmax's scale; "head": per request and head; "token": per token and head
     V_SCALE: str
-    V_LIFT: float  # per-token V scales times this are near 1, whatever the stored type's range: fp16 P keeps its digits
+    LIFTS: bool  # P times per-token V scales is multiplied in fp16, whose range it may leave
     EVICT: str  # of K and V in L2: "evict_first" where all rows of a request fit one tile, so that they are read once
     SPLIT: bool  # split at multiples of split_size, so that no request's result depends on the rest of the batch
 
@@ -84,7 +84,9 @@ def finish(acc, maximum_log2, total, sink_log2, SINKS: tl.constexpr):
         joint = tl.where(joint == float("-inf"), 0.0, joint)
         rescale = tl.exp2(maximum_log2 - joint)
         acc = acc * rescale[:, None]
-        total = total * rescale + tl.exp2(sink_log2 - joint)
+        # a sink of +inf takes all of the weight
+        sink_weight = tl.where(sink_log2 == float("inf"), 1.0, tl.exp2(sink_log2 - joint))
+        total = total * rescale + sink_weight
         maximum_log2 = joint
     divisor = tl.where(total == 0.0, 1.0, total)
     return acc / divisor[:, None], tl.where(
@@ -143,3 +145,13 @@ def load_sinks(sinks, head, row_ok, spec: tl.constexpr):
         return tl.load(ptr + head * stride_head, mask=row_ok, other=float("-inf")) * LOG2_E
     else:
         return tl.full(head.shape, float("-inf"), tl.float32)
+
+
+@triton.jit
+def store_whole(state, rows, out, lse, sinks, spec: tl.constexpr):
+    """state: (acc, maximum_log2, total) over all keys of rows: (place in the tile, token, head, whether it exists)."""
+    acc, maximum, total = state
+    _, token, head, row_ok = rows
+    sink_log2 = load_sinks(sinks, head, row_ok, spec)
+    values, lse_log2 = finish(acc, maximum, total, sink_log2, spec.SINKS)
+    store_rows(out, lse, values, lse_log2, token, head, row_ok, spec)

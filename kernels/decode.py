@@ -17,15 +17,17 @@ from torch import Tensor
 
 from pagewire.kernels import combine, launch, tuning
 from pagewire.kernels import error_codes as codes
+from pagewire.kernels.alone import attend_alone
 from pagewire.kernels.attend import (
     at_kv_head,
     at_request,
     attend,
     empty_state,
+    is_finite,
     logit_terms,
     value_factor,
 )
-from pagewire.kernels.common import finish, load_q, load_sinks, store_rows, tile_rows
+from pagewire.kernels.common import finish, load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Launch, run
 from pagewire.kernels.spans import MAX_SPLITS, load_row_stop, load_seq_lens, split_units, tile_keys
@@ -71,6 +73,7 @@ def _decode_kernel(
     softcap,
     v_factor,
     spec: tl.constexpr,
+    alone: tl.constexpr,  # of rows of one token, computed again where a value is not finite
 ):
     """grid: [num_kv_heads, num_programs]; a program takes 1 / num_programs of all units of its kv head,
     and walks through the row tiles they belong to. Bound by KV bytes: each is read once for all query
@@ -128,41 +131,74 @@ def _decode_kernel(
             first_key = tl.maximum(first_key, (first + skipped) * size)
             stop_key = tl.minimum(stop_key, (first + skipped + taken) * size)
 
+            q_rows = load_q(q, row_start + token, head, row_ok, spec)
+            k_here = at_kv_head(k, kv_head)
+            v_here = at_kv_head(v, kv_head)
+            k_scale_here = at_kv_head(k_scale, kv_head) if spec.K_SCALE == "token" else None
+            v_scale_here = at_kv_head(v_scale, kv_head) if spec.V_SCALE == "token" else None
+            terms = logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec)
+            here = at_request(table, request)
+            position = seq_len - q_len + token
+            keys = (first_key, stop_key)
             state = attend(
-                empty_state(spec),
-                load_q(q, row_start + token, head, row_ok, spec),
-                at_kv_head(k, kv_head),
-                at_kv_head(v, kv_head),
-                at_kv_head(k_scale, kv_head) if spec.K_SCALE == "token" else None,
-                at_kv_head(v_scale, kv_head) if spec.V_SCALE == "token" else None,
-                at_request(table, request),
-                (first_key, stop_key),
-                seq_len - q_len + token,
-                windows,
-                logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec),
-                True,
-                spec,
-            )
-            acc, maximum, total, bad_entry = state
+                empty_state(spec), q_rows, k_here, v_here, k_scale_here, v_scale_here, here, keys,
+                position, windows, terms, True, spec,
+            )  # fmt: skip
+            acc, maximum, total, lift, bad_entry = state
             record_error(error_word, _PAGE[spec.RAGGED], request, bad_entry, bad_entry >= 0)
-            acc *= value_factor(logit, v_scale, request, kv_head, spec)
-
-            if taken == num:
-                values, lse_log2 = finish(
-                    acc, maximum, total, load_sinks(sinks, head, row_ok, spec), spec.SINKS
-                )
-                store_rows(out, lse_rows, values, lse_log2, row_start + token, head, row_ok, spec)
+            part = skipped
+            part_row = 0
+            if spec.SPLIT:
+                part_row = combine.split_row(request, row_start, token_rows, request_rows)
+                part_row += tile_m * BLOCK_M
             else:
-                values, lse_log2 = finish(acc, maximum, total, maximum, False)
-                if spec.SPLIT:
-                    part = skipped
-                    row = combine.split_row(request, row_start, token_rows, request_rows)
-                    row += tile_m * BLOCK_M
-                else:
-                    part = 2 * program + (unit != first_unit).to(tl.int32)
-                    row = 0
-                combine.store_partial(partials, values, lse_log2, kv_head, part, row, row_ok, spec)
+                part = 2 * program + (unit != first_unit).to(tl.int32)
+            place = (taken == num, part, part_row)
+            if not spec.RAGGED or is_finite(acc, row_ok, spec):
+                acc *= value_factor(logit, v_scale, lift, request, kv_head, spec)
+                rows_of_it = (0, row_start + token, head, row_ok)
+                _store(
+                    (acc, maximum, total), rows_of_it, place, out, lse_rows, sinks, partials, kv_head, spec
+                )  # fmt: skip
+            else:
+                whose = (request, row_start, q_len, seq_len)
+                for lone in range(first_token, last_token + 1):
+                    first_lone, stop_lone = tile_keys(lone, lone, q_len, seq_len, windows, spec)
+                    keys = (tl.maximum(first_lone, first_key), tl.minimum(stop_lone, stop_key))
+                    for first_head in range(0, spec.GROUP_SIZE, alone.BLOCK_M):
+                        lone_state, lone_rows = attend_alone(
+                            lone, first_head, tile_m, whose, kv_head, q, k_here, v_here, k_scale_here, v_scale_here,
+                            here, keys, windows, logit, alibi, k_scale, v_scale, spec, alone,
+                        )  # fmt: skip
+                        _store(
+                            lone_state,
+                            lone_rows,
+                            place,
+                            out,
+                            lse_rows,
+                            sinks,
+                            partials,
+                            kv_head,
+                            alone,
+                        )
             unit += taken
+
+
+@triton.jit
+def _store(state, rows_of_it, place, out, lse_rows, sinks, partials, kv_head, spec: tl.constexpr):
+    """Rows where they belong: in out and lse, or as a part of them that waits to be merged.
+
+    place: (whether it is all of the rows' keys, else: the part, the row of it where the tile begins).
+    """
+    whole, part, part_row = place
+    if whole:
+        store_whole(state, rows_of_it, out, lse_rows, sinks, spec)
+    else:
+        acc, maximum, total = state
+        first_row, _, _, row_ok = rows_of_it
+        values, lse_log2 = finish(acc, maximum, total, maximum, False)
+        row = part_row + first_row
+        combine.store_partial(partials, values, lse_log2, kv_head, part, row, row_ok, spec)
 
 
 def decode(

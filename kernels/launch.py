@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pagewire.kernels.alone import FEWEST_KEYS, FEWEST_ROWS
 from pagewire.kernels.common import Spec
 from pagewire.kernels.quant import format_of
 from pagewire.kernels.tuning import KernelConfig, Problem
@@ -17,8 +18,6 @@ from pagewire.kernels.tuning import KernelConfig, Problem
 # Key indices are int32 and windows are added to them: this keeps the sums in range
 _MAX_KEYS = 1 << 30
 _LOG2_E = math.log2(math.e)
-# largest stored value: per-token scales are about (largest real value) / this
-_V_LIFT = {"float": 1.0, "e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 
 
 # Arguments that change from call to call: neither their values nor their alignment lead to another compilation. Those
@@ -118,7 +117,7 @@ def attention_spec(
         LSE=lse is not None,
         K_SCALE=_scale_kind(m.k_scale),
         V_SCALE=_scale_kind(m.v_scale),
-        V_LIFT=_V_LIFT[stored] if _scale_kind(m.v_scale) == "token" else 1.0,
+        LIFTS=_scale_kind(m.v_scale) == "token" and q.dtype == torch.float16,
         EVICT="evict_first" if read_once else "",
         SPLIT=m.split_size is not None,
     )
@@ -149,7 +148,7 @@ def attention_arguments(
         scale_log2 *= m.k_scale
     if spec.SOFTCAP:
         scale_log2 *= 2 / m.softcap
-    v_factor = 1 / spec.V_LIFT
+    v_factor = 1.0
     if isinstance(m.v_scale, (int, float)):
         v_factor *= m.v_scale
     capacity = page_table.shape[1] * spec.PAGE_SIZE
@@ -186,6 +185,9 @@ def attention_arguments(
         "softcap": float(m.softcap),
         "v_factor": float(v_factor),
         "spec": spec,
+        "alone": spec._replace(
+            BLOCK_M=min(spec.BLOCK_M, FEWEST_ROWS), BLOCK_N=min(spec.BLOCK_N, FEWEST_KEYS)
+        ),
     }
 
 

@@ -62,8 +62,8 @@ def _merge_two_kernel(
     weight_a, weight_b = tl.exp(lse_a - largest), tl.exp(lse_b - largest)
     row_a = (token * stride_oa_t + head * stride_oa_h)[:, None] + column
     row_b = (token * stride_ob_t + head * stride_ob_h)[:, None] + column
-    total = _weighted(out_a_ptr, row_a, weight_a, mask)
-    total += _weighted(out_b_ptr, row_b, weight_b, mask)
+    total = _weighted(out_a_ptr, row_a, lse_a, weight_a, mask)
+    total += _weighted(out_b_ptr, row_b, lse_b, weight_b, mask)
     _store(
         out_ptr, (token * stride_o_t + head * stride_o_h)[:, None] + column, mask,
         lse_ptr, token * stride_l_t + head * stride_l_h, live, total, weight_a + weight_b, largest,
@@ -89,8 +89,9 @@ def _merge_kernel(
     weights = tl.zeros([ROWS], tl.float32)
     for n in range(num_states):
         state = tl.cast(n, tl.int64)
-        weight = tl.exp(_load_lse(lses_ptr, lse_row + state * stride_ls_n, live) - largest)
-        total += _weighted(outs_ptr, out_row + state * stride_os_n, weight, mask)
+        lse = _load_lse(lses_ptr, lse_row + state * stride_ls_n, live)
+        weight = tl.exp(lse - largest)
+        total += _weighted(outs_ptr, out_row + state * stride_os_n, lse, weight, mask)
         weights += weight
     _store(
         out_ptr, (token * stride_o_t + head * stride_o_h)[:, None] + column, mask,
@@ -121,17 +122,18 @@ def _finite(largest):
 
 
 @triton.jit
-def _weighted(out_ptr, offset, weight, mask):
+def _weighted(out_ptr, offset, lse, weight, mask):
     """weight * out, fp32 [ROWS, WIDTH]; an empty state's out may hold anything and is not read."""
-    out = tl.load(out_ptr + offset, mask=mask & (weight > 0.0)[:, None], other=0.0)
+    out = tl.load(out_ptr + offset, mask=mask & (lse != float("-inf"))[:, None], other=0.0)
     return weight[:, None] * to_float32(out, "float", False)
 
 
 @triton.jit
 def _store(out_ptr, out_offset, mask, lse_ptr, lse_offset, live, total, weights, largest):
-    divisor = tl.where(weights > 0.0, weights, 1.0)
+    empty = weights == 0.0  # and nothing else: NaN stays NaN
+    divisor = tl.where(empty, 1.0, weights)
     out = total / divisor[:, None]
-    lse = tl.where(weights > 0.0, largest + tl.log(divisor), float("-inf"))
+    lse = tl.where(empty, float("-inf"), largest + tl.log(divisor))
     # in place: every warp has read its states before any row of them is overwritten
     tl.debug_barrier()
     tl.store(out_ptr + out_offset, from_float32(out, out_ptr.dtype.element_ty), mask=mask)

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from pagewire.kernels import decode, launch, tuning
 from pagewire.kernels import error_codes as codes
+from pagewire.kernels.alone import attend_alone
 from pagewire.kernels.attend import (
     at_kv_head,
     at_request,
     attend,
     empty_state,
+    is_finite,
     logit_terms,
     pages_in_range,
     value_factor,
 )
-from pagewire.kernels.common import finish, load_q, load_sinks, store_rows, tile_rows
+from pagewire.kernels.common import load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Launch, run
 from pagewire.kernels.spans import inner_keys, load_rows, load_seq_lens, record_spans, tile_keys
@@ -112,6 +114,7 @@ def _prefill_kernel(
     softcap,
     v_factor,
     spec: tl.constexpr,
+    alone: tl.constexpr,  # of rows of one token, computed again where a value is not finite
 ):
     """grid: [num_tokens * group_size // BLOCK_M + batch_size + 1, num_kv_heads]; a program computes one
     row tile, a block of BLOCK_M packed rows of one request, over all keys its rows see. Bound by the
@@ -171,16 +174,26 @@ def _prefill_kernel(
             state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (inner_key, stop_inner_key),
             position, windows, terms, False, spec,
         )  # fmt: skip
-        acc, maximum, total, bad_entry = attend(
+        state = attend(
             state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (stop_inner_key, stop_key),
             position, windows, terms, True, spec,
         )  # fmt: skip
+        acc, maximum, total, lift, bad_entry = state
         record_error(error_word, _PAGE, request, bad_entry, bad_entry >= 0)
-        acc *= value_factor(logit, v_scale, request, kv_head, spec)
-        values, lse_log2 = finish(
-            acc, maximum, total, load_sinks(sinks, head, row_ok, spec), spec.SINKS
-        )
-        store_rows(out, lse_rows, values, lse_log2, row_start + token, head, row_ok, spec)
+        if is_finite(acc, row_ok, spec):
+            acc *= value_factor(logit, v_scale, lift, request, kv_head, spec)
+            rows_of_it = (0, row_start + token, head, row_ok)
+            store_whole((acc, maximum, total), rows_of_it, out, lse_rows, sinks, spec)
+        else:
+            whose = (request, row_start, q_len, seq_len)
+            for lone in range(first_token, last_token + 1):
+                keys = tile_keys(lone, lone, q_len, seq_len, windows, spec)
+                for first_head in range(0, spec.GROUP_SIZE, alone.BLOCK_M):
+                    lone_state, lone_rows = attend_alone(
+                        lone, first_head, tile_m, whose, kv_head, q, k_here, v_here, k_scale_here, v_scale_here,
+                        here, keys, windows, logit, alibi, k_scale, v_scale, spec, alone,
+                    )  # fmt: skip
+                    store_whole(lone_state, lone_rows, out, lse_rows, sinks, alone)
 
 
 def prefill(
@@ -215,6 +228,8 @@ def plan(
     error_word: Tensor,
 ) -> list[Launch]:
     """One launch for the long requests, two for the short ones; only the two if max_q_len says that all are short."""
+    if page_table.shape[0] == 0:  # rows that no request owns have no slopes and scales either
+        m = m._replace(alibi_slopes=None, k_scale=None, v_scale=None)
     tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word)
     num_tokens, num_qo_heads, _ = q.shape
     batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]

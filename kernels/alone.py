@@ -1,0 +1,56 @@
+"""Rows of one token by themselves: they all see the keys that are loaded for them.
+
+A tile of rows of several tokens loads what any of them sees. If a value among that is not finite, it spoils the rows
+that do not see it (0 * inf is NaN); then the tile's rows are computed again this way. Slow, and only there for a cache
+that holds such values.
+"""
+
+import triton
+import triton.language as tl
+
+from pagewire.kernels.attend import attend, empty_state, logit_terms, value_factor
+from pagewire.kernels.common import load_q
+
+FEWEST_ROWS = 16  # of a tensor core tile
+FEWEST_KEYS = 16  # few registers: the kernel has none to spare
+
+
+@triton.jit
+def attend_alone(
+    token,  # of the request
+    first_head,  # of the group
+    tile_m,  # the row tile these rows are part of
+    request,  # (index, row_start, q_len, seq_len)
+    kv_head,
+    q,
+    k,  # k, v, their scales, table, windows as for `attend`
+    v,
+    k_scale,
+    v_scale,
+    table,
+    keys,  # (first, stop) that the token sees
+    windows,
+    logit,  # alibi, logit and the shared scales as for `logit_terms` and `value_factor`
+    alibi,
+    shared_k_scale,
+    shared_v_scale,
+    spec: tl.constexpr,
+    alone: tl.constexpr,  # spec with a BLOCK_M of FEWEST_ROWS and a BLOCK_N of FEWEST_KEYS
+):
+    """((acc, maximum_log2, total), (place of the first row in the tile, token, head, row_ok)) of alone.BLOCK_M rows."""
+    BLOCK_M: tl.constexpr = spec.BLOCK_M
+    ROWS: tl.constexpr = alone.BLOCK_M
+    index, row_start, q_len, seq_len = request
+    in_group = first_head + tl.arange(0, ROWS)
+    place = token * spec.GROUP_SIZE + first_head - tile_m * BLOCK_M
+    row = place + tl.arange(0, ROWS)
+    tokens = token + tl.zeros([ROWS], tl.int32)
+    head = kv_head * spec.GROUP_SIZE + in_group
+    row_ok = (in_group < spec.GROUP_SIZE) & (row >= 0) & (row < BLOCK_M) & (tokens < q_len)
+    terms = logit_terms(logit, shared_k_scale, alibi, index, kv_head, head, row_ok, alone)
+    acc, maximum, total, lift, _ = attend(
+        empty_state(alone), load_q(q, row_start + tokens, head, row_ok, alone), k, v, k_scale, v_scale, table, keys,
+        seq_len - q_len + tokens, windows, terms, True, alone,
+    )  # fmt: skip
+    acc *= value_factor(logit, shared_v_scale, lift, index, kv_head, alone)
+    return (acc, maximum, total), (place, row_start + tokens, head, row_ok)
