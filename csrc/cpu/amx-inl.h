@@ -128,6 +128,7 @@ void pack_value_tiles(const TileKeys<kKeys>& keys, int64_t width, BFloat16* tile
 // The two products of a tile in bf16; see FmaTile.
 template <class T>
 struct AmxTile {
+    using Value = T;
     static constexpr int kKeys = kTileKeys;
     static constexpr int kKeyStep = kTileDepth;
     static constexpr int64_t kRowBlock = 2 * kTileSide;

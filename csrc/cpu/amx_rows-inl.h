@@ -99,10 +99,29 @@ struct AmxRows {
         for (int key = 0; key < kKeys; key += kTileSide)
             multiply_keys(step, key, products + key * C);
         rescale_sums(step.h, weigh_products(step, products));
+        if (f.template row_by_row<T>(step)) return add_seen_values(step);
+        const BlockRange every{0, step.block.num_keys};
         for (int64_t d = 0; d < Dv; d += kChunk) {
             const bool whole = Dv - d >= kChunk && step.block.num_keys == kKeys;
-            whole ? pack_values<true>(step, d) : pack_values<false>(step, d);
-            add_values(step.h, d);
+            whole ? pack_values<true>(step, d, every) : pack_values<false>(step, d, every);
+            add_values(step.h, d, acc(step.h, 0) + d, s.ld_acc);
+        }
+    }
+
+    // Each row against the keys that it sees, the others being zeros; a product has all rows, and
+    // one of them is kept.
+    __attribute__((noinline)) void add_seen_values(const Step<kKeys>& step) const {
+        alignas(64) float sums[kTileSide * kChunk];
+        for (int64_t r = 0; r < R; ++r) {
+            const BlockRange seen = f.seen(r, step.block);
+            for (int key = 0; key < kKeys; ++key) {  // a NaN scale makes them NaN
+                if (key < seen.begin || key >= seen.end) weights()[r * kKeys + key] = BFloat16{0};
+            }
+            for (int64_t d = 0; d < Dv; d += kChunk) {
+                pack_values<false>(step, d, seen);
+                add_values(step.h, d, sums, kChunk);
+                __builtin_memcpy(acc(step.h, r) + d, sums + r * kChunk, kChunk * sizeof(float));
+            }
         }
     }
 
@@ -154,9 +173,8 @@ struct AmxRows {
     // Products become weights; returns what the sums so far are to be multiplied with.
     F weigh_products(const Step<kKeys>& step, float* products) const {
         const float scale = f.logit_scale(step.h);
-        const KeyRange all{f.seen(R - 1).begin, f.seen(0).end};  // what every row sees
-        const bool masked = step.block.begin < all.begin || step.block.begin + kKeys > all.end ||
-                            step.block.num_keys < kKeys;
+        const bool masked = step.block.begin < f.all.begin ||
+                            step.block.begin + kKeys > f.all.end || step.block.num_keys < kKeys;
         const bool plain = !masked && !f.token_k && f.p.softcap <= 0.0f &&
                            f.p.alibi_slopes.data == nullptr && scale > 0.0f;
         const F unit = set1(plain ? scale * kLog2E : 1.0f);
@@ -233,12 +251,13 @@ struct AmxRows {
     }
 
     // Elements d .. d + kChunk. Row j / 2 of a column's tile has those of keys j and j + 1 in
-    // turns; zeros past the last key.
+    // turns; zeros outside `keys`.
     template <bool kWhole>
-    void pack_values(const Step<kKeys>& step, int64_t d) const {
+    void pack_values(const Step<kKeys>& step, int64_t d, BlockRange keys) const {
         const Words<T> table = words;
         const auto width = [&](int j) {
-            return kWhole ? kChunk : j < step.block.num_keys ? clip(Dv - d, 0, kChunk) : 0;
+            const bool in = j >= keys.begin && j < keys.end;
+            return kWhole ? kChunk : in ? clip(Dv - d, 0, kChunk) : 0;
         };
         const char *const *rows = step.block.v, *const *next = step.next_v.rows;
         const int64_t byte = d * int64_t(sizeof(T)), here = step.v_byte + byte,
@@ -262,9 +281,11 @@ struct AmxRows {
         }
     }
 
-    void add_values(int64_t h, int64_t d) const {
-        const int64_t row = s.ld_acc * int64_t(sizeof(float));
-        float* sums = acc(h, 0) + d;
+    // Elements d .. d + kChunk of all rows' sums, with the values added.
+    void add_values(int64_t h, int64_t d, float* to, int64_t ld_to) const {
+        const int64_t row = s.ld_acc * int64_t(sizeof(float)),
+                      row_to = ld_to * int64_t(sizeof(float));
+        const float* sums = acc(h, 0) + d;
         settle();
         _tile_loadd(4, sums, row);
         _tile_loadd(5, sums + 16, row);
@@ -279,10 +300,10 @@ struct AmxRows {
         _tile_dpbf16ps(6, 3, 2);
         _tile_loadd(2, values() + 3 * kTileSize, 64);
         _tile_dpbf16ps(7, 3, 2);
-        _tile_stored(4, sums, row);
-        _tile_stored(5, sums + 16, row);
-        _tile_stored(6, sums + 32, row);
-        _tile_stored(7, sums + 48, row);
+        _tile_stored(4, to, row_to);
+        _tile_stored(5, to + 16, row_to);
+        _tile_stored(6, to + 32, row_to);
+        _tile_stored(7, to + 48, row_to);
         settle();
     }
 

@@ -34,6 +34,11 @@ struct KeyBlock {
     }
 };
 
+// Keys of a block, counted from its first.
+struct BlockRange {
+    int begin, end;
+};
+
 // Where the rows of the next step are, fetched line by line while this one computes.
 struct Ahead {
     const char* const* rows;
@@ -59,6 +64,8 @@ struct FewRows {
     const int64_t D = p.k.width, Dv = p.v.width;
     const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead;
     const bool token_v = p.v_scale.kind == ScaleKind::kTokenHead;
+    const KeyRange all =
+        keys_all_see(p, piece.seq_len, piece.position, piece.row_end - piece.row_begin);
     FewRowsScratch s{};
 
     FewRows(const AttentionParams& p, const Piece& piece, char* scratch) : p(p), piece(piece) {
@@ -76,6 +83,20 @@ struct FewRows {
     int64_t qo_head(int64_t h, int64_t r) const { return head(h) * group + r % group; }
     int64_t position(int64_t r) const { return piece.position + r / group; }
     KeyRange seen(int64_t r) const { return visible_keys(p, piece.seq_len, position(r)); }
+    template <int kKeys>
+    BlockRange seen(int64_t r, const KeyBlock<kKeys>& block) const {
+        const KeyRange keys = seen(r);
+        return {clip(keys.begin - block.begin, 0, block.num_keys),
+                clip(keys.end - block.begin, 0, block.num_keys)};
+    }
+    // Where some row does not see some key: its weight there is 0, and 0 * inf is NaN.
+    template <class T, int kKeys>
+    bool row_by_row(const Step<kKeys>& step) const {
+        const KeyBlock<kKeys>& block = step.block;
+        return (block.begin < all.begin || block.begin + block.num_keys > all.end) &&
+               any_non_finite<T>(block.v, block.num_keys, step.v_byte, Dv,
+                                 token_v ? s.v_scale : nullptr);
+    }
     float slope(int64_t h, int64_t r) const { return slope_of(p, piece.request, qo_head(h, r)); }
     float logit_scale(int64_t h) const {
         return p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head(h)));

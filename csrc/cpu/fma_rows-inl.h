@@ -188,10 +188,23 @@ struct FmaRows {
                       [weights](int key, F x) { store(weights + key, x); });
             totals[r] = totals[r] * s.rescale[r] + added;
         }
+        if (f.template row_by_row<T>(step)) return add_seen_values(step);
         over_row_blocks(R, [&](auto RB, int64_t r) {
             add_values<T, RB.value>(block, step.v_byte, Dv, s.logits + r * kKeys, s.rescale + r,
                                     acc(step.h, r), s.ld_acc, step.next_v);
         });
+    }
+
+    // Each row against the keys that it sees, as a block of their own.
+    __attribute__((noinline)) void add_seen_values(const Step<kKeys>& step) const {
+        for (int64_t r = 0; r < R; ++r) {
+            const BlockRange seen = f.seen(r, step.block);
+            KeyBlock<kKeys> block;
+            block.num_keys = seen.end - seen.begin;
+            for (int i = 0; i < block.num_keys; ++i) block.v[i] = step.block.v[seen.begin + i];
+            add_values<T, 1>(block, step.v_byte, Dv, s.logits + r * kKeys + seen.begin,
+                             s.rescale + r, acc(step.h, r), s.ld_acc, step.next_v);
+        }
     }
 
     // Leaves the rows' maxima in s.rescale and their units in s.unit.
@@ -199,11 +212,11 @@ struct FmaRows {
         const KeyBlock<kKeys>& block = step.block;
         LogitRule rule{f.logit_scale(step.h), f.token_k ? s.k_scale : nullptr, f.p.softcap};
         for (int64_t r = 0; r < R; ++r) {
-            const KeyRange seen = f.seen(r);
+            const BlockRange seen = f.seen(r, block);
             rule.slope = f.slope(step.h, r);
             rule.distance = float(f.position(r) - block.begin);
-            rule.begin = clip(seen.begin - block.begin, 0, block.num_keys);
-            rule.end = clip(seen.end - block.begin, 0, block.num_keys);
+            rule.begin = seen.begin;
+            rule.end = seen.end;
             const RuledRow ruled = apply_rule(rule, s.logits + r * kKeys, block.num_keys);
             s.rescale[r] = ruled.top;
             s.unit[r] = ruled.unit;

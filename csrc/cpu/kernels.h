@@ -34,6 +34,14 @@ inline KeyRange visible_keys(const AttentionParams& p, int64_t seq_len, int64_t 
     return r;
 }
 
+// Keys that rows [position, position + num_rows) all see: a row's range begins and ends no sooner
+// than that of the row before.
+inline KeyRange keys_all_see(const AttentionParams& p, int64_t seq_len, int64_t position,
+                             int64_t num_rows) {
+    return {visible_keys(p, seq_len, position + num_rows - 1).begin,
+            visible_keys(p, seq_len, position).end};
+}
+
 // A piece of attention that one thread computes: some rows of one request, some kv heads, some
 // keys.
 struct Piece {

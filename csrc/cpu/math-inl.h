@@ -51,6 +51,27 @@ __attribute__((noinline)) inline void load_row(DType dtype, const char* from, in
     });
 }
 
+// Whether 0 * x is NaN for one of the rows' elements or of their scales, if those are given.
+template <class T>
+__attribute__((noinline)) bool any_non_finite(const char* const* rows, int num_rows, int64_t byte,
+                                              int64_t width, const float* scales) {
+    constexpr int kChains = 4;  // an fma waits for the one before it
+    F zeros[kChains] = {zero(), zero(), zero(), zero()};
+    for (int i = 0; i < num_rows; ++i) {
+        const T* row = reinterpret_cast<const T*>(rows[i] + byte);
+        if (scales != nullptr) zeros[0] = fma(set1(scales[i]), zero(), zeros[0]);
+        int64_t d = 0;
+        for (; d + kChains * kLanes <= width; d += kChains * kLanes) {
+#pragma GCC unroll 4
+            for (int u = 0; u < kChains; ++u)
+                zeros[u] = fma(load(row + d + u * kLanes), zero(), zeros[u]);
+        }
+        for (; d < width; d += kLanes)
+            zeros[0] = fma(load_some(row + d, int(width - d)), zero(), zeros[0]);
+    }
+    return sum(add(add(zeros[0], zeros[1]), add(zeros[2], zeros[3]))) != 0.0f;
+}
+
 // from[i] * factor
 __attribute__((noinline)) inline void store_row(DType dtype, const float* from, float factor,
                                                 int64_t width, char* to) {

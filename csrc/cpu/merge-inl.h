@@ -10,14 +10,18 @@ void merge_states(const MergeParams& p, int64_t row_begin, int64_t row_end, floa
             float top =
                 p.sinks.data == nullptr ? -infinity() : p.sinks.data[head * p.sinks.stride_head];
             const float sink = top;
-            for (int64_t i = 0; i < p.n; ++i) {
+            const auto lse_of = [&](int64_t i) {
                 const float lse =
                     p.lses[i].data[row * p.lses[i].stride_row + head * p.lses[i].stride_head];
-                weights[i] = __builtin_isinf(lse) ? -infinity() : lse;
-                if (!(weights[i] <= top)) top = weights[i];
+                return __builtin_isinf(lse) ? -infinity() : lse;
+            };
+            for (int64_t i = 0; i < p.n; ++i) {
+                weights[i] = lse_of(i);
+                if (top == top && !(weights[i] <= top)) top = weights[i];  // NaN stays
             }
             const bool empty = top == -infinity();
             float total = empty || sink == -infinity() ? 0.0f : __builtin_expf(sink - top);
+            if (sink == infinity()) total = 1.0f;  // it takes all of the weight
             for (int64_t i = 0; i < p.n; ++i) {
                 weights[i] = empty ? 0.0f : __builtin_expf(weights[i] - top);
                 total += weights[i];
@@ -31,7 +35,7 @@ void merge_states(const MergeParams& p, int64_t row_begin, int64_t row_end, floa
                 const int64_t width =
                     p.out.width - d < kMergeVecs * kLanes ? p.out.width - d : kMergeVecs * kLanes;
                 for (int64_t i = 0; i < p.n; ++i) {
-                    if (weights[i] == 0.0f) continue;  // an empty state's out may be anything
+                    if (lse_of(i) == -infinity()) continue;  // its out may be anything
                     const RowsView& state = p.outs[i];
                     const T* from = reinterpret_cast<const T*>(state.data) +
                                     row * state.stride_row + head * state.stride_head + d;

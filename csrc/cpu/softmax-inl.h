@@ -92,7 +92,8 @@ __attribute__((noinline)) inline void finish_row(const AttentionParams& p, const
             const float kept = total == 0.0f ? 0.0f : __builtin_exp2f(top - raised);
             // the accumulator shares the factor
             v_scale *= kept;
-            total = total * kept + __builtin_exp2f(sink - raised);
+            // a sink of +inf takes all of the weight
+            total = total * kept + (sink == infinity() ? 1.0f : __builtin_exp2f(sink - raised));
             top = raised;
         }
     }

@@ -109,9 +109,25 @@ void pack_values(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
     }
 }
 
+// acc = acc * rescale + weights . V over keys [begin, end) of a block.
+template <class T, int kKeys>
+__attribute__((noinline)) void add_some_values(const TileKeys<kKeys>& keys, int begin, int end,
+                                               int64_t width, const float* weights, float rescale,
+                                               float* acc) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+        F sum = mul(load(acc + d), set1(rescale));
+        for (int i = begin; i < end; ++i) {
+            const T* value = reinterpret_cast<const T*>(keys.v[i]) + d;
+            sum = fma(set1(weights[i]), load_some(value, clip(width - d, 0, kLanes)), sum);
+        }
+        store(acc + d, sum);
+    }
+}
+
 // The two products of a tile in fp32: how queries, keys and values lie in the scratch.
 template <class T>
 struct FmaTile {
+    using Value = T;
     static constexpr int kKeys = 128;                // keys of a block
     static constexpr int kKeyStep = kLanes;          // keys of a block are padded to it
     static constexpr int64_t kRowBlock = kTileRows;  // rows that go from logits to result together
@@ -164,6 +180,8 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
 
     const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead,
                token_v = p.v_scale.kind == ScaleKind::kTokenHead;
+    const KeyRange all =
+        keys_all_see(p, piece.seq_len, piece.position, piece.row_end - piece.row_begin);
     TileKeys<kKeys> keys;
     for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kKeys) {
         keys.locate(p, piece, begin);
@@ -175,6 +193,10 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
             if (token_v)
                 s.v_scale[i] = real ? *p.v_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
         }
+        // the weight of a key that a row does not see is 0, and 0 * inf is NaN
+        const bool row_by_row = (begin < all.begin || begin + keys.num_keys > all.end) &&
+                                any_non_finite<typename Tile::Value>(keys.v, keys.num_keys, 0, Dv,
+                                                                     token_v ? s.v_scale : nullptr);
         LogitRule rule{p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head)),
                        token_k ? s.k_scale : nullptr, p.softcap};
         float* block_top = s.rescale;
@@ -205,13 +227,25 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
                 }
             }
             raise_tops(s.top + first, block_top + first, s.rescale + first, int(rows));
-            for (int64_t r = first; r < first + rows; ++r) {
-                const float added =
-                    weigh(s.logits + (r - first) * kKeys, columns, s.unit[r], s.top[r],
-                          token_v ? s.v_scale : nullptr, tile.put_weights(r - first));
+            const auto weigh_row = [&](int64_t r, auto put) {
+                const float added = weigh(s.logits + (r - first) * kKeys, columns, s.unit[r],
+                                          s.top[r], token_v ? s.v_scale : nullptr, put);
                 s.total[r] = s.total[r] * s.rescale[r] + added;
+            };
+            if (!row_by_row) {
+                for (int64_t r = first; r < first + rows; ++r)
+                    weigh_row(r, tile.put_weights(r - first));
+                tile.add_values(first, rows, num_keys);
+                continue;
             }
-            tile.add_values(first, rows, num_keys);
+            for (int64_t r = first; r < first + rows; ++r) {
+                float* weights = s.logits + (r - first) * kKeys;
+                weigh_row(r, [weights](int key, F x) { store(weights + key, x); });
+                const KeyRange seen = visible_keys(p, piece.seq_len, piece.position + r / group);
+                add_some_values<typename Tile::Value>(keys, clip(seen.begin - begin, 0, num_keys),
+                                                      clip(seen.end - begin, 0, num_keys), Dv,
+                                                      weights, s.rescale[r], s.acc + r * s.ld_acc);
+            }
         }
     }
 
