@@ -33,7 +33,7 @@ struct Shape {
     static constexpr bool kQInRegisters = kWidth <= 128;
     static constexpr int kOutStride = kWidth + 8;  // floats, of the rows the warps exchange
     static constexpr int kBitsOffset = 0;          // uint32 [kStages][kWarps]
-    static constexpr int kScratchOffset = kBitsOffset + 128;      // scans and broadcasts
+    static constexpr int kScratchOffset = kBitsOffset + 128;      // scans, broadcasts, Parts
     static constexpr int kRequestsOffset = kScratchOffset + 128;  // int [kThreads][4]
     static constexpr int kScaleOffset =
         kRequestsOffset + kThreads * 16;  // float [kStages][2][kTile]
@@ -44,25 +44,6 @@ struct Shape {
         return static_cast<size_t>(kQOffset + 16 * warps_m * kQRowBytes);
     }
 };
-
-// fp16 weights times a small per-token scale would leave fp16's range: lift them to about 1, undo
-// it in fp32.
-template <class KV>
-PW_DEVICE float scale_lift() {
-    return 1.0f;
-}
-template <>
-PW_DEVICE float scale_lift<Float8E4M3>() {
-    return 512.0f;
-}
-template <>
-PW_DEVICE float scale_lift<Float8E5M2>() {
-    return 65536.0f;
-}
-template <>
-PW_DEVICE float scale_lift<int8_t>() {
-    return 128.0f;
-}
 
 // Where 16-byte chunk `chunk` of row `row` lies: eight rows of one chunk fall into eight different
 // banks.
@@ -102,6 +83,9 @@ struct AttentionBase {
     }
     PW_DEVICE int* request_info(int i) const {
         return reinterpret_cast<int*>(shared + S::kRequestsOffset) + 4 * i;
+    }
+    PW_DEVICE int64_t* parts() const {
+        return reinterpret_cast<int64_t*>(shared + S::kScratchOffset + 80);
     }
     // Per-token scales of K (0) or V (1).
     PW_DEVICE float* key_scale(int stage, int which, int key) const {

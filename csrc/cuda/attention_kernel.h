@@ -32,6 +32,7 @@ struct AttentionBlock : AttentionMerge<S, Q, KV> {
     using Below::fetch_page;
     using Below::finish;
     using Below::issue;
+    using Below::keep;
     using Below::leave;
     using Below::load_q;
     using Below::load_q_step;
@@ -100,7 +101,9 @@ struct AttentionBlock : AttentionMerge<S, Q, KV> {
                 w = request_work(p, request, w.row_end, next_row(w.row_end, request), S::kTile);
             }
             Segment s;
-            unit += cut_segment(p, w, request, prefix, unit, end, share, s);
+            Parts parts;
+            unit += cut_segment(p, w, request, prefix, unit, end, share, s, parts);
+            keep(parts);
             attend(w, s);
         }
     }
@@ -116,6 +119,7 @@ struct AttentionBlock : AttentionMerge<S, Q, KV> {
         for (int half = 0; half < 2; ++half) {
             state.max[half] = -infinity();
             state.sum[half] = 0.0f;
+            state.largest[half] = 0.0f;
         }
         PW_UNROLL
         for (int n = 0; n < S::kColumns; ++n) {

@@ -17,7 +17,9 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
     using Below::Below;
     using Below::column_of;
     using Below::lane;
+    using Below::out_unit;
     using Below::p;
+    using Below::parts;
     using Below::scratch;
     using Below::shared;
     using Below::shared_scale;
@@ -25,6 +27,21 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
     using Below::store_out;
     using Below::valid_rows;
     using typename Below::State;
+
+    // For finish(): registers would hold them through all keys.
+    PW_DEVICE void keep(const Parts& x) const {
+        if (thread_index() != 0) return;
+        store_shared(parts(), x.own_row);
+        store_shared(parts() + 1, x.first_row);
+        store_shared(parts() + 2, x.next_row);
+        store_shared(parts() + 3, x.row_step);
+        store_shared(parts() + 4, x.counter);
+        store_shared(parts() + 5, x.num_parts);
+    }
+    PW_DEVICE Parts kept() const {
+        return {load_shared(parts()),     load_shared(parts() + 1), load_shared(parts() + 2),
+                load_shared(parts() + 3), load_shared(parts() + 4), load_shared(parts() + 5)};
+    }
 
     // The warps' states become one part; a part that is not all of its item waits in memory for the
     // others.
@@ -46,16 +63,18 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
                 store_shared(maxima + row, state.max[half]);
                 store_shared(sums + row, state.sum[half]);
             }
+            const float unit = out_unit(state, half);
             PW_UNROLL
             for (int n = 0; n < S::kColumns; ++n) {
                 PW_UNROLL
                 for (int i = 0; i < 2; ++i) {
                     store_shared(outs + row * S::kOutStride + column_of(n, i),
-                                 state.out[n][2 * half + i]);
+                                 state.out[n][2 * half + i] * unit);
                 }
             }
         }
         sync_block();
+        const float v_scale = shared_scale(p.v.scale, s.request, s.head);
         const int valid = valid_rows(w, s), groups = S::kWarps / p.warps_m;
         const auto part_max = [&](int row, int i) {
             return load_shared(maxima + i * p.chunk_rows + row);
@@ -68,17 +87,19 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
             PW_UNROLL
             for (int e = 0; e < 4; ++e) x[e] = load_shared(from + e);
         };
-        if (s.num_parts == 1) {
+        const Parts at = kept();
+        if (at.num_parts == 1) {
             merge_rows(valid, groups, part_max, part_sum, part_out,
                        [&](int row, int column, float max, float sum, const float (&x)[4]) {
-                           store_result(w, s, row, column, max, sum, x);
+                           store_result(w, s, row, column, v_scale, max, sum, x);
                        });
             return;
         }
+        const int num_parts = static_cast<int>(at.num_parts);
         const int max_at = p.part_stride - 4, sum_at = max_at + 1;
         merge_rows(valid, groups, part_max, part_sum, part_out,
                    [&](int row, int column, float max, float sum, const float (&x)[4]) {
-                       float* to = p.partial + (s.own_row + row) * p.part_stride;
+                       float* to = p.partial + (at.own_row + row) * p.part_stride;
                        store_global(reinterpret_cast<Vec16*>(to + column),
                                     Vec16{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]),
                                            float_bits(x[3])}});
@@ -89,16 +110,16 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
                    });
         sync_block();
         if (thread_index() == 0) {
-            const int last = s.num_parts - 1;
-            store_shared(scratch(), count_up_to(p.counters + s.counter, last) == last ? 1 : 0);
+            const int last = num_parts - 1;
+            store_shared(scratch(), count_up_to(p.counters + at.counter, last) == last ? 1 : 0);
         }
         sync_block();
         if (!load_shared(scratch())) return;
         const auto part = [&](int row, int i) {
-            return p.partial + (s.row_of(i) + row) * p.part_stride;
+            return p.partial + (at.row_of(i) + row) * p.part_stride;
         };
         merge_rows(
-            valid, s.num_parts,
+            valid, num_parts,
             [&](int row, int i) { return load_global_fresh(part(row, i) + max_at); },
             [&](int row, int i) { return load_global_fresh(part(row, i) + sum_at); },
             [&](int row, int i, int column, float (&x)[4]) {
@@ -108,7 +129,7 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
                 for (int e = 0; e < 4; ++e) x[e] = float_from_bits(four.x[e]);
             },
             [&](int row, int column, float max, float sum, const float (&x)[4]) {
-                store_result(w, s, row, column, max, sum, x);
+                store_result(w, s, row, column, v_scale, max, sum, x);
             });
     }
 
@@ -164,9 +185,9 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
         }
     }
 
-    // The sink joins, the sum divides, V's scale multiplies.
+    // The sink joins, the sum divides, V's scale multiplies. Empty is a sum of 0; a NaN is not.
     PW_DEVICE void store_result(const RequestWork& w, const Segment& s, int row, int column,
-                                float max, float sum, const float (&x)[4]) const {
+                                float v_scale, float max, float sum, const float (&x)[4]) const {
         const int packed = s.chunk * p.chunk_rows + row;
         const int q_row = w.row_begin + packed / p.group_size;
         const int head = s.head * p.group_size + packed % p.group_size;
@@ -175,19 +196,18 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
             const float sink = load_global(p.sinks + head * p.sinks_stride) * kLog2E;
             const float larger = fmaxf(max, sink), base = larger == -infinity() ? 0.0f : larger;
             shrink = exp2_fast(max - base);
-            sum = sum * shrink + exp2_fast(sink - base);
+            // a sink of +inf takes all of the weight
+            sum = sum * shrink + (sink == infinity() ? 1.0f : exp2_fast(sink - base));
             max = larger;
         }
-        float factor = sum > 0.0f ? divide(shrink, sum) : 0.0f;
-        factor *= p.v.scale.form == ScaleForm::kTokenHead
-                      ? 1.0f / scale_lift<KV>()
-                      : shared_scale(p.v.scale, s.request, s.head);
+        const bool empty = sum == 0.0f;
+        const float factor = empty ? 0.0f : divide(shrink, sum) * v_scale;
         PW_UNROLL
         for (int e = 0; e < 4; ++e) {
             if (column + e < p.v.width) store_out(q_row, head, column + e, x[e] * factor);
         }
         if (column == 0 && p.lse) {
-            store_lse(q_row, head, sum > 0.0f ? (max + log2_fast(sum)) * kLn2 : -infinity());
+            store_lse(q_row, head, empty ? -infinity() : (max + log2_fast(sum)) * kLn2);
         }
     }
 };

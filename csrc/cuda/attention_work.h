@@ -68,10 +68,13 @@ PW_DEVICE RequestWork request_work(const AttentionPlan& p, int request, int row_
 struct Segment {
     int request, head, chunk;
     int key_begin, key_end;
-    int num_parts;  // of the item; 1: this piece is all of it
+};
+
+// Where the parts of a segment's item wait for each other.
+struct Parts {
     // rows of plan.partial: where this part goes; where part 0 and part 1 are; from one to the next
     int64_t own_row, first_row, next_row, row_step;
-    int counter;
+    int64_t counter, num_parts;  // 1: the segment is all of its item
 
     PW_DEVICE int64_t row_of(int part) const {
         return part == 0 ? first_row : next_row + (part - 1) * row_step;
@@ -81,8 +84,8 @@ struct Segment {
 // Cuts the piece that begins at `unit` (counted over all items; `prefix` units lie before the
 // request) and ends before `end`. Returns the number of units taken.
 PW_DEVICE int64_t cut_segment(const AttentionPlan& p, const RequestWork& w, int request,
-                              int64_t prefix, int64_t unit, int64_t end, int64_t share,
-                              Segment& s) {
+                              int64_t prefix, int64_t unit, int64_t end, int64_t share, Segment& s,
+                              Parts& parts) {
     const int64_t inside = unit - prefix;
     const int item = static_cast<int>(inside / w.num_units);
     const int first = static_cast<int>(inside % w.num_units);
@@ -92,27 +95,27 @@ PW_DEVICE int64_t cut_segment(const AttentionPlan& p, const RequestWork& w, int 
     s.chunk = item % w.num_chunks;
     if (p.split_size > 0) {
         count = 1;
-        s.num_parts = w.num_units;
+        parts.num_parts = w.num_units;
         // all rows that can exist, split after split
-        s.row_step = p.part_rows;
-        s.first_row = int64_t(s.head) * p.max_splits * p.part_rows +
-                      w.row_begin * p.part_rows_of_token + request * p.part_rows_of_request +
-                      int64_t(s.chunk) * p.chunk_rows;
-        s.next_row = s.first_row + s.row_step;
-        s.own_row = s.first_row + first * s.row_step;
-        s.counter = (request * p.num_kv_heads + s.head) * p.max_chunks + s.chunk;
+        parts.row_step = p.part_rows;
+        parts.first_row = int64_t(s.head) * p.max_splits * p.part_rows +
+                          w.row_begin * p.part_rows_of_token + request * p.part_rows_of_request +
+                          int64_t(s.chunk) * p.chunk_rows;
+        parts.next_row = parts.first_row + parts.row_step;
+        parts.own_row = parts.first_row + first * parts.row_step;
+        parts.counter = (request * p.num_kv_heads + s.head) * p.max_chunks + s.chunk;
     } else {
         if (count > end - unit) count = end - unit;
         const int64_t item_begin = unit - first, item_end = item_begin + w.num_units;
         const int64_t block = unit / share, first_block = item_begin / share;
-        s.num_parts = static_cast<int>((item_end - 1) / share - first_block) + 1;
+        parts.num_parts = static_cast<int>((item_end - 1) / share - first_block) + 1;
         // a block has room for two parts: of an item that began before it, then of one that goes on
         // after it
-        s.first_row = (2 * first_block + 1) * p.chunk_rows;
-        s.next_row = 2 * (first_block + 1) * p.chunk_rows;
-        s.row_step = 2 * p.chunk_rows;
-        s.own_row = block == first_block ? s.first_row : 2 * block * p.chunk_rows;
-        s.counter = static_cast<int>(first_block);
+        parts.first_row = (2 * first_block + 1) * p.chunk_rows;
+        parts.next_row = 2 * (first_block + 1) * p.chunk_rows;
+        parts.row_step = 2 * p.chunk_rows;
+        parts.own_row = block == first_block ? parts.first_row : 2 * block * p.chunk_rows;
+        parts.counter = static_cast<int>(first_block);
     }
     const int64_t key_begin = int64_t(w.first_unit + first) * w.unit_len;
     const int64_t key_end = key_begin + count * w.unit_len;

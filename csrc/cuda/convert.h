@@ -70,6 +70,46 @@ PW_DEVICE void from_float(float x, int8_t& y) {
     y = static_cast<int8_t>(x > 127.0f ? 127.0f : x < -127.0f ? -127.0f : x);
 }
 
+// ------------------------------------------------------------------------------- not finite
+
+// A stored value is infinite or NaN if its bits under kMask are all ones: kLowest then carries into
+// the sign's place.
+template <class T>
+struct NonFinite {
+    static constexpr uint32_t kMask = 0, kLowest = 0;  // int8_t: never
+};
+template <>
+struct NonFinite<Float16> {
+    static constexpr uint32_t kMask = 0x7c007c00, kLowest = 0x04000400;
+};
+template <>
+struct NonFinite<BFloat16> {
+    static constexpr uint32_t kMask = 0x7f807f80, kLowest = 0x00800080;
+};
+template <>
+struct NonFinite<Float8E4M3> {
+    static constexpr uint32_t kMask = 0x7f7f7f7f, kLowest = 0x01010101;
+};
+template <>
+struct NonFinite<Float8E5M2> {
+    static constexpr uint32_t kMask = 0x7c7c7c7c, kLowest = 0x04040404;
+};
+
+// One bit, at the sign's place, for each of the word's elements that is not finite.
+template <class T>
+PW_DEVICE uint32_t non_finite(uint32_t word) {
+    constexpr uint32_t kSigns = sizeof(T) == 1 ? 0x80808080 : 0x80008000;
+    return ((word & NonFinite<T>::kMask) + NonFinite<T>::kLowest) & kSigns;
+}
+// The word with zeros in their place.
+template <class T>
+PW_DEVICE uint32_t finite_only(uint32_t word) {
+    const uint32_t found = non_finite<T>(word);
+    return word & ~(sizeof(T) == 1 ? (found >> 7) * 0xff : (found >> 15) * 0xffff);
+}
+
+PW_DEVICE bool is_finite(float x) { return (float_bits(x) & 0x7f800000) != 0x7f800000; }
+
 // ------------------------------------------------------------------------ tensor core operands
 
 // Operands of the 16-bit tensor core step.

@@ -75,12 +75,12 @@ void merge_kernel(const MergeRequest q, bool vector) {
     const float base = largest == -infinity() ? 0.0f : largest;
     float sum = 0.0f;
     for (int i = 0; i < q.num_states; ++i) sum += exp_exact(lse(i) - base);
-    const float inverse = sum > 0.0f ? divide(1.0f, sum) : 0.0f;
+    const float inverse = sum == 0.0f ? 0.0f : divide(1.0f, sum);
     for (int64_t at = lane * kElements; at < q.width; at += 32 * kElements) {
         float total[kElements] = {};
         for (int i = 0; i < q.num_states; ++i) {
             const float weight = exp_exact(lse(i) - base) * inverse;
-            if (!(weight > 0.0f)) continue;  // an empty state's out may be anything
+            if (lse(i) == -infinity()) continue;  // an empty state's out may be anything
             const MergeStates& s = i == 0 ? q.first : q.rest;
             const int64_t offset =
                 (i == 0 ? 0 : i - 1) * s.stride_state + row * s.stride_row + head * s.stride_head;
@@ -95,7 +95,7 @@ void merge_kernel(const MergeRequest q, bool vector) {
     sync_warp();  // lse may be one of the inputs: all lanes have read it
     if (lane == 0) {
         store_global(q.lse + row * q.lse_stride_row + head * q.lse_stride_head,
-                     sum > 0.0f ? largest + log_exact(sum) : -infinity());
+                     sum == 0.0f ? -infinity() : largest + log_exact(sum));
     }
 }
 
