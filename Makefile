@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: setup demo test test-slow bench bench-check bench-record lint format wheel clean
+.PHONY: setup demo test test-slow fuzz bench bench-check bench-record lint format wheel clean
 
 setup: $(READY)
 
@@ -37,6 +37,12 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
+
+# random problems for every backend against an oracle of their own; MINUTES for each backend
+MINUTES ?= 10
+
+fuzz: $(READY)
+	PAGEWIRE_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -n $(JOBS) --dist load -m slow tests/fuzz
 
 # SUITE=full, ARGS='--csv FILE --peers all ...': python -m pagewire bench --help
 SUITE ?= quick
