@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagewire import overlap, scalars, shared_kv, views
-from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, dtype_name
+from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, dispatches, dtype_name
 
 CacheScale = Literal["none", "tensor", "head", "token_head"]
 CACHE_SCALES: tuple[str, ...] = ("none", "tensor", "head", "token_head")
@@ -104,6 +104,11 @@ class PagedKVCache:
                 if tensor is not None:
                     found[f"{argument}[{i}]"] = tensor
         return found
+
+    @cached_property
+    def foreign(self) -> str | None:
+        """The first tensor of a kind that takes torch ops into its own hands, as fake ones do."""
+        return next((name for name, t in self.tensors.items() if dispatches(type(t))), None)
 
     @cached_property
     def spans(self) -> tuple[overlap.Span, ...]:

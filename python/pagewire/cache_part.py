@@ -13,7 +13,7 @@ from pagewire import scalars, shared_kv
 from pagewire.cache import PagedKVCache, nhd
 from pagewire.overlap import overlap, same, span, touches
 from pagewire.packed import PackedKV, PackedShape
-from pagewire.types import KV_DTYPES, QUANT_MAX, dtype_name
+from pagewire.types import KV_DTYPES, QUANT_MAX, dispatches, dtype_name
 
 
 class LayerViews(NamedTuple):
@@ -99,6 +99,13 @@ class CachePart:
             raise TypeError(
                 f"slots: expected a torch.Tensor [num_tokens] int64, got {scalars.show(slots)}"
             )
+        if not torch.compiler.is_compiling() and not dispatches(type(slots)):
+            foreign = self.cache.foreign
+            if foreign is not None:
+                kind = type(self.cache.tensors[foreign]).__name__
+                raise TypeError(
+                    f"{foreign} of the cache: expected a plain torch.Tensor like slots, got {kind}"
+                )
         if slots.dim() != 1 or slots.dtype != torch.int64:
             raise ValueError(
                 f"slots: expected [num_tokens] int64, got {tuple(slots.shape)} {dtype_name(slots.dtype)}"

@@ -18,6 +18,7 @@ from pagewire.types import (
     Modifiers,
     Options,
     Scale,
+    dispatches,
     dtype_name,
 )
 
@@ -67,12 +68,6 @@ def _plain(name: str, tensor: Any) -> None:
         raise TypeError(
             f"{name}: expected a plain torch.Tensor like the arguments before it, got {type(tensor).__name__}"
         )
-
-
-@functools.cache
-def dispatches(kind: type[Tensor]) -> bool:
-    """Whether this class of tensors takes torch ops into its own hands, as fake and functional tensors do."""
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 @functools.cache

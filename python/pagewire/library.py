@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagewire import check, scalars
+from pagewire import scalars
 from pagewire.cache_part import CachePart
 from pagewire.packed import PackedKV, PackedShape
-from pagewire.types import Options, Scale
+from pagewire.types import Options, Scale, dispatches
 
 LIBRARY = torch.library.Library("pagewire", "DEF")
 
@@ -63,7 +63,7 @@ def traced(x: Any) -> bool:
     """The call is being compiled, or `x` is a tensor that takes torch ops into its own hands, as fake ones do."""
     if torch.compiler.is_compiling():
         return True
-    return type(x) is not Tensor and isinstance(x, Tensor) and check.dispatches(type(x))
+    return type(x) is not Tensor and isinstance(x, Tensor) and dispatches(type(x))
 
 
 # ---------------------------------------------------------------------------------------- fakes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,12 @@ KV_DTYPES = FLOAT_DTYPES + tuple(QUANT_MAX)
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def dispatches(kind: type[Tensor]) -> bool:
+    """Whether this class of tensors takes torch ops into its own hands, as fake and functional tensors do."""
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def scale_kind(scale: Scale) -> ScaleKind:

@@ -123,3 +123,7 @@ def test_a_tensor_of_its_own_kind_behind_a_plain_one_is_refused(call):
     q, k, *rest = call.args
     with pytest.raises(TypeError, match="k_cache: expected a plain torch.Tensor .* got Wrapped"):
         pw.decode(q, Wrapped(k), *rest)
+    cache = pw.PagedKVCache([Wrapped(k)], [k.clone()])
+    for op in (pw.pack_kv, lambda c, s: pw.unpack_kv(pw.pack_kv(c, s), c, s)):
+        with pytest.raises(TypeError, match=r"k_caches\[0\] of the cache: expected a plain"):
+            op(cache, torch.tensor([1]))
