@@ -189,16 +189,19 @@ def attend(
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(p, 1)
         maximum = new_maximum
+        v_offset = page * v_stride_page + slot * v_stride_token
         if spec.V_SCALE == "token":
             factor = _token_scale(v_scale, page, slot, taking_part, MASKED)
             if spec.LIFTS:
+                if tl.max((factor == 1.0).to(tl.int32), 0) > 0:
+                    rows = v_ptrs + v_offset[:, None]
+                    factor = _without_empty_rows(factor, rows, taking_part, dim_v, MASKED, spec)
                 new_lift = tl.minimum(lift, _lift_of(factor))
                 rescale *= new_lift * _inverse(lift)
                 lift = new_lift
                 factor *= lift
             p *= factor[None, :]
 
-        v_offset = page * v_stride_page + slot * v_stride_token
         v_tile = _load_rows(
             v_ptrs + v_offset[:, None], taking_part, dim_v, spec.HEAD_DIM_V, MASKED, EVICT
         )
@@ -230,6 +233,14 @@ def _lift_of(factor):
     exponent = largest.to(tl.int32, bitcast=True) >> 23
     # biased: 127 + 14 - (exponent - 127); at most 2^115, whose inverse is a normal number too
     return (tl.minimum(268 - exponent, 242) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _without_empty_rows(factor, ptrs, taking_part, dim, MASKED: tl.constexpr, spec: tl.constexpr):
+    """factor with 0 for rows of zeros: these have scale 1, which need not be near the others'."""
+    rows = _load_rows(ptrs, taking_part, dim, spec.HEAD_DIM_V, MASKED, spec.EVICT)
+    some = tl.max((to_float32(rows, spec.FORMAT, spec.NATIVE_E4M3) != 0).to(tl.int32), 1) > 0
+    return tl.where((factor == 1.0) & (some == 0), 0.0, factor)
 
 
 @triton.jit

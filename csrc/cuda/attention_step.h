@@ -217,16 +217,34 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
 
     template <int kTiles>
     PW_DEVICE void scale_weights(float (&x)[kTiles][4], int stage, int group) const {
+        const uint32_t empty = kLifts ? empty_values(stage, group) : 0;
         PW_UNROLL
         for (int n = 0; n < kTiles; ++n) {
             PW_UNROLL
             for (int i = 0; i < 4; ++i) {
-                const int key = group * S::kKeys + n * 8 + lane % 4 * 2 + i % 2;
-                const float scale = load_shared(key_scale(stage, 1, key));
+                const int inside = n * 8 + lane % 4 * 2 + i % 2;
+                const float scale = load_shared(key_scale(stage, 1, group * S::kKeys + inside));
                 // a key that is not visible may have any scale, NaN too
-                x[n][i] = x[n][i] == 0.0f ? 0.0f : x[n][i] * scale;
+                const bool none = x[n][i] == 0.0f || (empty >> inside & 1);
+                x[n][i] = none ? 0.0f : x[n][i] * scale;
             }
         }
+    }
+
+    // The step's keys, a bit each, that have scale 1 because their values are all zero: such a
+    // scale need not be near the others', and says nothing of how far weights are to be lifted.
+    PW_DEVICE uint32_t empty_values(int stage, int group) const {
+        const int row = group * S::kKeys + lane % S::kKeys;
+        bool empty = load_shared(key_scale(stage, 1, row)) == 1.0f;
+        if (!ballot(empty)) return 0;
+        PW_NO_UNROLL
+        for (int chunk = 0; chunk * 4 * kCount < p.v.width; ++chunk) {
+            const char* at = tile(stage, 1) + swizzle<S::kRowBytes>(row, chunk);
+            const Vec16 four = load_shared(reinterpret_cast<const Vec16*>(at));
+            PW_UNROLL
+            for (int i = 0; i < 4; ++i) empty = empty && (four.x[i] & magnitudes<KV>()) == 0;
+        }
+        return ballot(empty);
     }
 
     // Brings a row's scaled weights to below 2^15 by a power of two that follows the largest of

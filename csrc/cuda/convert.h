@@ -108,6 +108,12 @@ PW_DEVICE uint32_t finite_only(uint32_t word) {
     return word & ~(sizeof(T) == 1 ? (found >> 7) * 0xff : (found >> 15) * 0xffff);
 }
 
+// All bits of the word's elements but their signs.
+template <class T>
+PW_DEVICE uint32_t magnitudes() {
+    return NonFinite<T>::kMask == 0 ? 0xffffffff : sizeof(T) == 1 ? 0x7f7f7f7f : 0x7fff7fff;
+}
+
 PW_DEVICE bool is_finite(float x) { return (float_bits(x) & 0x7f800000) != 0x7f800000; }
 
 // ------------------------------------------------------------------------ tensor core operands

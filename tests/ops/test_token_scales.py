@@ -60,11 +60,9 @@ def test_scales_of_many_sizes(order, split_size, kv_dtype, backend, device):
 
 
 @pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=cases.SHORT.get)
-@pytest.mark.parametrize("amax", [1.0, 60000.0])
+@pytest.mark.parametrize("amax", [1e-3, 1.0, 60000.0])
 def test_an_empty_row_beside_others(amax, kv_dtype, backend, device):
-    """Its scale is 1 by the quantising rule, whatever the others' are: for e5m2 times an amax of 1, 57344 times theirs,
-    and its weight some 10 000 times. That is fp16's whole range, and a few digits are lost.
-    """
+    """Its scale is 1 by the quantising rule, whatever the others' are."""
     g = torch.Generator().manual_seed(0)
     k, v = (torch.randn(40, 1, 32, generator=g).to(device, fp16) for _ in range(2))
     v = (v * (amax / v.abs().max())).half()
@@ -87,7 +85,7 @@ def test_an_empty_row_beside_others(amax, kv_dtype, backend, device):
         for c, s in ((cache.k[0], cache.k_scale[0]), (cache.v[0], cache.v_scale[0]))
     )
     weights = (q[0].double() @ stored_k.T / 32**0.5).softmax(-1)
-    allowed = 1e-2 * (weights @ stored_v.abs())
+    allowed = 2e-3 * (weights @ stored_v.abs())
     assert ((out[0].double() - weights @ stored_v).abs() <= allowed + 1e-12).all()
 
 
