@@ -12,7 +12,7 @@ from pagewire.kernels.attend import attend, empty_state, logit_terms, value_fact
 from pagewire.kernels.common import load_q
 
 FEWEST_ROWS = 16  # of a tensor core tile
-FEWEST_KEYS = 16  # few registers: the kernel has none to spare
+FEWEST_KEYS = 16  # and no pipeline: the kernel has no registers to spare
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def attend_alone(
     terms = logit_terms(logit, shared_k_scale, alibi, index, kv_head, head, row_ok, alone)
     acc, maximum, total, lift, _ = attend(
         empty_state(alone), load_q(q, row_start + tokens, head, row_ok, alone), k, v, k_scale, v_scale, table, keys,
-        seq_len - q_len + tokens, windows, terms, True, alone,
+        seq_len - q_len + tokens, windows, terms, True, alone, 1,
     )  # fmt: skip
     acc *= value_factor(logit, shared_v_scale, lift, index, kv_head, alone)
     return (acc, maximum, total), (place, row_start + tokens, head, row_ok)

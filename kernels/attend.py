@@ -99,6 +99,7 @@ def attend(
     logit,  # (scale, softcap, slope_log2 [BLOCK_M])
     MASKED: tl.constexpr,  # False: every row sees every key of every tile, and every page is in range
     spec: tl.constexpr,
+    STAGES: tl.constexpr = None,  # of the loop's pipeline; None: the kernel's
 ):
     """Tiles of BLOCK_N keys at absolute multiples of BLOCK_N, from the first that touches `keys` to the last.
 
@@ -135,7 +136,7 @@ def attend(
     first_tile = first_key // BLOCK_N
     stop_tile = tl.where(stop_key > first_key, (stop_key + BLOCK_N - 1) // BLOCK_N, first_tile)
     next_page = _load_pages(table_ptr, first_tile, stop_tile, keys, MASKED, spec)
-    for tile in tl.range(first_tile, stop_tile):
+    for tile in tl.range(first_tile, stop_tile, num_stages=STAGES):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         taking_part = (key >= first_key) & (key < stop_key)
         # one tile ahead, so that no load of K or V waits for the page table

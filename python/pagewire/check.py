@@ -280,20 +280,30 @@ def memory(
 
     in_place: (result, input) that may be the very same view, since each row is read before it is written.
     """
-    seen: dict[str, Tensor] = {}
-    for name, result in results.items():
-        if result is None or result.device.type == "meta":
-            continue
+    written = [
+        (name, result, overlap.span(result))
+        for name, result in results.items()
+        if result is not None and not result.is_meta
+    ]
+    for i, (name, result, span) in enumerate(written):
         if overlap.overlaps_itself(result):
             raise ValueError(
                 f"{name}: expected memory of its own for each element, got stride {result.stride()} for shape "
                 f"{tuple(result.shape)}"
             )
-        for other, tensor in (*seen.items(), *inputs.items()):
-            if not isinstance(tensor, Tensor) or not overlap.overlap(result, tensor):
+        for other, earlier, its_span in written[:i]:
+            if overlap.meet(span, its_span) and overlap.overlap(result, earlier):
+                raise _overlapping(name, other)
+    for other, tensor in inputs.items() if written else ():
+        if not isinstance(tensor, Tensor):
+            continue
+        its_span = overlap.span(tensor)
+        for name, result, span in written:
+            if not overlap.meet(span, its_span) or not overlap.overlap(result, tensor):
                 continue
             if (name, other) not in in_place or not overlap.same(result, tensor):
-                raise ValueError(
-                    f"{name}: expected memory of its own, got a tensor that overlaps {other}"
-                )
-        seen[name] = result
+                raise _overlapping(name, other)
+
+
+def _overlapping(name: str, other: str) -> ValueError:
+    return ValueError(f"{name}: expected memory of its own, got a tensor that overlaps {other}")

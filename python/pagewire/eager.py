@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from pagewire import check, registry, shared_kv
 from pagewire.cache import nhd
 from pagewire.cache_part import CachePart, LayerViews
 from pagewire.errors import check_after_call
-from pagewire.overlap import is_prefix, overlap
+from pagewire.overlap import Span, is_prefix, meet, overlap, span
 from pagewire.packed import PackedKV
 from pagewire.types import FLOAT_DTYPES, Layout, Modifiers, Options, Problem
 
@@ -62,11 +63,20 @@ def append_kv(
             (written if scale.dim() == 3 else read)[name] = scale
     check.memory(written, read)
     # rows of the cache itself are read before any is written
-    k, v = (x.clone() if any(overlap(x, w) for w in written.values()) else x for x in (k, v))
+    own = [span(w) for w in written.values()]
+    k, v = (x.clone() if _lies_in(x, own, written.values()) else x for x in (k, v))
     module.append_kv(
         k, v, nhd(k_cache, layout), nhd(v_cache, layout), slot_mapping, k_scale, v_scale
     )
     check_after_call(k.device)
+
+
+def _lies_in(x: Tensor, spans: Sequence[Span], tensors: Iterable[Tensor]) -> bool:
+    mine = span(x)
+    return any(
+        meet(mine, other) and overlap(x, tensor)
+        for other, tensor in zip(spans, tensors, strict=True)
+    )
 
 
 def decode(

@@ -22,12 +22,17 @@ _MOST_STEPS = 100_000  # beyond, two views are taken to overlap
 def span(x: Tensor) -> Span:
     """From the first byte of `x` to behind its last; nothing for a tensor without elements."""
     start = x.data_ptr()
-    last = 0
-    for n, stride in zip(x.shape, x.stride(), strict=True):
-        if n == 0:
-            return start, start
-        last += (n - 1) * stride
-    return start, start + (last + 1) * x.element_size()
+    if x.is_contiguous():
+        return start, start + x.nbytes
+    return start, start + x.element_size() * _reach(x.shape, x.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to behind the last."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -57,20 +62,28 @@ def _live(x: Tensor) -> tuple[int, ...]:
     return tuple(s if n > 1 else 0 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
+def meet(a: Span, b: Span) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[0] < a[1] and b[0] < b[1]
+
+
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether some byte belongs to both."""
-    (a_start, a_stop), (b_start, b_stop) = span(a), span(b)
-    if a_start >= b_stop or b_start >= a_stop or a_start == a_stop or b_start == b_stop:
+    if not meet(span(a), span(b)):
         return False
-    return _overlap(_terms(a), _terms(b), b_start - a_start)
+    return _overlap(_terms(a), _terms(b), b.data_ptr() - a.data_ptr())
 
 
 def overlaps_itself(x: Tensor) -> bool:
     """Whether two elements of `x` are the same memory, as in an expanded tensor."""
-    reached = 1
-    dims = sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)
-    if x.numel() == 0 or not dims:
+    return not x.is_contiguous() and _is_double(x.shape, x.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_double(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    dims = sorted((s, n) for n, s in zip(shape, strides, strict=True) if n > 1)
+    if 0 in shape:
         return False
+    reached = 1
     for stride, n in dims:
         if stride < reached:
             return _overlaps_itself(tuple(dims))
@@ -95,7 +108,6 @@ def _overlap(a: tuple[tuple[int, int], ...], b: tuple[tuple[int, int], ...], dis
     return any(True for _ in _solutions(sorted(bounds.items(), reverse=True), target))
 
 
-@functools.lru_cache(maxsize=4096)
 def _overlaps_itself(dims: tuple[tuple[int, int], ...]) -> bool:
     """Two index vectors that differ and reach the same place: another solution than equal ones."""
     terms = [(s, 2 * (n - 1)) for s, n in reversed(dims)]

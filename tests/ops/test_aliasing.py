@@ -104,13 +104,8 @@ def test_merge_in_place_and_nothing_else(backend, device):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.float32, int8], ids=cases.SHORT.get)
-def test_tokens_of_the_cache_itself_are_appended(kv_dtype, backend, device):
+def test_tokens_of_the_cache_itself_are_appended(backend, device):
     """Source rows lie in the cache that is written, also where it is written."""
-    if (
-        kv_dtype == int8
-    ):  # another dtype has no rows to append: the scales then are what could overlap
-        pytest.skip("an int8 cache holds no rows to append")
     caches = [torch.randn(4, 4, 2, 16, device=device) for _ in range(2)]
     slots = torch.tensor([2, 0, 1, 9], device=device)  # onto the rows themselves, in another order
     rows = [c.flatten(0, 1)[:4] for c in caches]
