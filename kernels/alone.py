@@ -8,7 +8,14 @@ that holds such values.
 import triton
 import triton.language as tl
 
-from pagewire.kernels.attend import attend, empty_state, logit_terms, value_factor
+from pagewire.kernels.attend import (
+    at_kv_head,
+    at_request,
+    attend,
+    empty_state,
+    logit_terms,
+    value_factor,
+)
 from pagewire.kernels.common import load_q
 
 FEWEST_ROWS = 16  # of a tensor core tile
@@ -22,18 +29,16 @@ def attend_alone(
     tile_m,  # the row tile these rows are part of
     request,  # (index, row_start, q_len, seq_len)
     kv_head,
-    q,
-    k,  # k, v, their scales, table, windows as for `attend`
+    q,  # these as the kernels have them
+    k,
     v,
     k_scale,
     v_scale,
     table,
     keys,  # (first, stop) that the token sees
     windows,
-    logit,  # alibi, logit and the shared scales as for `logit_terms` and `value_factor`
+    logit,
     alibi,
-    shared_k_scale,
-    shared_v_scale,
     spec: tl.constexpr,
     alone: tl.constexpr,  # spec with a BLOCK_M of FEWEST_ROWS and a BLOCK_N of FEWEST_KEYS
 ):
@@ -47,10 +52,13 @@ def attend_alone(
     tokens = token + tl.zeros([ROWS], tl.int32)
     head = kv_head * spec.GROUP_SIZE + in_group
     row_ok = (in_group < spec.GROUP_SIZE) & (row >= 0) & (row < BLOCK_M) & (tokens < q_len)
-    terms = logit_terms(logit, shared_k_scale, alibi, index, kv_head, head, row_ok, alone)
     acc, maximum, total, lift, _ = attend(
-        empty_state(alone), load_q(q, row_start + tokens, head, row_ok, alone), k, v, k_scale, v_scale, table, keys,
-        seq_len - q_len + tokens, windows, terms, True, alone, 1,
+        empty_state(alone), load_q(q, row_start + tokens, head, row_ok, alone),
+        at_kv_head(k, kv_head), at_kv_head(v, kv_head),
+        at_kv_head(k_scale, kv_head) if spec.K_SCALE == "token" else None,
+        at_kv_head(v_scale, kv_head) if spec.V_SCALE == "token" else None,
+        at_request(table, index), keys, seq_len - q_len + tokens, windows,
+        logit_terms(logit, k_scale, alibi, index, kv_head, head, row_ok, alone), True, alone, 1,
     )  # fmt: skip
-    acc *= value_factor(logit, shared_v_scale, lift, index, kv_head, alone)
+    acc *= value_factor(logit, v_scale, lift, index, kv_head, alone)
     return (acc, maximum, total), (place, row_start + tokens, head, row_ok)

@@ -111,25 +111,18 @@ def _decode_kernel(
             row_stop = tl.maximum(row_start, load_row_stop(rows, request))
         q_len = row_stop - row_start
         seq_len = load_seq_lens(lengths, request, True)[0]
-        size, first, num = split_units(q_len, seq_len, window_left, split_size, spec)
+        _, _, num = split_units(q_len, seq_len, window_left, split_size, spec)
         num_tiles = row_tiles(q_len, rows, spec)
         if unit >= request_unit + num * num_tiles:
             request_unit += num * num_tiles
             request += 1
             row_start = row_stop
         else:
-            tile_m = (unit - request_unit) // num
-            skipped = (unit - request_unit) % num
-            taken = tl.minimum(num - skipped, stop_unit - unit)
-            if spec.SPLIT:
-                taken = 1
-
+            tile_m, tokens, keys, cut = _piece(
+                unit, stop_unit, request_unit, q_len, seq_len, windows, split_size, spec
+            )
+            skipped, taken, _num = cut
             token, head, row_ok = tile_rows(tile_m, q_len, kv_head, spec)
-            first_token = tile_m * BLOCK_M // spec.GROUP_SIZE
-            last_token = tl.minimum((tile_m * BLOCK_M + BLOCK_M - 1) // spec.GROUP_SIZE, q_len - 1)
-            first_key, stop_key = tile_keys(first_token, last_token, q_len, seq_len, windows, spec)
-            first_key = tl.maximum(first_key, (first + skipped) * size)
-            stop_key = tl.minimum(stop_key, (first + skipped + taken) * size)
 
             q_rows = load_q(q, row_start + token, head, row_ok, spec)
             k_here = at_kv_head(k, kv_head)
@@ -139,7 +132,6 @@ def _decode_kernel(
             terms = logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec)
             here = at_request(table, request)
             position = seq_len - q_len + token
-            keys = (first_key, stop_key)
             state = attend(
                 empty_state(spec), q_rows, k_here, v_here, k_scale_here, v_scale_here, here, keys,
                 position, windows, terms, True, spec,
@@ -161,27 +153,45 @@ def _decode_kernel(
                     (acc, maximum, total), rows_of_it, place, out, lse_rows, sinks, partials, kv_head, spec
                 )  # fmt: skip
             else:
-                whose = (request, row_start, q_len, seq_len)
-                for lone in range(first_token, last_token + 1):
-                    first_lone, stop_lone = tile_keys(lone, lone, q_len, seq_len, windows, spec)
-                    keys = (tl.maximum(first_lone, first_key), tl.minimum(stop_lone, stop_key))
+                # read again: through the loop above, registers hold only what it needs
+                lone_q_len = tl.maximum(load_row_stop(rows, request) - row_start, 0)
+                lone_seq_len = load_seq_lens(lengths, request, True)[0]
+                lone_tile, lone_tokens, all_keys, _cut = _piece(
+                    unit, stop_unit, request_unit, lone_q_len, lone_seq_len, windows, split_size, spec
+                )  # fmt: skip
+                whose = (request, row_start, lone_q_len, lone_seq_len)
+                for lone in range(lone_tokens[0], lone_tokens[1] + 1):
+                    first, stop = tile_keys(lone, lone, lone_q_len, lone_seq_len, windows, spec)
+                    lone_keys = (tl.maximum(first, all_keys[0]), tl.minimum(stop, all_keys[1]))
                     for first_head in range(0, spec.GROUP_SIZE, alone.BLOCK_M):
                         lone_state, lone_rows = attend_alone(
-                            lone, first_head, tile_m, whose, kv_head, q, k_here, v_here, k_scale_here, v_scale_here,
-                            here, keys, windows, logit, alibi, k_scale, v_scale, spec, alone,
+                            lone, first_head, lone_tile, whose, kv_head, q, k, v, k_scale, v_scale, table,
+                            lone_keys, windows, logit, alibi, spec, alone,
                         )  # fmt: skip
                         _store(
-                            lone_state,
-                            lone_rows,
-                            place,
-                            out,
-                            lse_rows,
-                            sinks,
-                            partials,
-                            kv_head,
-                            alone,
-                        )
+                            lone_state, lone_rows, place, out, lse_rows, sinks, partials, kv_head, alone
+                        )  # fmt: skip
             unit += taken
+
+
+@triton.jit
+def _piece(unit, stop_unit, request_unit, q_len, seq_len, windows, split_size, spec: tl.constexpr):
+    """What a program does next of a request, from `unit` on: (row tile, (its first token, its last),
+    (first key, stop key), (units skipped, units taken, units of the row tile)).
+    """
+    BLOCK_M: tl.constexpr = spec.BLOCK_M
+    size, first, num = split_units(q_len, seq_len, windows[0], split_size, spec)
+    tile_m = (unit - request_unit) // num
+    skipped = (unit - request_unit) % num
+    taken = tl.minimum(num - skipped, stop_unit - unit)
+    if spec.SPLIT:
+        taken = 1
+    first_token = tile_m * BLOCK_M // spec.GROUP_SIZE
+    last_token = tl.minimum((tile_m * BLOCK_M + BLOCK_M - 1) // spec.GROUP_SIZE, q_len - 1)
+    first_key, stop_key = tile_keys(first_token, last_token, q_len, seq_len, windows, spec)
+    first_key = tl.maximum(first_key, (first + skipped) * size)
+    stop_key = tl.minimum(stop_key, (first + skipped + taken) * size)
+    return tile_m, (first_token, last_token), (first_key, stop_key), (skipped, taken, num)
 
 
 @triton.jit

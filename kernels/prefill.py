@@ -190,8 +190,8 @@ def _prefill_kernel(
                 keys = tile_keys(lone, lone, q_len, seq_len, windows, spec)
                 for first_head in range(0, spec.GROUP_SIZE, alone.BLOCK_M):
                     lone_state, lone_rows = attend_alone(
-                        lone, first_head, tile_m, whose, kv_head, q, k_here, v_here, k_scale_here, v_scale_here,
-                        here, keys, windows, logit, alibi, k_scale, v_scale, spec, alone,
+                        lone, first_head, tile_m, whose, kv_head, q, k, v, k_scale, v_scale, table,
+                        keys, windows, logit, alibi, spec, alone,
                     )  # fmt: skip
                     store_whole(lone_state, lone_rows, out, lse_rows, sinks, alone)
 

@@ -89,13 +89,36 @@ def launches(
     return prefill.plan(q, *caches, table, lens, rows, m, out, lse, word)
 
 
+def spills_of_tile_loops(sass: str) -> float:
+    """Of the innermost loops with a softmax (an EX2), the largest share of instructions that touch local memory."""
+    code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)
+    at = {int(address, 16): i for i, (address, _) in enumerate(code)}
+    loops = []
+    for i, (_, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        start = at.get(int(target.group(1), 16)) if target else None
+        if start is not None and start < i:
+            loops.append((start, i + 1))
+    loops = [(a, b) for a, b in loops if any("MUFU.EX2" in text for _, text in code[a:b])]
+    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    local = [
+        sum(bool(re.search(r"\b(STL|LDL)", t)) for _, t in code[a:b]) / (b - a) for a, b in inner
+    ]
+    return max(local, default=0.0)
+
+
 def facts(case: Case, planned: launch.Launch) -> dict:
     kernel = planned.kernel.warmup(**planned.arguments, grid=planned.grid, **planned.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        def dump(what: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, what, cubin.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dump("--dump-resource-usage")
+        spills = spills_of_tile_loops(dump("-sass")) if "STACK:0" not in usage else 0.0
     used = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
     copies = re.findall(
@@ -106,6 +129,7 @@ def facts(case: Case, planned: launch.Launch) -> dict:
         "arch": case.arch,
         "kernel": planned.kernel.__name__,
         **used,
+        "spills": spills,
         "shared": kernel.metadata.shared,
         "num_warps": planned.options["num_warps"],
         "programs_per_processor": planned.grid[0] * planned.grid[1] / 132,
