@@ -26,8 +26,8 @@ VISIBILITY = {
     "left_window": Attention((70,), (16,), window=(9, -1), dtype=bf16, head_dim=32, max_q_len=16),
     "split": Attention((70,), (5,), dtype=fp16, split_size=16, head_dim=32, max_q_len=16),
     "sees_nothing": Attention((3, 9), (7, 9), sinks=True, head_dim=32, max_q_len=16),
-    "long": Attention((90, 40), (70, 40), dtype=bf16, head_dim=32),
-    "long_windows": Attention((90,), (70,), causal=False, window=(20, 7), dtype=fp16, head_dim=32),
+    "long": Attention((40, 20), (12, 20), dtype=bf16, head_dim=32),
+    "long_windows": Attention((40,), (14,), causal=False, window=(20, 7), dtype=fp16, head_dim=32),
     "e4m3": Attention((50,), (12,), dtype=fp16, kv_dtype=e4m3, scale="token_head", head_dim=32, max_q_len=16),
     "e5m2": Attention((50,), (12,), dtype=bf16, kv_dtype=e5m2, scale="head", head_dim=32, max_q_len=16),
     "int8": Attention((50,), (12,), dtype=bf16, kv_dtype=int8, scale="token_head", head_dim=32, max_q_len=16),
@@ -61,11 +61,14 @@ def test_only_rows_that_see_a_key_see_that_it_is_not_finite(name, value, backend
     case = VISIBILITY[name]
     if case.kv_dtype == e4m3 and not math.isnan(value):
         pytest.skip("e4m3 has no infinity")
+    interpreted = backend == "triton" and device.type == "cpu"
+    if interpreted and value == -INF:
+        pytest.skip("the interpreter is slow: +inf stands for both there")
     clean = cases.build(case, device, backend=backend)
     expected, expected_lse = clean.run(backend)
     request, n = len(case.seq_lens) - 1, case.seq_lens[-1]
     first = sum(case.q_lens[:request])
-    for key in {n - 1, n - 2, n // 2}:
+    for key in {n - 2} if interpreted else {n - 1, n - 2, n // 2}:
         call = cases.build(case, device, backend=backend)
         spoil(call, request, key, value)
         out, lse = call.run(backend)
