@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -177,7 +179,8 @@ def _poison_owned(p: Attention, given: dict, owned: np.ndarray) -> None:
         if p.kv_dtype in INFINITE or (value == "nan" and p.kv_dtype != "int8"):
             poison(cache[page, offset, head, column : column + 1], p.kv_dtype, value)
         elif isinstance(scale, Tensor) and scale.dim() == 3:
-            scale[page, offset, head] = float(value)
+            # K times an infinite scale is NaN or infinite by the order of evaluation: no such scale is defined
+            scale[page, offset, head] = math.nan if side == "k" else float(value)
 
 
 def meaning(p: Attention, given: dict) -> oracle.Attention:
