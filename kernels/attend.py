@@ -74,10 +74,11 @@ def empty_state(spec: tl.constexpr):
 
 
 @triton.jit
-def is_finite(acc, row_ok, spec: tl.constexpr):
-    """Whether the sums of all rows that exist are; True where all rows see the same keys."""
+def is_finite(acc, total, row_ok, spec: tl.constexpr):
+    """Whether the sums are, of all rows that exist and whose weights are; True where all rows see the same keys."""
     if spec.LEFT or spec.RIGHT:
         bad = (tl.abs(acc) < float("inf")) == 0  # NaN too
+        row_ok &= tl.abs(total) < float("inf")  # a row with a NaN logit is NaN, whatever it sees
         return tl.max(tl.max((bad & row_ok[:, None]).to(tl.int32), 1), 0) == 0
     else:
         return True

@@ -118,10 +118,9 @@ def _decode_kernel(
             request += 1
             row_start = row_stop
         else:
-            tile_m, tokens, keys, cut = _piece(
+            tile_m, tokens, keys, skipped, taken = _piece(
                 unit, stop_unit, request_unit, q_len, seq_len, windows, split_size, spec
             )
-            skipped, taken, _num = cut
             token, head, row_ok = tile_rows(tile_m, q_len, kv_head, spec)
 
             q_rows = load_q(q, row_start + token, head, row_ok, spec)
@@ -146,7 +145,7 @@ def _decode_kernel(
             else:
                 part = 2 * program + (unit != first_unit).to(tl.int32)
             place = (taken == num, part, part_row)
-            if not spec.RAGGED or is_finite(acc, row_ok, spec):
+            if not spec.RAGGED or is_finite(acc, total, row_ok, spec):
                 acc *= value_factor(logit, v_scale, lift, request, kv_head, spec)
                 rows_of_it = (0, row_start + token, head, row_ok)
                 _store(
@@ -156,7 +155,7 @@ def _decode_kernel(
                 # read again: through the loop above, registers hold only what it needs
                 lone_q_len = tl.maximum(load_row_stop(rows, request) - row_start, 0)
                 lone_seq_len = load_seq_lens(lengths, request, True)[0]
-                lone_tile, lone_tokens, all_keys, _cut = _piece(
+                lone_tile, lone_tokens, all_keys, _skipped, _taken = _piece(
                     unit, stop_unit, request_unit, lone_q_len, lone_seq_len, windows, split_size, spec
                 )  # fmt: skip
                 whose = (request, row_start, lone_q_len, lone_seq_len)
@@ -177,7 +176,7 @@ def _decode_kernel(
 @triton.jit
 def _piece(unit, stop_unit, request_unit, q_len, seq_len, windows, split_size, spec: tl.constexpr):
     """What a program does next of a request, from `unit` on: (row tile, (its first token, its last),
-    (first key, stop key), (units skipped, units taken, units of the row tile)).
+    (first key, stop key), units of the row tile skipped, units taken).
     """
     BLOCK_M: tl.constexpr = spec.BLOCK_M
     size, first, num = split_units(q_len, seq_len, windows[0], split_size, spec)
@@ -191,7 +190,7 @@ def _piece(unit, stop_unit, request_unit, q_len, seq_len, windows, split_size, s
     first_key, stop_key = tile_keys(first_token, last_token, q_len, seq_len, windows, spec)
     first_key = tl.maximum(first_key, (first + skipped) * size)
     stop_key = tl.minimum(stop_key, (first + skipped + taken) * size)
-    return tile_m, (first_token, last_token), (first_key, stop_key), (skipped, taken, num)
+    return tile_m, (first_token, last_token), (first_key, stop_key), skipped, taken
 
 
 @triton.jit

@@ -180,7 +180,7 @@ def _prefill_kernel(
         )  # fmt: skip
         acc, maximum, total, lift, bad_entry = state
         record_error(error_word, _PAGE, request, bad_entry, bad_entry >= 0)
-        if is_finite(acc, row_ok, spec):
+        if is_finite(acc, total, row_ok, spec):
             acc *= value_factor(logit, v_scale, lift, request, kv_head, spec)
             rows_of_it = (0, row_start + token, head, row_ok)
             store_whole((acc, maximum, total), rows_of_it, out, lse_rows, sinks, spec)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any, Literal
+
+from pagewire.scalars import integer
 
 State = Literal["free", "active", "cached", "leased"]
 # ids: a list, tuple, set, range, numpy array or tensor of integers (a tensor on a GPU is waited for)
@@ -35,9 +36,7 @@ class PageAllocator:
     """
 
     def __init__(self, num_pages: int) -> None:
-        num_pages = _index("num_pages", num_pages)
-        if num_pages < 0:
-            raise ValueError(f"num_pages: expected >= 0, got {num_pages}")
+        num_pages = integer("num_pages", num_pages, least=0)
         self.num_pages = num_pages
         self._free: deque[int] = deque(range(num_pages))
         self._state: list[State] = ["free"] * num_pages
@@ -62,9 +61,7 @@ class PageAllocator:
 
     def alloc(self, num_pages: int) -> list[int]:
         """Take `num_pages` free pages, each with one reference. Raises OutOfPages when fewer are free."""
-        num_pages = _index("alloc: num_pages", num_pages)
-        if num_pages < 0:
-            raise ValueError(f"alloc: expected num_pages >= 0, got {num_pages}")
+        num_pages = integer("alloc: num_pages", num_pages, least=0)
         if num_pages > self.num_free:
             raise OutOfPages(
                 f"alloc: {num_pages} pages asked for, {self.num_free} of {self.num_pages} free"
@@ -118,7 +115,7 @@ class PageAllocator:
         given: Any = pages.tolist() if hasattr(pages, "tolist") else pages
         if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
             raise TypeError(f"{verb}: expected page ids, got {pages!r}")
-        found = [_index(f"{verb}: a page id", page) for page in given]
+        found = [integer(f"{verb}: a page id", page) for page in given]
         for page in found:
             if not 0 <= page < self.num_pages:
                 raise ValueError(f"{verb}: expected page ids in [0, {self.num_pages}), got {page}")
@@ -128,10 +125,3 @@ class PageAllocator:
             twice = Counter(found).most_common(1)[0][0]
             raise ValueError(f"{verb}: page {twice} is named twice in {found}")
         return found
-
-
-def _index(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None

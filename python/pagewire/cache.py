@@ -117,23 +117,20 @@ class PagedKVCache:
 
     @cached_property
     def conflict(self) -> str | None:
-        """Where writing tokens would write the same memory twice; None if nowhere. V within K is not meant."""
-        if self.device.type == "meta":
-            return None
-        written = {
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if (name[0] == "k" or name.startswith("v_scales") or not self.geometry.shares_kv)
-            and ("scales" not in name or tensor.dim() == 3)
-        }
+        """Where writing tokens would write the same memory twice; None if nowhere."""
+        written = {n: t for n, t in self.tensors.items() if "caches" in n or t.dim() == 3}
+        if self.geometry.shares_kv:  # V is written with K, and one scale with the other
+            for i, (k_scale, v_scale) in enumerate(zip(self.k_scale, self.v_scale, strict=True)):
+                written.pop(f"v_caches[{i}]")
+                if k_scale is not None and v_scale is not None and overlap.same(k_scale, v_scale):
+                    written.pop(f"v_scales[{i}]", None)
         for name, tensor in written.items():
             if overlap.overlaps_itself(tensor):
                 return f"{name} has stride {tensor.stride()} for shape {tuple(tensor.shape)}"
-        for (name, tensor), (other, another) in combinations(written.items(), 2):
-            if overlap.overlap(tensor, another):
-                of_one_layer = name == other.replace("v_scales", "k_scales")
-                if not (self.geometry.shares_kv and of_one_layer):
-                    return f"{other} overlaps {name}"
+        placed = [(name, tensor, overlap.span(tensor)) for name, tensor in written.items()]
+        for (name, tensor, span), (other, another, its_span) in combinations(placed, 2):
+            if overlap.meet(span, its_span) and overlap.overlap(tensor, another):
+                return f"{other} overlaps {name}"
         return None
 
     def to(self, device: torch.device | str) -> PagedKVCache:
@@ -141,7 +138,7 @@ class PagedKVCache:
         target = torch.empty(0, device=device).device
         if target == self.device:
             return self
-        return self._with(views.moved(tuple(self.tensors.values()), target))
+        return _joined(views.moved(self._parts, target), *self._rest)
 
     def share_memory_(self) -> PagedKVCache:
         """Moves the tensors of a CPU cache to memory that other processes can map; returns the cache itself."""
@@ -150,18 +147,17 @@ class PagedKVCache:
         self.__dict__.pop("spans", None)
         return self
 
-    def _with(self, tensors: Sequence[Tensor]) -> PagedKVCache:
-        """A cache of the same geometry over other tensors, in the order of `self.tensors`."""
-        lists: dict[str, list[Tensor]] = {}
-        for name, tensor in zip(self.tensors, tensors, strict=True):
-            lists.setdefault(name.partition("[")[0], []).append(tensor)
-        return PagedKVCache(**lists, layout=self.layout, shares_kv=self.geometry.shares_kv)
+    @property
+    def _parts(self) -> views.Parts:
+        return views.split(tuple(self.tensors.values()))
+
+    @property
+    def _rest(self) -> tuple[tuple[str, ...], Layout, bool]:
+        """What `_joined` wants besides the tensors."""
+        return tuple(self.tensors), self.layout, self.geometry.shares_kv
 
     def __reduce__(self) -> tuple[Any, ...]:
-        counts = len(self.k), self.k_scale[0] is not None
-        return _rebuilt, (
-            views.split(tuple(self.tensors.values())), *counts, self.layout, self.geometry.shares_kv,
-        )  # fmt: skip
+        return _joined, (self._parts, *self._rest)
 
     @classmethod
     def allocate(
@@ -225,21 +221,21 @@ def _layers(name: str, tensors: Any) -> tuple[Any, ...]:
         found = tuple(tensors)
     except TypeError:
         found = ()
-    if not found or not all(isinstance(t, (Tensor, type(None))) for t in found):
+    accepted = (Tensor, type(None)) if name.endswith("scales") else Tensor
+    if not found or not all(isinstance(t, accepted) for t in found):
         expected = "a sequence with a tensor for each layer"
         raise TypeError(f"{name}: expected {expected}, got {scalars.show(tensors)}")
     return found
 
 
-def _rebuilt(
-    parts: views.Parts, num_layers: int, scaled: bool, layout: Layout, shares_kv: bool
+def _joined(
+    parts: views.Parts, names: Sequence[str], layout: Layout, shares_kv: bool
 ) -> PagedKVCache:
-    """The other end of a pickle."""
-    tensors = views.join(parts)
-    lists = [tensors[i : i + num_layers] for i in range(0, len(tensors), num_layers)]
-    names = ("k_caches", "v_caches", *(("k_scales", "v_scales") if scaled else ()))
-    arguments: dict[str, Any] = dict(zip(names, lists, strict=True))
-    return PagedKVCache(**arguments, layout=layout, shares_kv=shares_kv)
+    """A cache over tensors that were taken apart; names: of each, `argument[layer]`."""
+    lists: dict[str, Any] = {}
+    for name, tensor in zip(names, views.join(parts), strict=True):
+        lists.setdefault(name.partition("[")[0], []).append(tensor)
+    return PagedKVCache(**lists, layout=layout, shares_kv=shares_kv)
 
 
 def nhd(cache: Tensor, layout: Layout) -> Tensor:
@@ -296,10 +292,9 @@ def _geometry(cache: PagedKVCache, shares_kv: bool | None) -> Geometry:
             )
     scale = _cache_scale(cache, num_pages, page_size, num_kv_heads)
     shares_kv = _shares_kv(cache, shares_kv)
-    if shares_kv and scale in ("tensor", "head"):
+    if shares_kv and scale in ("tensor", "head") and _has_memory(k0):
         for i, (k_scale, v_scale) in enumerate(zip(cache.k_scale, cache.v_scale, strict=True)):
-            if _has_memory(k0):
-                shared_kv.one_scale(f"v_scales[{i}]", k_scale, v_scale, may_wait=True)
+            shared_kv.one_scale(f"v_scales[{i}]", k_scale, v_scale, may_wait=True)
     return Geometry(
         num_layers, num_pages, page_size, num_kv_heads, head_dim, v0.shape[-1], k0.dtype, cache.layout,
         scale, shares_kv,

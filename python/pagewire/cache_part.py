@@ -174,7 +174,7 @@ class CachePart:
             )
 
     def _check_apart(self, name: str, buffer: Tensor, slots: Tensor) -> None:
-        if torch.compiler.is_compiling() or type(buffer) is not Tensor or buffer.is_meta:
+        if torch.compiler.is_compiling() or dispatches(type(buffer)):
             return
         if overlap(buffer, slots):
             raise ValueError(

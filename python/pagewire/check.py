@@ -283,7 +283,7 @@ def memory(
     written = [
         (name, result, overlap.span(result))
         for name, result in results.items()
-        if result is not None and not result.is_meta
+        if result is not None
     ]
     for i, (name, result, span) in enumerate(written):
         if overlap.overlaps_itself(result):

@@ -47,8 +47,6 @@ def append_kv(
         k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     module = registry.choose(_problem("append_kv", k, dims, k_cache.dtype), backend)
-    if k.device.type == "meta":
-        return
     shared = is_prefix(v_cache, k_cache)
     if shared:  # K's rows are written, and V's within them
         shared_kv.one_scale("v_scale", k_scale, v_scale, may_wait=False)
@@ -195,8 +193,8 @@ def unpack_kv(packed: PackedKV, part: CachePart, slots: Tensor, backend: str | N
 
 def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
     module = registry.choose(_cache_problem("pack_kv", packed, views.k[0]), backend)
-    if slots.shape[0] == 0:
-        _pack_shared_scales(views, packed)
+    if slots.shape[0] == 0:  # what travels without any token
+        packed.take_shared_scales(views.k_scale, views.v_scale)
     else:
         module.pack_kv(*views, slots, packed)
     # rarely any: what lay there before must not travel, and equal contents must give equal buffers
@@ -205,17 +203,6 @@ def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | 
         with torch.inference_mode():  # the buffer may be an inference tensor
             padding.zero_()
     check_after_call(slots.device)
-
-
-def _pack_shared_scales(views: LayerViews, packed: PackedKV) -> None:
-    """What travels without any token: the scales of tensors and heads."""
-    if packed.scale_kind not in ("tensor", "head"):
-        return
-    with torch.inference_mode():
-        for scales, rows in ((views.k_scale, packed.k_scale), (views.v_scale, packed.v_scale)):
-            for layer, scale in enumerate(scales):
-                assert rows is not None
-                rows[layer].copy_(scale)
 
 
 def run_unpack(packed: PackedKV, views: LayerViews, slots: Tensor, backend: str | None) -> None:

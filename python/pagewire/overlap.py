@@ -20,7 +20,9 @@ _MOST_STEPS = 100_000  # beyond, two views are taken to overlap
 
 
 def span(x: Tensor) -> Span:
-    """From the first byte of `x` to behind its last; nothing for a tensor without elements."""
+    """From the first byte of `x` to behind its last; nothing for a tensor without elements or without memory."""
+    if x.is_meta:
+        return 0, 0
     start = x.data_ptr()
     if x.is_contiguous():
         return start, start + x.nbytes
@@ -54,6 +56,7 @@ def is_prefix(part: Tensor, whole: Tensor) -> bool:
         and part.shape[-1] <= whole.shape[-1]
         and _live(part)[:-1] == _live(whole)[:-1]
         and whole.numel() > 0
+        and not whole.is_meta
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,16 @@ class PackedKV:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies keep the buffer and their views in it."""
         return PackedKV.wrap, (self.buffer, self.shape)
+
+    def take_shared_scales(self, k_scales: Sequence[Tensor], v_scales: Sequence[Tensor]) -> None:
+        """Of a byte copy: the scales of the cache's layers, each of a tensor or per head, which belong to no token."""
+        if self.scale_kind not in ("tensor", "head"):
+            return
+        with torch.inference_mode():  # the buffer may be an inference tensor
+            for scales, rows in ((k_scales, self.k_scale), (v_scales, self.v_scale)):
+                for layer, scale in enumerate(scales):
+                    assert rows is not None
+                    rows[layer].copy_(scale)
 
     def to(self, device: torch.device | str) -> PackedKV:
         """The same tokens in a buffer on `device`; itself if it is there already."""

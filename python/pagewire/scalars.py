@@ -1,4 +1,6 @@
-"""Numbers as callers have them: Python's, numpy's, tensors of one element; and a sentence for everything else."""
+"""Numbers as callers have them: Python's, numpy's, tensors of one element (one on a GPU is waited for); and a sentence
+for everything else.
+"""
 
 from __future__ import annotations
 

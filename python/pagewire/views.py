@@ -28,18 +28,18 @@ class Parts(NamedTuple):
 
 def split(tensors: Sequence[Tensor]) -> Parts:
     storages: dict[int, Tensor] = {}
-    order: dict[int, int] = {}
     places = []
     for x in tensors:
         storage = x.untyped_storage()
         key = storage._cdata  # of meta tensors data_ptr() is 0
         if key not in storages:
-            order[key] = len(storages)
             with torch.inference_mode(False):
                 whole = torch.empty(0, dtype=torch.uint8, device=x.device)
                 storages[key] = whole.set_(storage, 0, (storage.nbytes(),), (1,))
-        shape, stride = tuple(x.shape), tuple(x.stride())
-        places.append(Place(order[key], x.dtype, int(x.storage_offset()), shape, stride))
+        at = list(storages).index(key)
+        places.append(
+            Place(at, x.dtype, int(x.storage_offset()), tuple(x.shape), tuple(x.stride()))
+        )
     return Parts(tuple(storages.values()), tuple(places))
 
 
@@ -53,7 +53,6 @@ def join(parts: Parts) -> tuple[Tensor, ...]:
         )
 
 
-def moved(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Copies on `device` of whole storages, with the same views in them."""
-    parts = split(tensors)
-    return join(Parts(tuple(s.to(device) for s in parts.storages), parts.places))
+def moved(parts: Parts, device: torch.device) -> Parts:
+    """Copies on `device` of whole storages, with the same places in them."""
+    return Parts(tuple(s.to(device) for s in parts.storages), parts.places)

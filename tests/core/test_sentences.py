@@ -217,7 +217,9 @@ def test_a_buffer_that_is_none():
 
 
 @pytest.mark.parametrize("name", ["k_caches", "v_caches", "k_scales", "v_scales"])
-@pytest.mark.parametrize("value", [3, [1, 2], [], "ab", [np.zeros((2, 4, 2, 8))]], ids=kind_of)
+@pytest.mark.parametrize(
+    "value", [3, [1, 2], [], "ab", [np.zeros((2, 4, 2, 8))], [None, 1]], ids=kind_of
+)
 def test_cache_of_no_tensors(name, value):
     t = [torch.zeros(2, 4, 2, 8, dtype=torch.int8) for _ in range(2)]
     s = [torch.ones(2) for _ in range(2)]

@@ -50,6 +50,13 @@ def overlapping(call, device):
     yield "lse", torch.zeros(1, 1, device=device).expand(rows, heads), None
 
 
+def test_the_same_view_will_do_for_q_alone(backend, device):
+    call = cases.build(CALLS["decode"], device, backend=backend)
+    slopes = torch.rand(2, 4, device=device)
+    with pytest.raises(ValueError, match="lse: .* overlaps alibi_slopes"):
+        call.run(backend, alibi_slopes=slopes, lse=slopes)
+
+
 @pytest.mark.parametrize("name", ["decode", "short"])
 def test_other_overlaps_are_refused(name, backend, device):
     call = cases.build(CALLS[name], device, backend=backend)

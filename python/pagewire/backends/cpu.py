@@ -151,11 +151,7 @@ def pack_kv(
         )
     ]
     _cpu.pack_kv(layers, _view(slots), *_machine())
-    if packed.scale_kind in ("tensor", "head"):  # bytes were copied: their scales go with them
-        with torch.inference_mode():  # the buffer may be an inference tensor
-            for _, scale, _, rows_scale in _layers(packed, k_caches, v_caches, k_scales, v_scales):
-                assert scale is not None and rows_scale is not None
-                rows_scale.copy_(scale)
+    packed.take_shared_scales(k_scales, v_scales)
 
 
 def unpack_kv(
