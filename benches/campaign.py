@@ -130,7 +130,8 @@ def _options() -> argparse.Namespace:
 
 def _environment(options: argparse.Namespace, plan: goes.Plan) -> dict[str, str]:
     """The source tree first, then the unpacked peers, whether this go unpacks them or an earlier one did."""
-    paths = [str(goes.ROOT / "python"), str(plan.site), os.environ.get("PYTHONPATH", "")]
+    ours = [str(goes.ROOT / "python"), str(goes.ROOT / "benches")]
+    paths = [*ours, str(plan.site), os.environ.get("PYTHONPATH", "")]
     added = {
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
         "PYTHONUNBUFFERED": "1",

@@ -132,12 +132,12 @@ def _bench(plan: Plan) -> tuple[str, ...]:
 def _tests(plan: Plan) -> Step:
     """Every worker takes what is next: a worker that sees a CUDA fault ends (tests/cuda_fault.py)."""
     chosen = ("tests/bench/test_cases.py",) if plan.dry else TESTS
-    return Step("tests", (*_pytest(plan), *chosen), 85, _no_pytest(), tail=200)
+    return Step("tests", (*_pytest(plan), *chosen), 85, _no_pytest(), tail=400)
 
 
 def _pytest(plan: Plan) -> tuple[str, ...]:
     workers = ("-n", str(plan.cores), "--dist", "load") if has("xdist") and not plan.dry else ()
-    # -rfE: the names of what is red are the next go's
+    # named: what is red is the next go's, even if this one is cut off
     return (
         plan.python,
         "-m",
@@ -147,7 +147,8 @@ def _pytest(plan: Plan) -> tuple[str, ...]:
         "not slow",
         "-p",
         "no:cacheprovider",
-        "-rfE",
+        "-p",
+        "named",
         *workers,
     )
 
@@ -199,7 +200,7 @@ def _plot(go: int, plan: Plan) -> Step:
 
 
 def red_tests(states: dict[str, State]) -> tuple[str, ...]:
-    """The node ids that pytest named at the end of the go before."""
+    """The node ids that were named in the go before."""
     tail = "\n".join(states[name].tail for name in ("1 tests", "2 red") if name in states)
     names = [line.split(" - ")[0].split(maxsplit=1) for line in tail.splitlines()]
     found = [words[1] for words in names if len(words) == 2 and words[0] in ("FAILED", "ERROR")]

@@ -184,6 +184,28 @@ def test_red_tests_are_the_next_goes_first(benches, tmp_path):
     assert _all(goes, 2, _plan(goes, tmp_path, red=red))["red"].command[-2:] == red
 
 
+def test_red_tests_are_named_before_the_run_is_cut_off(benches, tmp_path):
+    goes, steps, _ = benches
+    text = "import os\ndef test_a():\n    assert 1 == 2\ndef test_b():\n    pass\ndef test_c():\n    os._exit(9)\n"
+    (tmp_path / "test_x.py").write_text(text)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "named",
+        "test_x.py",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(goes.ROOT / "benches")}
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ran.returncode == 9 and "assert 1 == 2" in ran.stdout
+    states = {"1 tests": steps.State("cut", tail=ran.stdout)}
+    assert goes.red_tests(states) == ("test_x.py::test_a",)
+
+
 # ------------------------------------------------------------------------------------------- steps
 
 

@@ -100,7 +100,8 @@ def test_moves_that_do_nothing_are_caught(case, kind, spoil, monkeypatch):
     work = kind(case, Arena("cpu", 1 << 16, 1 << 28))
     assert work.copies > 1
     honest = work.ours("reference")
-    assert work.check(honest).ok
+    prepared: list[int] = []
+    assert work.check(replace(honest, before=prepared.append)).ok and prepared == [0]
     monkeypatch.setattr(pw, spoil, lambda *args, **keywords: None)
     assert not work.check(work.ours("reference")).ok
 

@@ -85,9 +85,7 @@ class AttentionWork(Work):
 
     def check(self, contender: Contender) -> Verdict:
         """Rows of the first, the last and the longest request, against fp64; the rest must be finite."""
-        if contender.before is not None:
-            contender.before(0)
-        out = contender.call(0)
+        out = contender.once(0)
         if tuple(out.shape) != tuple(self.q.shape):
             return Verdict(
                 False, float("inf"), f"expected shape {tuple(self.q.shape)}, got {tuple(out.shape)}"

@@ -124,7 +124,7 @@ class AppendWork(Work):
         )  # fmt: skip
         expected = self._stored()
         self._poison()
-        contender.call(0)
+        contender.once(0)
         return _differing(self._stored(), expected)
 
 
@@ -193,13 +193,13 @@ class PackWork(Work):
             self._reference_pack(expected, self.slots[0])
             self.packed[0].buffer.fill_(0)  # padding in front of the scales stays equal
             self.packed[0].k.view(torch.uint8).fill_(0x55)
-            contender.call(0)
+            contender.once(0)
             return _differing([self.packed[0].buffer], [expected.buffer])
         self._poison()
         reference.unpack_kv(self.packed[0], *self._views(), [], [], self.slots[0])
         stored = self._stored()
         self._poison()
-        contender.call(0)
+        contender.once(0)
         return _differing(self._stored(), stored)
 
 
@@ -231,7 +231,7 @@ class MergeWork(Work):
         )
 
     def check(self, contender: Contender) -> Verdict:
-        got = contender.call(0).double()
+        got = contender.once(0).double()
         weights = torch.softmax(self.lses[0].double(), 0)[..., None]
         exact = (weights * self.outs[0].double()).sum(0)
         error = float((got - exact).norm() / exact.norm())

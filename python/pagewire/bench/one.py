@@ -81,13 +81,13 @@ def run(backend: str, case: Case, device: str, calls: int) -> float | None:
     limit = int(suite.MEMORY_SHARE * machine.free_bytes(device))
     work = suite._work(case, Arena(device, machine.cold_bytes(device), limit))
     contender = work.ours(backend)
-    _call(contender, 0)
+    contender.once(0)
     # copy 0 is warm; with one set of buffers there is no other
     copies = [(1 + at) % work.copies for at in range(calls)]
     if device == "cuda":
         return profiled(contender, copies)
     for copy in copies:
-        _call(contender, copy)
+        contender.once(copy)
     return None
 
 
@@ -99,17 +99,11 @@ def profiled(contender: Contender, copies: list[int]) -> float:
     torch.cuda.cudart().cudaProfilerStart()
     for copy, (first, last) in zip(copies, events, strict=True):
         first.record()
-        _call(contender, copy)
+        contender.once(copy)
         last.record()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStop()
     return statistics.median(first.elapsed_time(last) * 1e3 for first, last in events)
-
-
-def _call(contender: Contender, copy: int) -> None:
-    if contender.before is not None:
-        contender.before(copy)
-    contender.call(copy)
 
 
 def _say(text: str, code: int) -> int:
