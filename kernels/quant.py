@@ -96,7 +96,7 @@ def token_head_scale(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def quantise(x, scale, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
-    """fp32 `x / scale`, IEEE, to nearest even, saturated; NaN kept (int8: 0). scale: fp32, of x's shape."""
+    """fp32 `x / scale`, IEEE, to nearest even, saturated; NaN is 0x7F (int8: 0). scale: fp32, of x's shape."""
     y = tl.div_rn(x, scale)
     limit = _largest(FORMAT)
     clamped = tl.clamp(y, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
@@ -104,9 +104,8 @@ def quantise(x, scale, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
         clamped = tl.where(y == y, clamped, 0.0)
         return ((clamped + _ROUND_TO_INT) - _ROUND_TO_INT).to(tl.int8)
     else:
-        # a GPU's arithmetic forgets a NaN's sign: it is taken from the input
-        nan = (x.to(tl.uint32, bitcast=True) >> 24).to(tl.uint8) | 0x7F
-        return tl.where(y == y, _to_fp8(clamped, FORMAT, NATIVE), nan)
+        code = _to_fp8(clamped, FORMAT, NATIVE)
+        return code if NATIVE else tl.where(y == y, code, 0x7F).to(tl.uint8)
 
 
 @triton.jit

@@ -161,8 +161,8 @@ inline __m256i to_float8(F x) {
     const __m256i is_tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32((127 - kBias + 1) << 23), u);
     const __m256i is_nan = _mm256_cmpgt_epi32(u, _mm256_set1_epi32(0x7f800000));
     __m256i y = _mm256_blendv_epi8(normal, tiny, is_tiny);
-    y = _mm256_blendv_epi8(y, _mm256_set1_epi32(0x7f), is_nan);
-    return _mm256_or_si256(y, _mm256_srli_epi32(sign, 24));
+    y = _mm256_or_si256(y, _mm256_srli_epi32(sign, 24));
+    return _mm256_blendv_epi8(y, _mm256_set1_epi32(0x7f), is_nan);
 }
 inline void store(Float8E4M3* p, F x) { store_bytes(p, to_float8<3, 7>(x)); }
 inline void store(Float8E5M2* p, F x) { store_bytes(p, to_float8<2, 15>(x)); }

@@ -182,8 +182,8 @@ inline __m512i to_float8(F x) {
     const M is_tiny = _mm512_cmplt_epu32_mask(u, _mm512_set1_epi32((127 - kBias + 1) << 23));
     const M is_nan = _mm512_cmpgt_epu32_mask(u, _mm512_set1_epi32(0x7f800000));
     __m512i y = _mm512_mask_mov_epi32(normal, is_tiny, tiny);
-    y = _mm512_mask_mov_epi32(y, is_nan, _mm512_set1_epi32(0x7f));
-    return _mm512_or_si512(y, _mm512_srli_epi32(sign, 24));
+    y = _mm512_or_si512(y, _mm512_srli_epi32(sign, 24));
+    return _mm512_mask_mov_epi32(y, is_nan, _mm512_set1_epi32(0x7f));
 }
 inline void store(Float8E4M3* p, F x) { store_bytes(p, to_float8<3, 7>(x)); }
 inline void store(Float8E5M2* p, F x) { store_bytes(p, to_float8<2, 15>(x)); }

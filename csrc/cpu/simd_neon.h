@@ -117,8 +117,8 @@ inline uint32x4_t to_float8(F x) {
     const M is_tiny = vcltq_u32(u, vdupq_n_u32(uint32_t(127 - kBias + 1) << 23));
     const M is_nan = vcgtq_u32(u, vdupq_n_u32(0x7f800000));
     uint32x4_t y = vbslq_u32(is_tiny, tiny, normal);
-    y = vbslq_u32(is_nan, vdupq_n_u32(0x7f), y);
-    return vorrq_u32(y, vshrq_n_u32(sign, 24));
+    y = vorrq_u32(y, vshrq_n_u32(sign, 24));
+    return vbslq_u32(is_nan, vdupq_n_u32(0x7f), y);
 }
 inline void store(Float8E4M3* p, F x) { store_bytes(p, to_float8<3, 7>(x)); }
 inline void store(Float8E5M2* p, F x) { store_bytes(p, to_float8<2, 15>(x)); }

@@ -149,7 +149,7 @@ inline uint16_t float_to_half(float x) {
 template <int kMantissa, int kBias>
 inline uint8_t to_float8(float x) {
     const uint32_t sign = to_bits(x) >> 24 & 0x80, u = to_bits(x) & 0x7fffffff;
-    return uint8_t(sign | (u > 0x7f800000 ? 0x7f : round_to<kMantissa, kBias>(u)));
+    return u > 0x7f800000 ? uint8_t(0x7f) : uint8_t(sign | round_to<kMantissa, kBias>(u));
 }
 inline uint16_t to_bfloat16(float x) {
     const uint32_t u = to_bits(x);

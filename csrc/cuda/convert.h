@@ -34,12 +34,12 @@ PW_DEVICE void from_float(float x, Float16& y) {
     y.bits = static_cast<uint16_t>(pack_float16(x, 0.0f));
 }
 
-// Round to nearest even into an fp8 of kMantissa bits, saturating, NaN kept.
+// Round to nearest even into an fp8 of kMantissa bits, saturating; NaN is `nan`, without a sign.
 template <int kMantissa, int kBias>
 PW_DEVICE uint8_t encode_float8(float x, float largest, uint8_t nan) {
     const uint32_t bits = float_bits(x), sign = bits >> 24 & 0x80;
     uint32_t b = bits & 0x7fffffff;
-    if (b > 0x7f800000) return static_cast<uint8_t>(sign | nan);
+    if (b > 0x7f800000) return nan;
     if (b > float_bits(largest)) b = float_bits(largest);
     if (b < (uint32_t(128 - kBias) << 23)) {
         // below the smallest normal: the sum rounds at the step of the subnormals

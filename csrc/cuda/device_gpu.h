@@ -216,7 +216,7 @@ PW_DEVICE uint32_t float16_from_e4m3(uint32_t two) {
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(static_cast<uint16_t>(two)));
     return r;
 }
-// Two floats to two fp8 values, saturating, round to nearest even, NaN kept.
+// Two floats to two fp8 values, saturating, round to nearest even; NaN is 0x7f, without a sign.
 PW_DEVICE uint32_t pack_e4m3(float low, float high) {
     uint16_t r;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
