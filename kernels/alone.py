@@ -58,7 +58,7 @@ def attend_alone(
         at_kv_head(k_scale, kv_head) if spec.K_SCALE == "token" else None,
         at_kv_head(v_scale, kv_head) if spec.V_SCALE == "token" else None,
         at_request(table, index), keys, seq_len - q_len + tokens, windows,
-        logit_terms(logit, k_scale, alibi, index, kv_head, head, row_ok, alone), True, alone, 1,
+        logit_terms(logit, k_scale, alibi, index, kv_head, head, row_ok, alone), True, False, alone, 1,
     )  # fmt: skip
     acc *= value_factor(logit, v_scale, lift, index, kv_head, alone)
     return (acc, maximum, total), (place, row_start + tokens, head, row_ok)

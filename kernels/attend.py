@@ -98,7 +98,8 @@ def attend(
     position,  # int32 [BLOCK_M]: key index of each row's own token
     windows,  # (left, right)
     logit,  # (scale, softcap, slope_log2 [BLOCK_M])
-    MASKED: tl.constexpr,  # False: every row sees every key of every tile, and every page is in range
+    MASKED: tl.constexpr,  # False: every row sees every key of every tile
+    CLAMPED: tl.constexpr,  # not MASKED: a page out of range is read as the nearest and noticed; False: none is
     spec: tl.constexpr,
     STAGES: tl.constexpr = None,  # of the loop's pipeline; None: the kernel's
 ):
@@ -123,13 +124,21 @@ def attend(
     first_key, stop_key = keys
     window_left, window_right = windows
     scale_log2, softcap, slope_log2 = logit
-    if (
-        SCALE_LAST
-    ):  # a positive scale keeps the order: its sign goes to q; of 0, -inf would make NaN
+    # 8-bit values are one conversion away from fp16, two from bf16: q goes there, each row times a power of two
+    NARROW: tl.constexpr = spec.FORMAT != "float" and q.dtype == tl.bfloat16
+    if SCALE_LAST:  # a positive scale keeps the order: its sign goes to q
         q = from_float32(
             to_float32(q, "float", True) * tl.where(scale_log2 < 0, -1.0, 1.0), q.dtype
         )
-        scale_log2 = tl.maximum(tl.abs(scale_log2), 1e-30)
+        scale_log2 = tl.abs(scale_log2)
+    if NARROW:
+        q = to_float32(q, "float", True)
+        power = _fp16_power(q, 1)
+        q = (q * power[:, None]).to(tl.float16)
+        scale_log2 *= _inverse(power)
+    if SCALE_LAST:  # of a scale of 0, -inf would make NaN
+        scale_log2 = tl.maximum(scale_log2, 1e-37)
+    scale_of_rows = scale_log2[:, None] if NARROW else scale_log2
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
     k_ptrs = k_ptr + dim[None, :]
@@ -150,8 +159,12 @@ def attend(
             )
             # != 0: the interpreter broadcasts a scalar bool to integers
             taking_part = (tl.where(out_of_range, 0, taking_part.to(tl.int32))) != 0
+        elif CLAMPED:
+            inside = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+            bad_entry = tl.maximum(bad_entry, tl.where(inside != page, 0, -1))
+            page = inside
         page = page.to(tl.int64)
-        slot = (key % PAGE_SIZE).to(tl.int64)
+        slot = _slots(tile, key, spec).to(tl.int64)
 
         k_offset = page * k_stride_page + slot * k_stride_token
         k_tile = _load_rows(
@@ -164,7 +177,7 @@ def attend(
         if spec.K_SCALE == "token":
             qk *= _token_scale(k_scale, page, slot, taking_part, MASKED)[None, :]
         if not SCALE_LAST:
-            qk *= scale_log2
+            qk *= scale_of_rows
         if spec.SOFTCAP:
             # scale_log2 holds 2 log2(e) / softcap times the logit's scale
             qk = (softcap * LOG2_E) * _tanh_of_log2(qk)
@@ -185,7 +198,7 @@ def attend(
         # a row that has seen no key yet: exp2(-inf - 0), not exp2(-inf + inf)
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
         if SCALE_LAST:
-            p = tl.exp2(qk * scale_log2 - shift[:, None])
+            p = tl.exp2(qk * scale_of_rows - shift[:, None])
         else:
             p = tl.exp2(qk - shift[:, None])
         rescale = tl.exp2(maximum - shift)
@@ -198,7 +211,7 @@ def attend(
                 if tl.max((factor == 1.0).to(tl.int32), 0) > 0:
                     rows = v_ptrs + v_offset[:, None]
                     factor = _without_empty_rows(factor, rows, taking_part, dim_v, MASKED, spec)
-                new_lift = tl.minimum(lift, _lift_of(factor))
+                new_lift = tl.minimum(lift, _fp16_power(factor, 0))
                 rescale *= new_lift * _inverse(lift)
                 lift = new_lift
                 factor *= lift
@@ -228,10 +241,10 @@ _MOST_LIFT = tl.constexpr(2.0**115)
 
 
 @triton.jit
-def _lift_of(factor):
-    """factor: fp32 [BLOCK_N] -> 2^n with the largest finite |factor| times it in [2^14, 2^15)."""
-    size = tl.abs(factor)
-    largest = tl.max(tl.where(size < float("inf"), size, 0.0), 0)
+def _fp16_power(x, AXIS: tl.constexpr):
+    """2^n with the largest finite |x| along AXIS times it in [2^14, 2^15); 2^31 times less keeps its digits."""
+    size = tl.abs(x)
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0), AXIS)
     exponent = largest.to(tl.int32, bitcast=True) >> 23
     # biased: 127 + 14 - (exponent - 127); at most 2^115, whose inverse is a normal number too
     return (tl.minimum(268 - exponent, 242) << 23).to(tl.float32, bitcast=True)
@@ -240,8 +253,11 @@ def _lift_of(factor):
 @triton.jit
 def _without_empty_rows(factor, ptrs, taking_part, dim, MASKED: tl.constexpr, spec: tl.constexpr):
     """factor with 0 for rows of zeros: these have scale 1, which need not be near the others'."""
-    rows = _load_rows(ptrs, taking_part, dim, spec.HEAD_DIM_V, MASKED, spec.EVICT)
-    some = tl.max((to_float32(rows, spec.FORMAT, spec.NATIVE_E4M3) != 0).to(tl.int32), 1) > 0
+    # named: Triton 3.6 passes no string on that is read from a tuple in the call
+    EVICT: tl.constexpr = spec.EVICT
+    FORMAT: tl.constexpr = spec.FORMAT
+    rows = _load_rows(ptrs, taking_part, dim, spec.HEAD_DIM_V, MASKED, EVICT)
+    some = tl.max((to_float32(rows, FORMAT, spec.NATIVE_E4M3) != 0).to(tl.int32), 1) > 0
     return tl.where((factor == 1.0) & (some == 0), 0.0, factor)
 
 
@@ -263,7 +279,26 @@ def _load_pages(table_ptr, tile, stop_tile, keys, MASKED: tl.constexpr, spec: tl
         needed = key < stop_key
         if MASKED:
             needed &= key >= first_key
-        return tl.load(table_ptr + key // spec.PAGE_SIZE, mask=needed, other=0)
+        entry = key // spec.PAGE_SIZE
+        if BLOCK_N % spec.PAGE_SIZE == 0:
+            # no signed division; and: of an index that only counts, LLVM makes a pointer that counts, and ptxas then
+            # runs wgmma one by one (C7515)
+            PAGES: tl.constexpr = BLOCK_N // spec.PAGE_SIZE
+            entry = (tile * PAGES + tl.arange(0, BLOCK_N) // spec.PAGE_SIZE) & 0x3FFFFFFF
+        return tl.load(table_ptr + entry, mask=needed, other=0)
+
+
+@triton.jit
+def _slots(tile, key, spec: tl.constexpr):
+    """Of a tile's keys in their pages, [BLOCK_N]: from constants, where tiles and pages divide each other."""
+    BLOCK_N: tl.constexpr = spec.BLOCK_N
+    if BLOCK_N % spec.PAGE_SIZE == 0:
+        return tl.arange(0, BLOCK_N) % spec.PAGE_SIZE
+    elif spec.PAGE_SIZE % BLOCK_N == 0:
+        TILES: tl.constexpr = spec.PAGE_SIZE // BLOCK_N
+        return (tile % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        return key % spec.PAGE_SIZE
 
 
 @triton.jit

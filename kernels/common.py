@@ -62,7 +62,8 @@ def to_operand(stored, DTYPE: tl.constexpr, spec: tl.constexpr):
     if spec.FORMAT == "float":
         return stored
     elif INTERPRETED:
-        return from_float32(to_float32(stored, spec.FORMAT, False), DTYPE)
+        FORMAT: tl.constexpr = spec.FORMAT
+        return from_float32(to_float32(stored, FORMAT, False), DTYPE)
     elif spec.FORMAT == "int8":
         return stored.to(DTYPE)
     elif spec.FORMAT == "e5m2":

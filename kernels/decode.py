@@ -30,7 +30,14 @@ from pagewire.kernels.attend import (
 from pagewire.kernels.common import finish, load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Launch, run
-from pagewire.kernels.spans import MAX_SPLITS, load_row_stop, load_seq_lens, split_units, tile_keys
+from pagewire.kernels.spans import (
+    MAX_SPLITS,
+    inner_keys,
+    load_row_stop,
+    load_seq_lens,
+    split_units,
+    tile_keys,
+)
 from pagewire.kernels.work import count_units, find_unit, row_tiles
 
 _PAGE = tl.constexpr((codes.DECODE_PAGE, codes.PREFILL_PAGE))  # [RAGGED]
@@ -131,9 +138,26 @@ def _decode_kernel(
             terms = logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec)
             here = at_request(table, request)
             position = seq_len - q_len + token
+            inner_key, stop_inner_key = inner_keys(
+                keys[0], keys[1], tokens[0], tokens[1], q_len, seq_len, windows, spec
+            )
+            stop_inner_key = tl.where(num_pages > 0, stop_inner_key, inner_key)
+            state = empty_state(spec)
+            if spec.LEFT:
+                state = attend(
+                    state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (keys[0], inner_key),
+                    position, windows, terms, True, False, spec,
+                )  # fmt: skip
+            acc, maximum, total, lift, bad_entry = attend(
+                state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (inner_key, stop_inner_key),
+                position, windows, terms, False, True, spec,
+            )  # fmt: skip
+            if tl.max(bad_entry) >= 0:  # a page does not exist: all over again, each page looked at
+                acc, maximum, total, lift, bad_entry = empty_state(spec)
+                stop_inner_key = keys[0]
             state = attend(
-                empty_state(spec), q_rows, k_here, v_here, k_scale_here, v_scale_here, here, keys,
-                position, windows, terms, True, spec,
+                (acc, maximum, total, lift, bad_entry), q_rows, k_here, v_here, k_scale_here, v_scale_here, here,
+                (stop_inner_key, keys[1]), position, windows, terms, True, False, spec,
             )  # fmt: skip
             acc, maximum, total, lift, bad_entry = state
             record_error(error_word, _PAGE[spec.RAGGED], request, bad_entry, bad_entry >= 0)

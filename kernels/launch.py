@@ -117,7 +117,8 @@ def attention_spec(
         LSE=lse is not None,
         K_SCALE=_scale_kind(m.k_scale),
         V_SCALE=_scale_kind(m.v_scale),
-        LIFTS=_scale_kind(m.v_scale) == "token" and q.dtype == torch.float16,
+        LIFTS=_scale_kind(m.v_scale) == "token"
+        and (q.dtype == torch.float16 or q.dtype == torch.bfloat16 and stored != "float"),
         EVICT="evict_first" if read_once else "",
         SPLIT=m.split_size is not None,
     )

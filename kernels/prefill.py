@@ -168,15 +168,15 @@ def _prefill_kernel(
         if spec.LEFT:
             state = attend(
                 state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (first_key, inner_key),
-                position, windows, terms, True, spec,
+                position, windows, terms, True, False, spec,
             )  # fmt: skip
         state = attend(
             state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (inner_key, stop_inner_key),
-            position, windows, terms, False, spec,
+            position, windows, terms, False, False, spec,
         )  # fmt: skip
         state = attend(
             state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (stop_inner_key, stop_key),
-            position, windows, terms, True, spec,
+            position, windows, terms, True, False, spec,
         )  # fmt: skip
         acc, maximum, total, lift, bad_entry = state
         record_error(error_word, _PAGE, request, bad_entry, bad_entry >= 0)

@@ -2,8 +2,8 @@
 
 Nothing here knows the batch or a length, so a request is computed the same way in whatever company.
 
-No row has been measured on a GPU yet. Until one is, a row's reason is static: the tile compiles without
-register spills for every dtype and modifier (tests/kernels/test_attention_compile.py),
+A row that was measured names the run. The reason of the others is static: the tile compiles without
+register spills that count for every dtype and modifier (tests/kernels/test_attention_compile.py),
 `programs_per_processor` programs fit a processor's registers and shared memory at once, and decode keeps
 at least 32 KiB of KV in flight per processor.
 """
@@ -129,14 +129,22 @@ DECODE |= {k._replace(arch=80): c for k, c in DECODE.items()}
 DECODE |= {  # e4m3 is decoded from its bits there: a fourth stage spills 8 bytes
     Key(80, "16x8", 256, rows): KernelConfig(32, 32, 8, 3) for rows in (32, 64)
 }
+DECODE |= {  # measured on an H200, benches/results/h200-2026-11-26
+    Key(90, "16x8", 64, 16): KernelConfig(16, 128, 4, 4, 2),  # 1.07x of 64 keys
+    Key(90, "16x8", 128, 16): KernelConfig(16, 128, 4, 3, 2),  # 1.20x of 32 keys in 6 stages
+}
 
 PREFILL = {
     # 128 rows: two warpgroups of wgmma, 64 accumulator registers a thread at 128 dims
     Key(90, "16", 64): KernelConfig(128, 64, 8, 3),
     Key(90, "16", 128): KernelConfig(128, 64, 8, 3),
-    Key(90, "16", 256): KernelConfig(64, 32, 8, 3),  # 128 rows spill
+    Key(90, "16", 256): KernelConfig(
+        128, 32, 8, 3
+    ),  # 1.88x of 64 rows (H200, benches/results/h200-2026-11-26)
     Key(90, "16x8", 64): KernelConfig(128, 64, 8, 3),
-    Key(90, "16x8", 128): KernelConfig(128, 32, 8, 3),
+    Key(90, "16x8", 128): KernelConfig(
+        128, 64, 8, 3
+    ),  # 1.18x of 32 keys (H200); 128 keys in 2 stages 1.21x
     Key(90, "16x8", 256): KernelConfig(64, 16, 8, 3),
     # mma.sync: every warp reads the whole K tile into registers, so that tiles are narrower
     Key(80, "16", 64): KernelConfig(128, 64, 8, 3),

@@ -118,7 +118,7 @@ def facts(case: Case, planned: launch.Launch) -> dict:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = dump("--dump-resource-usage")
-        spills = spills_of_tile_loops(dump("-sass")) if "STACK:0" not in usage else 0.0
+        sass = dump("-sass")
     used = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
     copies = re.findall(
@@ -129,13 +129,14 @@ def facts(case: Case, planned: launch.Launch) -> dict:
         "arch": case.arch,
         "kernel": planned.kernel.__name__,
         **used,
-        "spills": spills,
+        "spills": spills_of_tile_loops(sass) if "STACK:0" not in usage else 0.0,
         "shared": kernel.metadata.shared,
         "num_warps": planned.options["num_warps"],
         "programs_per_processor": planned.grid[0] * planned.grid[1] / 132,
         "copies": sorted({int(n, 0) for n in copies}),
         "evict_first": len(re.findall(r"cp\.async\.c[^;]*cache_hint", ptx)),
         "wgmma": "wgmma" in ptx,
+        "serialised": sass.count("WARPGROUP.ARRIVE") * 2 > sass.count("HGMMA") > 0,
     }
 
 
@@ -167,6 +168,7 @@ QUICK = [
     )
 ]
 QUICK += [Case(90, "decode", modified=True), Case(80, "decode", fp32, fp32)]
+QUICK += [Case(90, "prefill", page_size=page_size) for page_size in (1, 64)]
 QUICK += [Case(90, "decode", head_dim=256, rows=64)]  # two tiles read the same K and V
 
 

@@ -92,6 +92,7 @@ def test_merge_in_place_and_nothing_else(backend, device):
     buffer = torch.randn(6, 3, 24, generator=g).to(device)
     outs, lses = (torch.randn(2, 5, 3, *w, generator=g).to(device) for w in ((24,), ()))
     expected = pw.merge_state(outs[0], lses[0], outs[1], lses[1], backend=backend)
+    of_many = pw.merge_states(outs, lses, backend=backend)
     for i in (0, 1):
         for j in (0, 1):
             a, s = outs.clone(), lses.clone()
@@ -99,7 +100,7 @@ def test_merge_in_place_and_nothing_else(backend, device):
             assert torch.equal(a[i], expected[0]) and torch.equal(s[j], expected[1])
             a, s = outs.clone(), lses.clone()
             pw.merge_states(a, s, out=a[i], lse=s[j], backend=backend)
-            assert torch.equal(a[i], expected[0]) and torch.equal(s[j], expected[1])
+            assert torch.equal(a[i], of_many[0]) and torch.equal(s[j], of_many[1])
     with pytest.raises(ValueError, match="out: .* overlaps out_a"):
         pw.merge_state(buffer[:5], lses[0], outs[1], lses[1], out=buffer[1:], backend=backend)
     flat = outs.flatten()

@@ -57,8 +57,8 @@ def test_row_bounds(most, backend, device):
     call = cases.build(SHAPES["causal"], device, backend=backend)
     for a, b in zip(
         call.run(backend, max_q_len=most), call.run(backend, max_q_len=12), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    ):  # of another kernel, with other tiles
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("most", HUGE)
