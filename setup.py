@@ -16,10 +16,7 @@ SANITIZE = os.environ.get("PAGEWIRE_SANITIZE", "")  # e.g. address,undefined
 SOURCES = sorted(["csrc/bindings/cpu.cpp", *glob("csrc/cpu/*.cpp")])
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 FLAGS = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-FLAGS += [
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
-]  # GCC's own AVX-512 headers, when inlined
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own AVX-512 headers, when inlined
 MISSING = "_cpu_missing.txt"  # next to the extension: why it was not built
 CUDA_MISSING = "_cuda_missing.txt"
 CUDA_SOURCES = sorted(["csrc/bindings/cuda.cpp", *glob("csrc/cuda/*.cu")])
@@ -53,9 +50,7 @@ class BuildExtension(build_ext):
             if os.environ.get("PAGEWIRE_REQUIRE_CPU") == "1" or SANITIZE:
                 raise
             reason = why(error)
-            print(
-                f"pagewire: the CPU extension was not built ({reason}); the rest installs without it"
-            )
+            print(f"pagewire: the CPU extension was not built ({reason}); the rest installs without it")
             reason_file.parent.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(reason + "\n")
 
@@ -79,9 +74,7 @@ class BuildExtension(build_ext):
         except recipe.CannotBuild as error:
             if os.environ.get("PAGEWIRE_REQUIRE_CUDA") == "1":
                 raise
-            print(
-                f"pagewire: the CUDA extension was not built ({error}); the rest installs without it"
-            )
+            print(f"pagewire: the CUDA extension was not built ({error}); the rest installs without it")
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(f"{error}\n")
 
@@ -94,9 +87,7 @@ class BuildExtension(build_ext):
 
     def copy_extensions_to_source(self) -> None:  # editable and in-place builds
         everything, built = self.extensions, Path(self.build_lib)
-        self.extensions = [
-            e for e in everything if (built / self.get_ext_filename(e.name)).exists()
-        ]
+        self.extensions = [e for e in everything if (built / self.get_ext_filename(e.name)).exists()]
         super().copy_extensions_to_source()
         self.extensions = everything
         note = Path(self.get_ext_fullpath("pagewire._cuda")).with_name(CUDA_MISSING)
@@ -117,9 +108,7 @@ class BuildExtension(build_ext):
 
 
 def extension() -> Extension:
-    sanitize = (
-        [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"] if SANITIZE else []
-    )
+    sanitize = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"] if SANITIZE else []
     return Extension(
         "pagewire._cpu",
         SOURCES,

@@ -36,21 +36,13 @@ def main() -> int:
                 shutil.copyfile(options.resume / name, out / name)
     states = load(out)
     plan = goes.Plan(
-        out,
-        options.scratch,
-        options.peers,
-        options.objects,
-        options.dry_run,
-        goes.red_tests(states),
-        _cores(),
+        out, options.scratch, options.peers, options.objects, options.dry_run, goes.red_tests(states), _cores()
     )
     groups = goes.steps(options.go, plan)
     log = Log(out / "campaign.log")
     runner = Runner(goes.ROOT, _environment(options, plan), log, time.monotonic() + options.seconds)
 
-    signal.signal(
-        signal.SIGTERM, lambda *_: runner.abort()
-    )  # the machine is taken back: say what was done
+    signal.signal(signal.SIGTERM, lambda *_: runner.abort())  # the machine is taken back: say what was done
 
     def ended(step: Step, state: State) -> None:
         states[f"{options.go} {step.name}"] = state
@@ -76,14 +68,10 @@ def main() -> int:
             runner.side_by_side(todo, ended)
     finally:
         log.close()
-    mine = {
-        name.split(" ", 1)[1]: s for name, s in states.items() if name.startswith(f"{options.go} ")
-    }
+    mine = {name.split(" ", 1)[1]: s for name, s in states.items() if name.startswith(f"{options.go} ")}
     wrong = [name for name, state in mine.items() if state.status == "failed"]
     cut = [name for name, state in mine.items() if state.status == "cut"]
-    print(
-        f"go {options.go}, {out}: failed {wrong or 'nothing'}, to be continued {cut or 'nothing'}"
-    )
+    print(f"go {options.go}, {out}: failed {wrong or 'nothing'}, to be continued {cut or 'nothing'}")
     return 1 if wrong else 0
 
 
@@ -92,37 +80,20 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     names = {"type": lambda text: text.split(","), "default": []}
     add("--go", type=int, choices=sorted(goes.SECONDS), required=True, help="which of the three")
-    add(
-        "--out", type=Path, required=True, help=f"folder for everything: at most {len(FILES)} files"
-    )
+    add("--out", type=Path, required=True, help=f"folder for everything: at most {len(FILES)} files")
     add("--resume", type=Path, help="an earlier go's folder, if it is not --out itself")
     add("--seconds", type=float, help=f"of this go; default {goes.SECONDS}")
     add("--peers", type=Path, help="bundle of peers to unpack (benches/README.md)")
     add("--objects", type=Path, help="kernels compiled before, by csrc/build_cuda.py --save")
-    add(
-        "--scratch",
-        type=Path,
-        default=Path("/tmp/pagewire-campaign"),
-        help="unpacked peers, Triton's cache",
-    )
+    add("--scratch", type=Path, default=Path("/tmp/pagewire-campaign"), help="unpacked peers, Triton's cache")
     add("--steps", **names, help="only these steps")
     add("--again", **names, help="repeat these finished steps")
     add("--commit", default="", help="what the CSV says where there is no git")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="every step at its smallest, on a CPU; nothing is built",
-    )
+    add("--dry-run", action="store_true", help="every step at its smallest, on a CPU; nothing is built")
     options = parser.parse_args()
     longer = goes.DRY if options.dry_run else 1
     options.seconds = options.seconds or longer * goes.SECONDS[options.go]
-    for name in (
-        "out",
-        "resume",
-        "peers",
-        "objects",
-        "scratch",
-    ):  # the steps run in the source tree
+    for name in ("out", "resume", "peers", "objects", "scratch"):  # the steps run in the source tree
         given = getattr(options, name)
         setattr(options, name, given.resolve() if given is not None else None)
     return options

@@ -35,13 +35,7 @@ PROFILED = {  # step -> backend, case: what each kernel is up against, from its 
     "ncu-prefill": ("triton", "prefill q8k H32/8 D128 P16 bf16"),
     "ncu-pack": ("cuda", "pack 2kt L32 H8>1 D128 P16 NHD bf16"),
 }
-_SECTIONS = (
-    "SpeedOfLight",
-    "MemoryWorkloadAnalysis",
-    "Occupancy",
-    "WarpStateStats",
-    "InstructionStats",
-)
+_SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "InstructionStats")
 
 
 @dataclass(frozen=True)
@@ -138,19 +132,7 @@ def _tests(plan: Plan) -> Step:
 def _pytest(plan: Plan) -> tuple[str, ...]:
     workers = ("-n", str(plan.cores), "--dist", "load") if has("xdist") and not plan.dry else ()
     # named: what is red is the next go's, even if this one is cut off
-    return (
-        plan.python,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "not slow",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "named",
-        *workers,
-    )
+    return (plan.python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "named", *workers)
 
 
 def _red(plan: Plan) -> Step:
@@ -165,9 +147,7 @@ def _profiles(plan: Plan) -> list[Step]:
     flags = ("--profile-from-start", "off", "--clock-control", "none", "--launch-count", "2")
     sections = tuple(word for name in _SECTIONS for word in ("--section", name))
     profiler = (ncu or "ncu", *flags, *sections, plan.python, "-m", "pagewire.bench.one")
-    return [
-        Step(name, (*profiler, *what), 10, missing, tail=150) for name, what in PROFILED.items()
-    ]
+    return [Step(name, (*profiler, *what), 10, missing, tail=150) for name, what in PROFILED.items()]
 
 
 def _tune(plan: Plan) -> Step:
@@ -179,22 +159,13 @@ def _racecheck(plan: Plan) -> Step:
     tool = shutil.which("compute-sanitizer")
     missing = plan.no_gpu or (None if tool else "compute-sanitizer is not on the PATH")
     smallest = (*_bench(plan), "--suite", "smoke", "--peers", "none", "--minutes", "0.6")
-    command = (
-        tool or "compute-sanitizer",
-        "--tool",
-        "racecheck",
-        "--error-exitcode",
-        "9",
-        *smallest,
-    )
+    command = (tool or "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *smallest)
     return Step("racecheck", command, 40, missing, tail=30)
 
 
 def _plot(go: int, plan: Plan) -> Step:
     files = [str(plan.out / f"quick-{n}.csv") for n in range(1, go + 1)]
-    missing = (
-        None if has("matplotlib") else "matplotlib is not installed (pip install 'pagewire[bench]')"
-    )
+    missing = None if has("matplotlib") else "matplotlib is not installed (pip install 'pagewire[bench]')"
     command = (plan.python, "benches/plot.py", *files, "--out", str(plan.out))
     return Step("plot", command, 20, missing, always=True)
 
@@ -216,20 +187,14 @@ def _no_pytest() -> str | None:
 
 
 def _no_triton() -> str | None:
-    return (
-        None
-        if has("triton")
-        else "triton is not installed: nothing is compiled ahead, and nothing of it runs"
-    )
+    return None if has("triton") else "triton is not installed: nothing is compiled ahead, and nothing of it runs"
 
 
 def _no_build(plan: Plan) -> str | None:
     if plan.no_gpu:
         return f"nothing is built: {plan.no_gpu}"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    if not (
-        os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    ):
+    if not (os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")):
         return "no nvcc on the PATH or in CUDA_HOME: the cuda backend is left out"
     return None if has("pybind11") else "pybind11 is not installed: the cuda backend is left out"
 

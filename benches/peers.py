@@ -26,11 +26,7 @@ def unpack(bundle: Path, site: Path) -> list[str]:
         raise NotADirectoryError(f"--peers: {bundle} is not a folder")
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
-    how: dict[str, Callable[[Path, Path], None]] = {
-        ".tar.xz": _tar,
-        ".whl": _wheel,
-        ".so.xz": _library,
-    }
+    how: dict[str, Callable[[Path, Path], None]] = {".tar.xz": _tar, ".whl": _wheel, ".so.xz": _library}
     found = [(path, act) for end, act in how.items() for path in sorted(bundle.glob(f"*{end}"))]
     with ThreadPoolExecutor() as pool:  # lzma lets the GIL go
         started = [(path, pool.submit(act, path, site)) for path, act in found]

@@ -115,9 +115,7 @@ def ratios(rows: Sequence[Row], title: str, path: Path) -> None:
         if np.isfinite(value):
             strong = abs(np.log2(value)) > 1.4
             text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
-            axes.text(
-                x, y, text, ha="center", va="center", fontsize=6, color="w" if strong else "k"
-            )
+            axes.text(x, y, text, ha="center", va="center", fontsize=6, color="w" if strong else "k")
     axes.set_xlabel(f"time of the peer over the fastest of ours\n{title}", fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

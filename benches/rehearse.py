@@ -58,19 +58,11 @@ class Line:
         )
 
 
-_HEAD = (
-    f"{'step':<14} {'launches':>8} {'compilations':>12} {'host µs':>8} {'s here':>8} {'s there':>8} "
-    f"{'limit s':>8}"
-)
+_HEAD = f"{'step':<14} {'launches':>8} {'compilations':>12} {'host µs':>8} {'s here':>8} {'s there':>8} {'limit s':>8}"
 
 
 def rehearse(
-    steps: Sequence[str],
-    jobs: int,
-    cores: int,
-    candidates: int,
-    only: str = "",
-    bundle: Path | None = None,
+    steps: Sequence[str], jobs: int, cores: int, candidates: int, only: str = "", bundle: Path | None = None
 ) -> int:
     """How many things are wrong: compilations that a timed step waits for, calls that fail. Prints as it goes.
 
@@ -104,9 +96,7 @@ _AHEAD = ("-m", "pagewire.bench.ahead")
 class Rehearsal:
     """The lines as they are found, and what is wrong."""
 
-    def __init__(
-        self, environment: dict[str, str], jobs: int, cores: int, chosen: list[str]
-    ) -> None:
+    def __init__(self, environment: dict[str, str], jobs: int, cores: int, chosen: list[str]) -> None:
         self.environment, self.jobs, self.cores, self.chosen = environment, jobs, cores, chosen
         self.wrong = 0
         self.there: dict[str, float] = {}  # step of the campaign -> seconds
@@ -119,9 +109,7 @@ class Rehearsal:
         there = max(told["cpu_seconds"] / self.cores, told["longest"])
         self.there["ahead"] = self.there.get("ahead", 0.0) + there
         name = f"ahead {step}"
-        self._print(
-            name, told["launches"], told["compilations"], None, told["wall_seconds"], there, _AHEAD_LIMIT
-        )  # fmt: skip
+        self._print(name, told["launches"], told["compilations"], None, told["wall_seconds"], there, _AHEAD_LIMIT)
         for of, why in told["failed"].items():
             print(f"    not compiled: {of}: {why}", flush=True)
             self.wrong += step != "tune"  # a candidate may be too much for the compiler
@@ -131,9 +119,7 @@ class Rehearsal:
         there = self.there[_NAMES.get(step, step)] = told["cpu_seconds"] + told["timing_seconds"]
         waited = told["kernels"] + [f"{told['files']} C files"] * bool(told["files"])
         count = len(told["kernels"]) + told["files"]
-        self._print(
-            step, told["launches"], count, told["host_us"], told["seconds"], there, _limit(step)
-        )
+        self._print(step, told["launches"], count, told["host_us"], told["seconds"], there, _limit(step))
         for text in waited:
             print(f"    waited for {text}", flush=True)
         for text in told["failed"]:
@@ -193,19 +179,13 @@ def _environment(folder: Path) -> dict[str, str]:
     """An empty cache, the stand-in's libcuda and no interpreter."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PAGEWIRE_"))}
     path = os.pathsep.join(p for p in (str(ROOT / "python"), os.environ.get("PYTHONPATH", "")) if p)
-    added = {
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": path,
-        "PYTHONWARNINGS": "ignore",
-    }
+    added = {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     return {**kept, **added, **standin.environment(folder)}
 
 
 def _json(command: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
     """The last line a Python process prints; its exit status may say that something in there failed."""
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines()
     if not lines:
         raise SystemExit(f"rehearse: {' '.join(command)} ended with {done.returncode}")

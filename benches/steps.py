@@ -82,9 +82,7 @@ class Runner:
         for process in list(self._live):
             _signal(process, signal.SIGTERM)
 
-    def side_by_side(
-        self, steps: Sequence[Step], ended: Callable[[Step, State], None]
-    ) -> dict[str, State]:
+    def side_by_side(self, steps: Sequence[Step], ended: Callable[[Step, State], None]) -> dict[str, State]:
         """All at once; `ended` is told of each as it ends, of one at a time."""
         states: dict[str, State] = {}
         telling = threading.Lock()

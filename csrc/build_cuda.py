@@ -28,13 +28,7 @@ MANIFEST = "objects.json"  # of a folder of compiled kernels: what they were com
 # sm_80 code runs on every 8.x, sm_90a on Hopper, the PTX of sm_90 on what comes after
 EVERYWHERE = ("80", "90a", "90+PTX")
 # without NDEBUG or fast-math: division and square root stay IEEE, which quantising relies on
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-O2",
-    "-Xptxas=-v",
-)
+FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-O2", "-Xptxas=-v")
 
 
 class CannotBuild(RuntimeError):
@@ -50,9 +44,7 @@ def find_nvcc() -> str:
     if os.environ.get("PAGEWIRE_CUDA") == "0":
         raise CannotBuild("PAGEWIRE_CUDA=0 at build time")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = (
-        os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    )
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if nvcc is None:
         raise CannotBuild("no nvcc on PATH or in CUDA_HOME at build time")
     if nvcc_release(nvcc) < OLDEST:
@@ -126,9 +118,7 @@ def given_objects(nvcc: str) -> Path | None:
     wrong = [name for name, value in manifest(nvcc).items() if found.get(name) != value]
     wrong += [o.name for o in (object_of(k, folder) for k in KERNELS) if not o.exists()]
     if wrong:
-        print(
-            f"pagewire: {folder} is not used: {', '.join(wrong)} differ from this build", flush=True
-        )
+        print(f"pagewire: {folder} is not used: {', '.join(wrong)} differ from this build", flush=True)
         return None
     return folder
 
@@ -205,9 +195,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("build_cuda", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", help="as PAGEWIRE_CUDA_ARCH: 80,90a,90+PTX or native")
     parser.add_argument("--objects", help="as PAGEWIRE_CUDA_OBJECTS: kernels compiled with --save")
-    parser.add_argument(
-        "--save", type=Path, metavar="DIR", help="compile the kernels into DIR, link nothing"
-    )
+    parser.add_argument("--save", type=Path, metavar="DIR", help="compile the kernels into DIR, link nothing")
     options = parser.parse_args(argv)
     for name, value in (("ARCH", options.arch), ("OBJECTS", options.objects)):
         if value:
@@ -221,9 +209,7 @@ def main(argv: Sequence[str]) -> int:
         except ImportError as error:
             raise CannotBuild("no pybind11 at build time (pip install pybind11)") from error
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-        target = (
-            CSRC.parent / "python" / "pagewire" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-        )
+        target = CSRC.parent / "python" / "pagewire" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
         build(CSRC.parent / "build" / f"cuda-{'-'.join(architectures())}", includes, target)
         target.with_name("_cuda_missing.txt").unlink(missing_ok=True)
     except CannotBuild as error:

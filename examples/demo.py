@@ -75,17 +75,7 @@ class Run:
 def server(records: Path, *options: str) -> Iterator[int]:
     """The port of a server that answers. Stopped at the end."""
     with tempfile.TemporaryFile("w+") as log:
-        command = [
-            sys.executable,
-            "-m",
-            "pagewire",
-            "serve",
-            "--port",
-            "0",
-            "--record-dir",
-            str(records),
-            *options,
-        ]
+        command = [sys.executable, "-m", "pagewire", "serve", "--port", "0", "--record-dir", str(records), *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None
@@ -101,9 +91,7 @@ def server(records: Path, *options: str) -> Iterator[int]:
                 log.seek(0)
                 words = log.read().strip().splitlines() or ["it said nothing"]
                 raise DemoError(f"the server did not start: {words[-1]}")
-            print(
-                f"\n{line.strip().removeprefix('pagewire: ')} (ready after {time.monotonic() - start:.1f} s)\n"
-            )
+            print(f"\n{line.strip().removeprefix('pagewire: ')} (ready after {time.monotonic() - start:.1f} s)\n")
             yield int(found[1])
             process.terminate()
             if process.wait(20) != 0:
@@ -139,9 +127,7 @@ def ask(port: int, answer: Answer) -> None:
     try:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         answer.start = time.monotonic()
-        connection.request(
-            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != 200:
             raise DemoError(f"the server answered {response.status}: {response.read().decode()}")
@@ -185,15 +171,11 @@ def run(port: int, records: Path, show: bool) -> Run:
     while True:  # the model processes report a moment after the last token
         found = json.loads(get(port, "/debug/requests")[1])["requests"]
         requests = {request["request_id"]: request for request in found}
-        ended = [
-            r for r in requests.values() if any(event["name"] == "decode" for event in r["events"])
-        ]
+        ended = [r for r in requests.values() if any(event["name"] == "decode" for event in r["events"])]
         if len(ended) == len(answers):
             return Run(answers, requests, records)
         if time.monotonic() > deadline:
-            raise DemoError(
-                f"expected {len(answers)} requests with a decode event, got {len(ended)}"
-            )
+            raise DemoError(f"expected {len(answers)} requests with a decode event, got {len(ended)}")
         time.sleep(0.05)
 
 
@@ -202,22 +184,10 @@ def percentile_ms(seconds: list[float], percent: float) -> str:
 
 
 def table(title: str, this: Run) -> None:
-    head = (
-        "request",
-        "prompt",
-        "output",
-        "TTFT ms",
-        "ITL p50",
-        "ITL p99",
-        "KV bytes",
-        "transfer ms",
-        "exposed ms",
-    )
+    head = ("request", "prompt", "output", "TTFT ms", "ITL p50", "ITL p99", "KV bytes", "transfer ms", "exposed ms")
     rows = []
     for answer in this.answers:
-        gaps = [
-            after - before for before, after in zip(answer.times, answer.times[1:], strict=False)
-        ]
+        gaps = [after - before for before, after in zip(answer.times, answer.times[1:], strict=False)]
         total, exposed = this.event(answer, "transfer_total"), this.event(answer, "exposed")
         name = answer.question if len(answer.question) <= 30 else answer.question[:27] + "..."
         rows.append((
@@ -241,9 +211,7 @@ def check_kv(two: Run) -> str:
     for answer in two.answers:
         verify, total = two.event(answer, "kv_verify"), two.event(answer, "transfer_total")
         if not verify or not total:
-            raise DemoError(
-                f"{answer.question[:40]!r}: expected a kv_verify and a transfer_total event, got none"
-            )
+            raise DemoError(f"{answer.question[:40]!r}: expected a kv_verify and a transfer_total event, got none")
         p, d = verify["args"]["p_sha256"], verify["args"]["d_sha256"]
         if p != d:
             raise DemoError(f"{answer.question[:40]!r}: D's KV has SHA-256 {d}, P's {p}")
@@ -253,9 +221,7 @@ def check_kv(two: Run) -> str:
 
 def logits_of(this: Run, answer: Answer) -> np.ndarray:
     """[num_steps, vocab_size] fp32; row i is what output token i was drawn from."""
-    files = [
-        this.records / f"{answer.request_id}.{phase}.safetensors" for phase in ("prefill", "decode")
-    ]
+    files = [this.records / f"{answer.request_id}.{phase}.safetensors" for phase in ("prefill", "decode")]
     if missing := [file.name for file in files if not file.exists()]:
         raise DemoError(f"expected recorded logits, got no {missing[0]}")
     return np.concatenate([load_file(file)["logits"] for file in files])
@@ -278,9 +244,7 @@ def check_logits(two: Run, one: Run) -> str:
                 break  # from here on the two runs may go on with different tokens
         else:
             if len(ours) != len(theirs):
-                raise DemoError(
-                    f"{a.question[:40]!r}: the two runs took {len(ours)} and {len(theirs)} steps"
-                )
+                raise DemoError(f"{a.question[:40]!r}: the two runs took {len(ours)} and {len(theirs)} steps")
     cut = f", {ties} requests up to a near-tie" if ties else ""
     return (f"Logits: two processes and one agree in {num_rows} steps{cut}: "
             f"largest difference {worst:.2g}, tolerance {LOGIT_TOLERANCE:g}")  # fmt: skip
@@ -312,9 +276,7 @@ def main() -> None:
         )
         print(check_kv(two))
         print(check_logits(two, one))
-    print(
-        f"Trace: {OUT / 'trace.json'} holds both processes' timeline; open it at https://ui.perfetto.dev"
-    )
+    print(f"Trace: {OUT / 'trace.json'} holds both processes' timeline; open it at https://ui.perfetto.dev")
 
 
 if __name__ == "__main__":

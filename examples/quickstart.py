@@ -5,9 +5,8 @@ import torch
 import pagewire as pw
 
 cache = pw.PagedKVCache.allocate(
-    num_layers=1, num_pages=64, page_size=16, num_kv_heads=2, head_dim=64,
-    dtype=torch.bfloat16, device="cpu",
-)  # fmt: skip
+    num_layers=1, num_pages=64, page_size=16, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cpu"
+)
 k, v = torch.randn(2, 40, 2, 64, dtype=torch.bfloat16)
 q = torch.randn(1, 8, 64, dtype=torch.bfloat16)
 pages = pw.PageAllocator(num_pages=64)

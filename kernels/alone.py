@@ -8,14 +8,7 @@ that holds such values.
 import triton
 import triton.language as tl
 
-from pagewire.kernels.attend import (
-    at_kv_head,
-    at_request,
-    attend,
-    empty_state,
-    logit_terms,
-    value_factor,
-)
+from pagewire.kernels.attend import at_kv_head, at_request, attend, empty_state, logit_terms, value_factor
 from pagewire.kernels.common import load_q
 
 FEWEST_ROWS = 16  # of a tensor core tile

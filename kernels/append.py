@@ -9,23 +9,8 @@ from torch import Tensor
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.device import current
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.quant import (
-    ELEMENTS,
-    as_stored,
-    format_of,
-    native_fp8,
-    quantise,
-    to_float32,
-    token_head_scale,
-)
-from pagewire.kernels.rows import (
-    alignment,
-    copy_chunks,
-    row_strides,
-    scale_strides,
-    slot_bytes,
-    tile_pointers,
-)
+from pagewire.kernels.quant import ELEMENTS, as_stored, format_of, native_fp8, quantise, to_float32, token_head_scale
+from pagewire.kernels.rows import alignment, copy_chunks, row_strides, scale_strides, slot_bytes, tile_pointers
 
 _APPEND_SLOT = tl.constexpr(codes.APPEND_SLOT)
 _CHUNKS = 512  # per program of 128 threads: 4 independent 16-byte copies a thread
@@ -140,9 +125,7 @@ def _copy_rows(
     fits = (slot >= 0) & (slot < num_slots)
     _record(error_ptr, token, (slot >= num_slots) & (head == 0) & (column == 0))
     source = x_ptr.to(tl.int64) + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
-    target = cache_ptr.to(tl.int64) + slot_bytes(
-        tl.where(fits, slot, 0), stride_page, stride_token, PAGE_SIZE
-    )
+    target = cache_ptr.to(tl.int64) + slot_bytes(tl.where(fits, slot, 0), stride_page, stride_token, PAGE_SIZE)
     target += head.to(tl.int64) * stride_head
     copy_chunks(source + column, target + column, fits, fits, ALIGN)
 

@@ -127,9 +127,7 @@ def attend(
     # 8-bit values are one conversion away from fp16, two from bf16: q goes there, each row times a power of two
     NARROW: tl.constexpr = spec.FORMAT != "float" and q.dtype == tl.bfloat16
     if SCALE_LAST:  # a positive scale keeps the order: its sign goes to q
-        q = from_float32(
-            to_float32(q, "float", True) * tl.where(scale_log2 < 0, -1.0, 1.0), q.dtype
-        )
+        q = from_float32(to_float32(q, "float", True) * tl.where(scale_log2 < 0, -1.0, 1.0), q.dtype)
         scale_log2 = tl.abs(scale_log2)
     if NARROW:
         q = to_float32(q, "float", True)
@@ -154,9 +152,7 @@ def attend(
         next_page = _load_pages(table_ptr, tile + 1, stop_tile, keys, MASKED, spec)
         if MASKED:
             out_of_range = (page < 0) | (page >= num_pages)
-            bad_entry = tl.maximum(
-                bad_entry, tl.where(taking_part & out_of_range, key // PAGE_SIZE, -1)
-            )
+            bad_entry = tl.maximum(bad_entry, tl.where(taking_part & out_of_range, key // PAGE_SIZE, -1))
             # != 0: the interpreter broadcasts a scalar bool to integers
             taking_part = (tl.where(out_of_range, 0, taking_part.to(tl.int32))) != 0
         elif CLAMPED:
@@ -167,12 +163,8 @@ def attend(
         slot = _slots(tile, key, spec).to(tl.int64)
 
         k_offset = page * k_stride_page + slot * k_stride_token
-        k_tile = _load_rows(
-            k_ptrs + k_offset[:, None], taking_part, dim, spec.HEAD_DIM, MASKED, EVICT
-        )
-        qk = dot(
-            q, tl.trans(to_operand(k_tile, q.dtype, spec)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        )
+        k_tile = _load_rows(k_ptrs + k_offset[:, None], taking_part, dim, spec.HEAD_DIM, MASKED, EVICT)
+        qk = dot(q, tl.trans(to_operand(k_tile, q.dtype, spec)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
 
         if spec.K_SCALE == "token":
             qk *= _token_scale(k_scale, page, slot, taking_part, MASKED)[None, :]
@@ -217,12 +209,8 @@ def attend(
                 factor *= lift
             p *= factor[None, :]
 
-        v_tile = _load_rows(
-            v_ptrs + v_offset[:, None], taking_part, dim_v, spec.HEAD_DIM_V, MASKED, EVICT
-        )
-        acc = dot(
-            from_float32(p, q.dtype), to_operand(v_tile, q.dtype, spec), acc * rescale[:, None]
-        )
+        v_tile = _load_rows(v_ptrs + v_offset[:, None], taking_part, dim_v, spec.HEAD_DIM_V, MASKED, EVICT)
+        acc = dot(from_float32(p, q.dtype), to_operand(v_tile, q.dtype, spec), acc * rescale[:, None])
     return acc, maximum, total, lift, bad_entry
 
 
@@ -302,9 +290,7 @@ def _slots(tile, key, spec: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(
-    ptrs, taking_part, dim, WIDTH: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr
-):
+def _load_rows(ptrs, taking_part, dim, WIDTH: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr):
     """[BLOCK_N, BLOCK_D or BLOCK_DV]; 0 where masked: an unowned slot may hold NaN, and 0 * NaN is NaN."""
     PADDED: tl.constexpr = WIDTH != dim.shape[0]
     if MASKED and PADDED:

@@ -77,9 +77,7 @@ def _combine_kernel(
     STEP: tl.constexpr = 1 if spec.SPLIT else 2
     request = tl.program_id(0)
     kv_head = tl.program_id(2)
-    request_unit, row_start, num_units = units_before(
-        request, lengths, rows, batch_size, window_left, split_size, spec
-    )
+    request_unit, row_start, num_units = units_before(request, lengths, rows, batch_size, window_left, split_size, spec)
     row_stop = row_start + 1
     num = 0
     packed = spec.GROUP_SIZE

@@ -24,9 +24,7 @@ class Spec(NamedTuple):
     GROUP_SIZE: int
     PAGE_SIZE: int
     FORMAT: str  # what the cache stores: "float" (q's dtype), "e4m3", "e5m2", "int8"
-    NATIVE_E4M3: (
-        bool  # the target has an e4m3 type (sm_89 and newer); without it the bits are decoded
-    )
+    NATIVE_E4M3: bool  # the target has an e4m3 type (sm_89 and newer); without it the bits are decoded
     BLOCK_M: int  # packed rows, (token, head in group) with the head fastest
     BLOCK_N: int  # keys; tiles start at absolute multiples of it
     BLOCK_D: int  # head_dim, padded
@@ -90,9 +88,7 @@ def finish(acc, maximum_log2, total, sink_log2, SINKS: tl.constexpr):
         total = total * rescale + sink_weight
         maximum_log2 = joint
     divisor = tl.where(total == 0.0, 1.0, total)
-    return acc / divisor[:, None], tl.where(
-        total == 0.0, float("-inf"), maximum_log2 + tl.log2(divisor)
-    )
+    return acc / divisor[:, None], tl.where(total == 0.0, float("-inf"), maximum_log2 + tl.log2(divisor))
 
 
 @triton.jit

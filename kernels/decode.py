@@ -18,26 +18,11 @@ from torch import Tensor
 from pagewire.kernels import combine, launch, tuning
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.alone import attend_alone
-from pagewire.kernels.attend import (
-    at_kv_head,
-    at_request,
-    attend,
-    empty_state,
-    is_finite,
-    logit_terms,
-    value_factor,
-)
+from pagewire.kernels.attend import at_kv_head, at_request, attend, empty_state, is_finite, logit_terms, value_factor
 from pagewire.kernels.common import finish, load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Launch, run
-from pagewire.kernels.spans import (
-    MAX_SPLITS,
-    inner_keys,
-    load_row_stop,
-    load_seq_lens,
-    split_units,
-    tile_keys,
-)
+from pagewire.kernels.spans import MAX_SPLITS, inner_keys, load_row_stop, load_seq_lens, split_units, tile_keys
 from pagewire.kernels.work import count_units, find_unit, row_tiles
 
 _PAGE = tl.constexpr((codes.DECODE_PAGE, codes.PREFILL_PAGE))  # [RAGGED]
@@ -97,9 +82,7 @@ def _decode_kernel(
     kv_head = tl.program_id(0)
     program = tl.program_id(1)
     records = (kv_head == 0) & (program == 0)
-    num_units = count_units(
-        lengths, rows, batch_size, window_left, split_size, error_word, records, spec
-    )
+    num_units = count_units(lengths, rows, batch_size, window_left, split_size, error_word, records, spec)
     share = (num_units + tl.num_programs(1) - 1) // tl.num_programs(1)
     first_unit = program * share
     stop_unit = tl.minimum(first_unit + share, num_units)
@@ -108,9 +91,7 @@ def _decode_kernel(
     request_unit = 0  # the request's first unit
     row_start = 0
     if unit < stop_unit:
-        request, request_unit, row_start = find_unit(
-            unit, lengths, rows, batch_size, window_left, split_size, spec
-        )
+        request, request_unit, row_start = find_unit(unit, lengths, rows, batch_size, window_left, split_size, spec)
     # the second bound: lengths that change under the kernel must not lead past the batch
     while (unit < stop_unit) & (request < batch_size):
         row_stop = row_start + 1
@@ -172,16 +153,14 @@ def _decode_kernel(
             if not spec.RAGGED or is_finite(acc, total, row_ok, spec):
                 acc *= value_factor(logit, v_scale, lift, request, kv_head, spec)
                 rows_of_it = (0, row_start + token, head, row_ok)
-                _store(
-                    (acc, maximum, total), rows_of_it, place, out, lse_rows, sinks, partials, kv_head, spec
-                )  # fmt: skip
+                _store((acc, maximum, total), rows_of_it, place, out, lse_rows, sinks, partials, kv_head, spec)
             else:
                 # read again: through the loop above, registers hold only what it needs
                 lone_q_len = tl.maximum(load_row_stop(rows, request) - row_start, 0)
                 lone_seq_len = load_seq_lens(lengths, request, True)[0]
                 lone_tile, lone_tokens, all_keys, _skipped, _taken = _piece(
                     unit, stop_unit, request_unit, lone_q_len, lone_seq_len, windows, split_size, spec
-                )  # fmt: skip
+                )
                 whose = (request, row_start, lone_q_len, lone_seq_len)
                 for lone in range(lone_tokens[0], lone_tokens[1] + 1):
                     first, stop = tile_keys(lone, lone, lone_q_len, lone_seq_len, windows, spec)
@@ -191,9 +170,7 @@ def _decode_kernel(
                             lone, first_head, lone_tile, whose, kv_head, q, k, v, k_scale, v_scale, table,
                             lone_keys, windows, logit, alibi, spec, alone,
                         )  # fmt: skip
-                        _store(
-                            lone_state, lone_rows, place, out, lse_rows, sinks, partials, kv_head, alone
-                        )  # fmt: skip
+                        _store(lone_state, lone_rows, place, out, lse_rows, sinks, partials, kv_head, alone)
             unit += taken
 
 
@@ -246,9 +223,7 @@ def decode(
     error_word: Tensor,  # int64 [1]
 ) -> None:
     if q.shape[0] > 0:
-        run(
-            plan(q, k_cache, v_cache, page_table, seq_lens, None, m, out, lse, error_word), q.device
-        )
+        run(plan(q, k_cache, v_cache, page_table, seq_lens, None, m, out, lse, error_word), q.device)
 
 
 def plan(
@@ -292,9 +267,7 @@ def plan(
         else:
             request_rows = rows
     partials = (num_kv_heads, num_parts * part_rows)
-    arguments["part_out"] = torch.empty(
-        (*partials, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device
-    )
+    arguments["part_out"] = torch.empty((*partials, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device)
     arguments["part_lse"] = torch.empty(partials, dtype=torch.float32, device=q.device)
     arguments["head_rows"] = partials[1]
     arguments["part_rows"] = part_rows

@@ -75,9 +75,7 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
 
 def problem(q: Tensor, k_cache: Tensor, v_cache: Tensor, device: Device) -> Problem:
     head_dim = max(k_cache.shape[3], v_cache.shape[3])
-    return Problem(
-        device.arch, head_dim, q.element_size(), k_cache.element_size(), k_cache.shape[1]
-    )
+    return Problem(device.arch, head_dim, q.element_size(), k_cache.element_size(), k_cache.shape[1])
 
 
 def attention_spec(
@@ -109,8 +107,7 @@ def attention_spec(
         RAGGED=ragged,
         ROW_LIMIT=row_limit,
         LEFT=m.window_left >= 0,
-        RIGHT=ragged
-        and (m.causal or m.window_right >= 0),  # a lone row is the last: nothing is right of it
+        RIGHT=ragged and (m.causal or m.window_right >= 0),  # a lone row is the last: nothing is right of it
         SOFTCAP=m.softcap > 0,
         ALIBI=m.alibi_slopes is not None,
         SINKS=m.sinks is not None,
@@ -186,9 +183,7 @@ def attention_arguments(
         "softcap": float(m.softcap),
         "v_factor": float(v_factor),
         "spec": spec,
-        "alone": spec._replace(
-            BLOCK_M=min(spec.BLOCK_M, FEWEST_ROWS), BLOCK_N=min(spec.BLOCK_N, FEWEST_KEYS)
-        ),
+        "alone": spec._replace(BLOCK_M=min(spec.BLOCK_M, FEWEST_ROWS), BLOCK_N=min(spec.BLOCK_N, FEWEST_KEYS)),
     }
 
 

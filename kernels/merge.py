@@ -10,9 +10,7 @@ from pagewire.kernels.quant import from_float32, to_float32
 _TILE = 1024  # elements per program of 128 threads
 
 
-def merge_state(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
-) -> None:
+def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
     """Two states of separate tensors; out and lse may be out_a and lse_a, or out_b and lse_b."""
     rows, width, grid = _tiles(out)
     if grid[0] == 0:

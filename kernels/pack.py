@@ -15,15 +15,7 @@ from torch import Tensor
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.device import current
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.quant import (
-    ELEMENTS,
-    format_of,
-    from_float32,
-    native_fp8,
-    quantise,
-    to_float32,
-    token_head_scale,
-)
+from pagewire.kernels.quant import ELEMENTS, format_of, from_float32, native_fp8, quantise, to_float32, token_head_scale
 from pagewire.kernels.rows import (
     VECTOR_BYTES,
     alignment,
@@ -54,9 +46,7 @@ def pack_kv(
 ) -> None:
     same = packed.shape.dtype == k_caches[0].dtype
     with current(slots.device):
-        _launch(
-            k_caches, v_caches, k_scales, v_scales, slots, packed, error_word, pack=True, copy=same
-        )
+        _launch(k_caches, v_caches, k_scales, v_scales, slots, packed, error_word, pack=True, copy=same)
 
 
 def unpack_kv(
@@ -72,9 +62,7 @@ def unpack_kv(
     same = shape.dtype == k_caches[0].dtype and kind == shape.scale_kind
     copy = same and kind in ("none", "token_head")
     with current(slots.device):
-        _launch(
-            k_caches, v_caches, k_scales, v_scales, slots, packed, error_word, pack=False, copy=copy
-        )
+        _launch(k_caches, v_caches, k_scales, v_scales, slots, packed, error_word, pack=False, copy=copy)
 
 
 def _scale_kind(scales: Sequence[Tensor]) -> str:
@@ -141,12 +129,7 @@ def _places(tensors: Sequence[Tensor]) -> _Places:
 
 @functools.lru_cache(256)
 def _entries(
-    k_caches: _Places,
-    v_caches: _Places,
-    k_scales: _Places,
-    v_scales: _Places,
-    shape: tuple[int, ...],
-    itemsize: int,
+    k_caches: _Places, v_caches: _Places, k_scales: _Places, v_scales: _Places, shape: tuple[int, ...], itemsize: int
 ) -> tuple[tuple[int, ...], int]:
     """(the table: _FIELDS numbers per K or V and layer, alignment of the caches' rows)."""
     table: list[int] = []
@@ -194,9 +177,7 @@ def _packed_rows(
 
 
 @triton.jit
-def _packed_scales(
-    scales_ptr, token, head, num_tokens, num_heads, num_layers, SCALE: tl.constexpr
-):  # fmt: skip
+def _packed_scales(scales_ptr, token, head, num_tokens, num_heads, num_layers, SCALE: tl.constexpr):
     """Pointers, of token's shape."""
     side, layer = tl.program_id(1).to(tl.int64), tl.program_id(2)
     row = side * num_layers + layer
@@ -258,14 +239,10 @@ def _copy_tile(
     chunk = (first % ROW_CHUNKS).to(tl.int32) + tl.arange(0, CHUNKS)
     token = (first // ROW_CHUNKS).to(tl.int32) + chunk // ROW_CHUNKS
     column = ((chunk % ROW_CHUNKS) * ALIGN).to(tl.int64)
-    entry, live, fits, slot = _locate(
-        table_ptr, num_layers, slots_ptr, stride_slots, token, num_tokens, num_slots
-    )
+    entry, live, fits, slot = _locate(table_ptr, num_layers, slots_ptr, stride_slots, token, num_tokens, num_slots)
     _record(error_ptr, PACK, head, token, live & (fits == 0) & (column == 0))
     cache = _cache_rows(entry, slot, head, PAGE_SIZE) + column
-    packed = _packed_rows(
-        packed_ptr, token, head, num_tokens, num_heads, K_BYTES, V_BYTES, ROW_BYTES
-    )
+    packed = _packed_rows(packed_ptr, token, head, num_tokens, num_heads, K_BYTES, V_BYTES, ROW_BYTES)
     packed += column
     if PACK:
         copy_chunks(cache, packed, fits, live, ALIGN)
@@ -274,9 +251,7 @@ def _copy_tile(
     if SCALE == "token_head":
         once = column == 0
         cache_scales = _cache_rows(entry + 4, slot, head, PAGE_SIZE).to(tl.pointer_type(tl.float32))
-        packed_scales = _packed_scales(
-            scales_ptr, token, head, num_tokens, num_heads, num_layers, SCALE
-        )
+        packed_scales = _packed_scales(scales_ptr, token, head, num_tokens, num_heads, num_layers, SCALE)
         if PACK:
             scale = tl.load(cache_scales, mask=fits & once, other=1.0)
             tl.store(packed_scales, scale, mask=live & once)
@@ -287,9 +262,7 @@ def _copy_tile(
         if (tile == 0) & ((head == 0) | (SCALE == "head")):
             address = tl.load(entry + 4) + head.to(tl.int64) * tl.load(entry + 7)
             scale = tl.load(address.to(tl.pointer_type(tl.float32)))
-            packed_scale = _packed_scales(
-                scales_ptr, head, head, num_tokens, num_heads, num_layers, SCALE
-            )
+            packed_scale = _packed_scales(scales_ptr, head, head, num_tokens, num_heads, num_layers, SCALE)
             tl.store(packed_scale, scale)
 
 
@@ -337,36 +310,27 @@ def _convert_tile(
     ITEM_BYTES: tl.constexpr = PACKED.primitive_bitwidth // 8
     head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     token = tile * ROWS + tl.arange(0, ROWS)
-    entry, live, fits, slot = _locate(
-        table_ptr, num_layers, slots_ptr, stride_slots, token, num_tokens, num_slots
-    )
+    entry, live, fits, slot = _locate(table_ptr, num_layers, slots_ptr, stride_slots, token, num_tokens, num_slots)
     _record(error_ptr, PACK, head, token, live & (fits == 0))
     cache_rows = _cache_rows(entry, slot, head, PAGE_SIZE)
     cache_scales = _cache_rows(entry + 4, slot, head, PAGE_SIZE).to(tl.pointer_type(tl.float32))
     cache = tile_pointers(cache_rows, CACHE, WIDTH, CACHE_ALIGN)
     packed_rows = _packed_rows(
-        packed_ptr, token, head, num_tokens, num_heads,
-        K_DIM * ITEM_BYTES, V_DIM * ITEM_BYTES, DIM * ITEM_BYTES,
-    )  # fmt: skip
-    packed_scales = _packed_scales(
-        scales_ptr, token, head, num_tokens, num_heads, num_layers, PACKED_SCALE
+        packed_ptr, token, head, num_tokens, num_heads, K_DIM * ITEM_BYTES, V_DIM * ITEM_BYTES, DIM * ITEM_BYTES
     )
+    packed_scales = _packed_scales(scales_ptr, token, head, num_tokens, num_heads, num_layers, PACKED_SCALE)
     packed = tile_pointers(packed_rows, PACKED, WIDTH, PACKED_ALIGN)
     column = (tl.arange(0, WIDTH) < DIM)[None, :]
     if PACK:
         x = _load_real(cache, cache_scales, fits, column, CACHE_FORMAT, CACHE_SCALE, NATIVE)
-        _store_real(
-            x, packed, packed_scales, live, column, PACKED, PACKED_FORMAT, PACKED_SCALE, NATIVE
-        )
+        _store_real(x, packed, packed_scales, live, column, PACKED, PACKED_FORMAT, PACKED_SCALE, NATIVE)
     else:
         x = _load_real(packed, packed_scales, fits, column, PACKED_FORMAT, PACKED_SCALE, NATIVE)
         _store_real(x, cache, cache_scales, fits, column, CACHE, CACHE_FORMAT, CACHE_SCALE, NATIVE)
 
 
 @triton.jit
-def _load_real(
-    pointers, scales, rows, column, FORMAT: tl.constexpr, SCALE: tl.constexpr, NATIVE: tl.constexpr
-):
+def _load_real(pointers, scales, rows, column, FORMAT: tl.constexpr, SCALE: tl.constexpr, NATIVE: tl.constexpr):
     """stored * scale, fp32 [ROWS, WIDTH]; 0 where masked."""
     x = to_float32(tl.load(pointers, mask=rows[:, None] & column, other=0), FORMAT, NATIVE)
     if SCALE != "none":

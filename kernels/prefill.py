@@ -209,10 +209,7 @@ def prefill(
     error_word: Tensor,  # int64 [1]
 ) -> None:
     if q.shape[0] > 0:
-        run(
-            plan(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word),
-            q.device,
-        )
+        run(plan(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word), q.device)
 
 
 def plan(
@@ -240,9 +237,7 @@ def plan(
     if m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
         return decode.plan(*tensors)
     config = tuning.prefill_config(problem)
-    spec = launch.attention_spec(
-        q, k_cache, v_cache, m, lse, config, device.arch, ragged=True, row_limit=row_limit
-    )
+    spec = launch.attention_spec(q, k_cache, v_cache, m, lse, config, device.arch, ragged=True, row_limit=row_limit)
     arguments = launch.attention_arguments(*tensors, spec)
     most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1
     grid = (most_tiles, num_kv_heads)

@@ -65,21 +65,13 @@ def load_rows(rows, request, mask, first_row):
 
 
 @triton.jit
-def record_spans(
-    error_word, request, q_len, bad_rows, bad_seq_len, mask, rows, RAGGED: tl.constexpr
-):
+def record_spans(error_word, request, q_len, bad_rows, bad_seq_len, mask, rows, RAGGED: tl.constexpr):
     """Leave what was clamped, or is not computed, in the error word; mask: requests this program answers for."""
     if RAGGED:
         ptr, _, max_q_len = rows
         record_error(error_word, _SEQ_LEN[1], request, 0, bad_seq_len)
         record_error(error_word, _CU_SEQLENS_Q, request + 1, 0, bad_rows)
-        record_error(
-            error_word,
-            _CU_SEQLENS_Q,
-            request,
-            0,
-            tl.load(ptr + request, mask & (request == 0), 0) != 0,
-        )
+        record_error(error_word, _CU_SEQLENS_Q, request, 0, tl.load(ptr + request, mask & (request == 0), 0) != 0)
         record_error(error_word, _MAX_Q_LEN, request, 0, (q_len > max_q_len) & mask)
     else:
         record_error(error_word, _SEQ_LEN[0], request, 0, bad_seq_len)
@@ -124,9 +116,7 @@ def tile_keys(first_token, last_token, q_len, seq_len, windows, spec: tl.constex
 
 
 @triton.jit
-def inner_keys(
-    first_key, stop_key, first_token, last_token, q_len, seq_len, windows, spec: tl.constexpr
-):
+def inner_keys(first_key, stop_key, first_token, last_token, q_len, seq_len, windows, spec: tl.constexpr):
     """The whole tiles within [first_key, stop_key) of which every row in [first_token, last_token] sees every key."""
     BLOCK_N: tl.constexpr = spec.BLOCK_N
     left, right = windows

@@ -29,13 +29,9 @@ class Problem(NamedTuple):
 
 class Key(NamedTuple):
     arch: int  # 80: 8.x and 12.x, 99 KiB of shared memory on the smallest; 90: 9.x to 11.x, 227 KiB; 0
-    operands: (
-        str  # "16": fp16 or bf16; "16x8": the same over an fp8 or int8 cache; "32": fp32; "32x8"
-    )
+    operands: str  # "16": fp16 or bf16; "16x8": the same over an fp8 or int8 cache; "32": fp32; "32x8"
     head_dim: int  # 64, 128 or 256, rounded up
-    rows: int = (
-        0  # decode: 16, 32 or 64 packed rows, rounded up, more take several tiles; prefill: 0
-    )
+    rows: int = 0  # decode: 16, 32 or 64 packed rows, rounded up, more take several tiles; prefill: 0
     page_size: int = 0  # 0: any; else 1, 16 or 64, rounded down: a row of that class alone
 
 
@@ -43,9 +39,7 @@ def key(problem: Problem, rows: int = 0) -> Key:
     arch = 0 if problem.arch == 0 else 90 if 90 <= problem.arch < 120 else 80
     operands = ("32" if problem.q_bytes == 4 else "16") + ("x8" if problem.kv_bytes == 1 else "")
     head_dim = next(d for d in (64, 128, 256) if problem.head_dim <= d)
-    return Key(
-        arch, operands, head_dim, min(64, max(16, 1 << (rows - 1).bit_length())) if rows else 0
-    )
+    return Key(arch, operands, head_dim, min(64, max(16, 1 << (rows - 1).bit_length())) if rows else 0)
 
 
 def decode_config(problem: Problem, rows: int) -> KernelConfig:
@@ -53,10 +47,7 @@ def decode_config(problem: Problem, rows: int) -> KernelConfig:
     found = key(problem, rows)
     if found.arch == 0:
         return _INTERPRETER._replace(BLOCK_M=found.rows)
-    small = found.arch == 80 and problem.arch not in (
-        80,
-        87,
-    )  # 100 KiB of shared memory for all programs together
+    small = found.arch == 80 and problem.arch not in (80, 87)  # 100 KiB of shared memory for all programs together
     config = _row(DECODE, found, problem)
     return config._replace(programs_per_processor=1) if small else config
 
@@ -89,16 +80,12 @@ DECODE = {
     Key(90, "16", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 48 KiB; wgmma
     Key(90, "16", 256, 16): KernelConfig(16, 32, 4, 3, 2),  # 64 KiB
     Key(90, "16", 256, 32): KernelConfig(32, 32, 8, 3),  # 64 KiB
-    Key(90, "16", 256, 64): KernelConfig(
-        32, 32, 8, 3
-    ),  # 64 rows of 256 spill: two tiles share K and V through L2
+    Key(90, "16", 256, 64): KernelConfig(32, 32, 8, 3),  # 64 rows of 256 spill: two tiles share K and V through L2
     # 8 bit: the converted tile passes through registers, half the bytes a key
     Key(90, "16x8", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 64, 32): KernelConfig(32, 32, 4, 6, 2),  # 20 KiB
     Key(90, "16x8", 64, 64): KernelConfig(64, 32, 4, 6, 2),  # 20 KiB
-    Key(90, "16x8", 128, 16): KernelConfig(
-        16, 32, 4, 6, 2
-    ),  # 40 KiB; 64 keys spill where a tile lies in a page
+    Key(90, "16x8", 128, 16): KernelConfig(16, 32, 4, 6, 2),  # 40 KiB; 64 keys spill where a tile lies in a page
     Key(90, "16x8", 128, 32): KernelConfig(32, 32, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 256, 16): KernelConfig(16, 32, 4, 4, 2),  # 48 KiB
@@ -138,13 +125,9 @@ PREFILL = {
     # 128 rows: two warpgroups of wgmma, 64 accumulator registers a thread at 128 dims
     Key(90, "16", 64): KernelConfig(128, 64, 8, 3),
     Key(90, "16", 128): KernelConfig(128, 64, 8, 3),
-    Key(90, "16", 256): KernelConfig(
-        128, 32, 8, 3
-    ),  # 1.88x of 64 rows (H200, benches/results/h200-2026-11-26)
+    Key(90, "16", 256): KernelConfig(128, 32, 8, 3),  # 1.88x of 64 rows (H200, benches/results/h200-2026-11-26)
     Key(90, "16x8", 64): KernelConfig(128, 64, 8, 3),
-    Key(90, "16x8", 128): KernelConfig(
-        128, 64, 8, 3
-    ),  # 1.18x of 32 keys (H200); 128 keys in 2 stages 1.21x
+    Key(90, "16x8", 128): KernelConfig(128, 64, 8, 3),  # 1.18x of 32 keys (H200); 128 keys in 2 stages 1.21x
     Key(90, "16x8", 256): KernelConfig(64, 16, 8, 3),
     # mma.sync: every warp reads the whole K tile into registers, so that tiles are narrower
     Key(80, "16", 64): KernelConfig(128, 64, 8, 3),

@@ -20,9 +20,7 @@ def row_tiles(q_len, rows, spec: tl.constexpr):
 
 
 @triton.jit
-def _chunk(
-    request, first_row, seq_lens, rows, batch_size, window_left, split_size, spec: tl.constexpr
-):
+def _chunk(request, first_row, seq_lens, rows, batch_size, window_left, split_size, spec: tl.constexpr):
     """Of BLOCK_B consecutive requests: (units, row start, row stop, whether the rows, the length had to be clamped)."""
     mask = request < batch_size
     seq_len, bad_seq_len = load_seq_lens(seq_lens, request, mask)
@@ -31,19 +29,11 @@ def _chunk(
     else:
         start, stop, bad_rows = request, request + 1, bad_seq_len
     _, _, num = split_units(stop - start, seq_len, window_left, split_size, spec)
-    return (
-        tl.where(mask, num * row_tiles(stop - start, rows, spec), 0),
-        start,
-        stop,
-        bad_rows,
-        bad_seq_len,
-    )
+    return (tl.where(mask, num * row_tiles(stop - start, rows, spec), 0), start, stop, bad_rows, bad_seq_len)
 
 
 @triton.jit
-def count_units(
-    seq_lens, rows, batch_size, window_left, split_size, error_word, records, spec: tl.constexpr
-):
+def count_units(seq_lens, rows, batch_size, window_left, split_size, error_word, records, spec: tl.constexpr):
     """All units of one kv head. records: this program leaves what was clamped in the error word."""
     BLOCK_B: tl.constexpr = spec.BLOCK_B
     total = 0
@@ -54,16 +44,7 @@ def count_units(
             request, first_row, seq_lens, rows, batch_size, window_left, split_size, spec
         )
         mask = request < tl.where(records, batch_size, 0)
-        record_spans(
-            error_word,
-            request,
-            stop - start,
-            bad_rows & mask,
-            bad_seq_len & mask,
-            mask,
-            rows,
-            spec.RAGGED,
-        )
+        record_spans(error_word, request, stop - start, bad_rows & mask, bad_seq_len & mask, mask, rows, spec.RAGGED)
         total += tl.sum(units)
         first_row = tl.max(stop)
     return total
@@ -80,9 +61,7 @@ def find_unit(unit, seq_lens, rows, batch_size, window_left, split_size, spec: t
     first_row = 0
     for chunk in range(0, batch_size, BLOCK_B):
         index = chunk + tl.arange(0, BLOCK_B)
-        units, _, stop, _, _ = _chunk(
-            index, first_row, seq_lens, rows, batch_size, window_left, split_size, spec
-        )
+        units, _, stop, _, _ = _chunk(index, first_row, seq_lens, rows, batch_size, window_left, split_size, spec)
         passed = (before + tl.cumsum(units, 0) <= unit) & (index < batch_size)
         request += tl.sum(passed.to(tl.int32))
         request_unit += tl.sum(tl.where(passed, units, 0))
@@ -102,9 +81,7 @@ def units_before(request, seq_lens, rows, batch_size, window_left, split_size, s
     first_row = 0
     for chunk in range(0, batch_size, BLOCK_B):
         index = chunk + tl.arange(0, BLOCK_B)
-        units, _, stop, _, _ = _chunk(
-            index, first_row, seq_lens, rows, batch_size, window_left, split_size, spec
-        )
+        units, _, stop, _, _ = _chunk(index, first_row, seq_lens, rows, batch_size, window_left, split_size, spec)
         passed = index < request
         before += tl.sum(tl.where(passed, units, 0))
         row_start = tl.maximum(row_start, tl.max(tl.where(passed & (index < batch_size), stop, 0)))

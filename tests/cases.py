@@ -51,27 +51,11 @@ class Attention:
 
     @property
     def id(self) -> str:
-        lens = (
-            "+".join(map(str, self.seq_lens))
-            if len(self.seq_lens) < 4
-            else f"max{max(self.seq_lens)}"
-        )
+        lens = "+".join(map(str, self.seq_lens)) if len(self.seq_lens) < 4 else f"max{max(self.seq_lens)}"
         parts = [f"B{len(self.seq_lens)}", f"L{lens}"]
         if self.q_lens is not None:
-            parts.append(
-                "Q"
-                + (
-                    "+".join(map(str, self.q_lens))
-                    if len(self.q_lens) < 4
-                    else f"max{max(self.q_lens)}"
-                )
-            )
-        parts += [
-            f"H{self.heads[0]}/{self.heads[1]}",
-            f"D{self.head_dim}",
-            f"P{self.page_size}",
-            SHORT[self.dtype],
-        ]
+            parts.append("Q" + ("+".join(map(str, self.q_lens)) if len(self.q_lens) < 4 else f"max{max(self.q_lens)}"))
+        parts += [f"H{self.heads[0]}/{self.heads[1]}", f"D{self.head_dim}", f"P{self.page_size}", SHORT[self.dtype]]
         if self.head_dim_v:
             parts[-2:-2] = [f"Dv{self.head_dim_v}"]
         if self.kv_dtype:
@@ -104,19 +88,10 @@ class Call:
         """(out, lse) in NaN-poisoned results."""
         q, _, v_cache = self.args[:3]
         out_dtype = self.case.out_dtype or q.dtype
-        out = gaps(
-            *q.shape[:-1], v_cache.shape[-1], dtype=out_dtype, device=q.device, on=self.case.strided
-        )
+        out = gaps(*q.shape[:-1], v_cache.shape[-1], dtype=out_dtype, device=q.device, on=self.case.strided)
         out.fill_(torch.nan)
         lse = torch.full(q.shape[:-1], torch.nan, device=q.device)
-        keywords = {
-            **self.kwargs,
-            "out": out,
-            "lse": lse,
-            "return_lse": True,
-            "backend": backend,
-            **extra,
-        }
+        keywords = {**self.kwargs, "out": out, "lse": lse, "return_lse": True, "backend": backend, **extra}
         if backend == "cuda" and self.op == "prefill" and keywords["max_q_len"] is None:
             promise_short_queries(self.case, keywords)
         return getattr(pw, self.op)(*self.args, **keywords)
@@ -142,9 +117,7 @@ def random(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def build(
-    case: Attention, device: torch.device | str = "cpu", seed: int = 0, backend: str = ""
-) -> Call:
+def build(case: Attention, device: torch.device | str = "cpu", seed: int = 0, backend: str = "") -> Call:
     """NaN (int8: a NaN scale or 127) in every slot that no request owns; permuted pages; padding in the table.
 
     `backend`: cuda has no fp32 queries and gets fp16 ones, the most exact it takes.
@@ -214,20 +187,15 @@ def _cache(case: Attention, width: int, num_pages: int, owned: Tensor, kv_heads:
     divisor: Tensor | float | None = None
     if case.scale == "token_head":
         scale = (
-            token_head_scale(values, kv_dtype)
-            if kv_dtype in QUANT_MAX
-            else torch.rand(values.shape[:3], generator=g)
+            token_head_scale(values, kv_dtype) if kv_dtype in QUANT_MAX else torch.rand(values.shape[:3], generator=g)
         )
         divisor = scale[..., None]
         scale = scale.masked_fill(~owned[..., None], torch.nan)
     elif case.scale is not None:
         base = 3.0 / QUANT_MAX.get(kv_dtype, 3.0)
-        shape = {
-            "float": (),
-            "tensor": (),
-            "head": (kv_heads,),
-            "batch_head": (len(case.seq_lens), kv_heads),
-        }[case.scale]
+        shape = {"float": (), "tensor": (), "head": (kv_heads,), "batch_head": (len(case.seq_lens), kv_heads)}[
+            case.scale
+        ]
         scale = base * (1 + torch.rand(shape, generator=g))
         divisor = base
         scale = float(scale) if case.scale == "float" else scale
@@ -277,9 +245,7 @@ DECODE = (
     Attention((45, 12), dtype=bf16, kv_dtype=e4m3, scale="head", layout="HND"),
     Attention((45, 12), kv_dtype=int8, scale="batch_head"),
     Attention((45, 12), dtype=bf16, kv_dtype=int8, scale="token_head", page_size=3),
-    Attention(
-        (45, 12), dtype=bf16, kv_dtype=e5m2, scale="token_head", window=(20, 0), layout="HND"
-    ),
+    Attention((45, 12), dtype=bf16, kv_dtype=e5m2, scale="token_head", window=(20, 0), layout="HND"),
     Attention((45, 12), kv_dtype=e4m3, scale="token_head", strided=True, softcap=3.0),
     Attention((90, 12), split_size=16),
     Attention((90, 12), split_size=1000, sinks=True),
@@ -331,12 +297,7 @@ def matrix() -> list[Attention]:
             k = (i + 2 * j) % len(pages)
             page_size = pages[k]
             turn = i + j + k
-            kv_dtype, scale = (
-                (None, None),
-                (e4m3, "head"),
-                (int8, "token_head"),
-                (e5m2, "tensor"),
-            )[turn % 4]
+            kv_dtype, scale = ((None, None), (e4m3, "head"), (int8, "token_head"), (e5m2, "tensor"))[turn % 4]
             case = Attention(
                 (page_size + 1, 0, 50 + 7 * turn),
                 heads=(group * 2, 2),

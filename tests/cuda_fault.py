@@ -74,9 +74,7 @@ class CudaFault:
         sched = yield
         if hasattr(sched, "registered_collections"):  # distribution by file or scope
             reschedule = sched._reschedule
-            sched._reschedule = lambda node: (
-                reschedule(node) if node in sched.registered_collections else None
-            )
+            sched._reschedule = lambda node: reschedule(node) if node in sched.registered_collections else None
         return sched
 
     @pytest.hookimpl(optionalhook=True)

@@ -22,16 +22,7 @@ def evaluate(call: Call, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty((*q.shape[:-1], v_cache.shape[-1]), dtype=torch.float64, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float64, device=q.device)
     op = getattr(reference, call.op)
-    op(
-        q,
-        nhd(k_cache, layout),
-        nhd(v_cache, layout),
-        *rest,
-        m,
-        out,
-        lse,
-        compute_dtype=compute_dtype,
-    )
+    op(q, nhd(k_cache, layout), nhd(v_cache, layout), *rest, m, out, lse, compute_dtype=compute_dtype)
     return out, lse
 
 
@@ -41,10 +32,7 @@ def check(call: Call, out: Tensor, lse: Tensor) -> None:
     naive_out, naive_lse = evaluate(call, call.args[0].dtype)
     # a result in q's dtype is rounded once more than the fp64 evaluation of the naive version
     naive_out = naive_out.to(out.dtype).double()
-    for name, got, exact, naive in (
-        ("out", out, exact_out, naive_out),
-        ("lse", lse, exact_lse, naive_lse),
-    ):
+    for name, got, exact, naive in (("out", out, exact_out, naive_out), ("lse", lse, exact_lse, naive_lse)):
         close(name, got.double(), exact, 2 * max_error(naive, exact) + 1e-5, call.case.id)
 
 
@@ -54,9 +42,7 @@ def max_error(got: Tensor, exact: Tensor) -> float:
 
 
 def close(name: str, got: Tensor, exact: Tensor, limit: float, where: str) -> None:
-    same = (got == exact) | (
-        (got - exact).abs() <= limit
-    )  # the first term: infinities agree exactly
+    same = (got == exact) | ((got - exact).abs() <= limit)  # the first term: infinities agree exactly
     if bool(same.all()):
         return
     error = torch.where(same, 0.0, (got - exact).abs().nan_to_num(nan=torch.inf))

@@ -50,9 +50,8 @@ CacheView cache_view(const py::tuple& tuple) {
 }
 
 RowsView rows_view(const Tensor& t, int first = 0) {
-    return {
-        t.data,          t.float_dtype(),    t.shape[first], t.shape[first + 1], t.shape[first + 2],
-        t.stride[first], t.stride[first + 1]};
+    return {t.data,          t.float_dtype(),    t.shape[first], t.shape[first + 1], t.shape[first + 2],
+            t.stride[first], t.stride[first + 1]};
 }
 
 // [rows, heads] or [heads] (the same for every row); None: null.
@@ -60,8 +59,7 @@ MatrixView matrix_view(const py::object& object) {
     if (object.is_none()) return {};
     const Tensor t(object);
     auto* data = reinterpret_cast<float*>(t.data);
-    return t.dims == 1 ? MatrixView{data, 0, t.stride[0]}
-                       : MatrixView{data, t.stride[0], t.stride[1]};
+    return t.dims == 1 ? MatrixView{data, 0, t.stride[0]} : MatrixView{data, t.stride[0], t.stride[1]};
 }
 
 IndexView index_view(const py::tuple& tuple) {
@@ -69,8 +67,7 @@ IndexView index_view(const py::tuple& tuple) {
     return {t.data, t.dtype == kInt64, t.shape[0], t.stride[0]};
 }
 
-// None, a float (kept in `storage`), or a tensor [], [heads], [batch_size, heads], [num_pages,
-// page_size, heads].
+// None, a float (kept in `storage`), or a tensor [], [heads], [batch_size, heads], [num_pages, page_size, heads].
 ScaleView scale_view(const py::object& object, float& storage) {
     if (object.is_none()) return {};
     if (!py::isinstance<py::tuple>(object)) {
@@ -93,17 +90,15 @@ ScaleView scale_view(const py::object& object, float& storage) {
 
 // modifiers: (softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, sinks,
 // k_scale, v_scale, split_size or 0, max_q_len or 0).
-void attention(AttentionParams p, const py::tuple& q, const py::tuple& k_cache,
-               const py::tuple& v_cache, const py::tuple& page_table, const py::tuple& seq_lens,
-               const py::tuple& modifiers, const py::tuple& out, const py::object& lse,
-               const Kernels& kernels, int num_threads) {
+void attention(AttentionParams p, const py::tuple& q, const py::tuple& k_cache, const py::tuple& v_cache,
+               const py::tuple& page_table, const py::tuple& seq_lens, const py::tuple& modifiers, const py::tuple& out,
+               const py::object& lse, const Kernels& kernels, int num_threads) {
     float k_storage, v_storage;
     p.q = rows_view(Tensor(q));
     p.k = cache_view(k_cache);
     p.v = cache_view(v_cache);
     const Tensor table(page_table);
-    p.page_table = {reinterpret_cast<const int32_t*>(table.data), table.shape[0], table.shape[1],
-                    table.stride[0]};
+    p.page_table = {reinterpret_cast<const int32_t*>(table.data), table.shape[0], table.shape[1], table.stride[0]};
     p.seq_lens = index_view(seq_lens);
     p.out = rows_view(Tensor(out));
     p.lse = matrix_view(lse);
@@ -122,31 +117,27 @@ void attention(AttentionParams p, const py::tuple& q, const py::tuple& k_cache,
     cpu::attention(p, kernels, num_threads);
 }
 
-void decode(const py::tuple& q, const py::tuple& k_cache, const py::tuple& v_cache,
-            const py::tuple& page_table, const py::tuple& seq_lens, const py::tuple& modifiers,
-            const py::tuple& out, const py::object& lse, const Kernels& kernels, int num_threads) {
+void decode(const py::tuple& q, const py::tuple& k_cache, const py::tuple& v_cache, const py::tuple& page_table,
+            const py::tuple& seq_lens, const py::tuple& modifiers, const py::tuple& out, const py::object& lse,
+            const Kernels& kernels, int num_threads) {
     AttentionParams p{};
     p.op = "decode";
-    attention(p, q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, kernels,
-              num_threads);
+    attention(p, q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, kernels, num_threads);
 }
 
-void prefill(const py::tuple& q, const py::tuple& k_cache, const py::tuple& v_cache,
-             const py::tuple& page_table, const py::tuple& seq_lens, const py::tuple& cu_seqlens_q,
-             const py::tuple& modifiers, const py::tuple& out, const py::object& lse,
-             const Kernels& kernels, int num_threads) {
+void prefill(const py::tuple& q, const py::tuple& k_cache, const py::tuple& v_cache, const py::tuple& page_table,
+             const py::tuple& seq_lens, const py::tuple& cu_seqlens_q, const py::tuple& modifiers, const py::tuple& out,
+             const py::object& lse, const Kernels& kernels, int num_threads) {
     AttentionParams p{};
     p.op = "prefill";
     p.cu_seqlens_q = index_view(cu_seqlens_q);
-    attention(p, q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, kernels,
-              num_threads);
+    attention(p, q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, kernels, num_threads);
 }
 
 // Of one layer's K or V: `rows` [heads, tokens, width] or [tokens, heads, width], `cache` [pages,
 // page_size, heads, width].
 MoveParams::Side rows_side(const Tensor& rows, int token_dim) {
-    return {rows.data, rows.float_dtype(), 0, rows.stride[token_dim], rows.stride[1 - token_dim],
-            {}};
+    return {rows.data, rows.float_dtype(), 0, rows.stride[token_dim], rows.stride[1 - token_dim], {}};
 }
 
 MoveParams::Side cache_side(const CacheView& cache) {
@@ -159,12 +150,7 @@ ScaleView packed_scale(const py::object& object) {
     const Tensor t(object);
     auto* data = reinterpret_cast<float*>(t.data);
     if (t.dims == 2) return {ScaleKind::kTokenHead, data, 0, 0, t.stride[1], t.stride[0]};
-    return {t.dims == 0 ? ScaleKind::kTensor : ScaleKind::kHead,
-            data,
-            0,
-            0,
-            0,
-            t.dims == 0 ? 0 : t.stride[0]};
+    return {t.dims == 0 ? ScaleKind::kTensor : ScaleKind::kHead, data, 0, 0, 0, t.dims == 0 ? 0 : t.stride[0]};
 }
 
 MoveParams move_params(const CacheView& cache, const IndexView& slots, bool to_slots) {
@@ -184,16 +170,15 @@ void quantise_into(MoveParams& m, const ScaleView& scale) {
     m.make_scale = m.target.scale.kind == ScaleKind::kTokenHead;
 }
 
-void append_kv(const py::tuple& k, const py::tuple& v, const py::tuple& k_cache,
-               const py::tuple& v_cache, const py::tuple& slot_mapping, const py::object& k_scale,
-               const py::object& v_scale, const Kernels& kernels, int num_threads) {
+void append_kv(const py::tuple& k, const py::tuple& v, const py::tuple& k_cache, const py::tuple& v_cache,
+               const py::tuple& slot_mapping, const py::object& k_scale, const py::object& v_scale,
+               const Kernels& kernels, int num_threads) {
     const IndexView slots = index_view(slot_mapping);
     float storage[2];
     std::vector<MoveParams> moves;
     int64_t num_slots = 0;
     int i = 0;
-    for (const auto& [rows, tuple, scale] :
-         {std::tie(k, k_cache, k_scale), std::tie(v, v_cache, v_scale)}) {
+    for (const auto& [rows, tuple, scale] : {std::tie(k, k_cache, k_scale), std::tie(v, v_cache, v_scale)}) {
         const CacheView cache = cache_view(tuple);
         num_slots = cache.num_pages * cache.page_size;
         MoveParams m = move_params(cache, slots, true);
@@ -209,8 +194,8 @@ void append_kv(const py::tuple& k, const py::tuple& v, const py::tuple& k_cache,
 
 // layers: (cache, scale or None, packed rows [heads, tokens, width], packed scale or None) per
 // layer and K or V.
-void pack_kv(const std::vector<py::tuple>& layers, const py::tuple& slot_tuple,
-             const Kernels& kernels, int num_threads) {
+void pack_kv(const std::vector<py::tuple>& layers, const py::tuple& slot_tuple, const Kernels& kernels,
+             int num_threads) {
     const IndexView slots = index_view(slot_tuple);
     float unused;
     std::vector<MoveParams> moves;
@@ -232,8 +217,8 @@ void pack_kv(const std::vector<py::tuple>& layers, const py::tuple& slot_tuple,
 }
 
 // layers: (packed rows, packed scale or None, cache, scale or None) per layer and K or V.
-void unpack_kv(const std::vector<py::tuple>& layers, const py::tuple& slot_tuple,
-               const Kernels& kernels, int num_threads) {
+void unpack_kv(const std::vector<py::tuple>& layers, const py::tuple& slot_tuple, const Kernels& kernels,
+               int num_threads) {
     const IndexView slots = index_view(slot_tuple);
     float unused;
     std::vector<MoveParams> moves;
@@ -247,8 +232,7 @@ void unpack_kv(const std::vector<py::tuple>& layers, const py::tuple& slot_tuple
         m.source.scale = packed_scale(layer[1]);
         const ScaleView scale = scale_view(layer[3], unused);
         quantise_into(m, scale);
-        if (m.source.scale.kind == ScaleKind::kTokenHead && m.make_scale &&
-            m.source.dtype == m.target.dtype) {
+        if (m.source.scale.kind == ScaleKind::kTokenHead && m.make_scale && m.source.dtype == m.target.dtype) {
             m.copy = true;
             m.make_scale = false;
         }
@@ -267,9 +251,7 @@ void merge_states(const std::vector<py::tuple>& states, const py::tuple& out, co
         outs.push_back(rows_view(Tensor(state[0])));
         lses.push_back(matrix_view(state[1]));
     }
-    const MergeParams p{
-        outs.data(),      lses.data(), int64_t(states.size()), rows_view(Tensor(out)),
-        matrix_view(lse), {}};
+    const MergeParams p{outs.data(), lses.data(), int64_t(states.size()), rows_view(Tensor(out)), matrix_view(lse), {}};
     py::gil_scoped_release release;
     cpu::merge_states(p, kernels, num_threads);
 }
@@ -288,8 +270,7 @@ PYBIND11_MODULE(_cpu, m) {
         }
     });
     py::class_<Kernels>(m, "Kernels").def_readonly("name", &Kernels::name);
-    m.def("choose_kernels", &pagewire::cpu::choose_kernels, py::return_value_policy::reference,
-          py::arg("name"));
+    m.def("choose_kernels", &pagewire::cpu::choose_kernels, py::return_value_policy::reference, py::arg("name"));
     m.def("usable_isas", [] {
         std::vector<std::string> names;
         for (const Kernels* k : pagewire::cpu::usable_kernels()) names.push_back(k->name);
@@ -298,8 +279,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.attr("max_width") = pagewire::cpu::kMaxWidth;
     m.def("read", [](uintptr_t data, int64_t count, const Kernels& kernels, int num_threads) {
         py::gil_scoped_release release;
-        return pagewire::cpu::read(reinterpret_cast<const float*>(data), count, kernels,
-                                   num_threads);
+        return pagewire::cpu::read(reinterpret_cast<const float*>(data), count, kernels, num_threads);
     });
     m.def("decode", &decode);
     m.def("prefill", &prefill);

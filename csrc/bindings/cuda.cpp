@@ -27,8 +27,8 @@ class Fields {
     explicit Fields(const py::handle& tuple) : tuple_(py::reinterpret_borrow<py::tuple>(tuple)) {}
     ~Fields() noexcept(false) {
         if (next_ != tuple_.size() && std::uncaught_exceptions() == 0) {
-            throw std::logic_error("pagewire bindings: " + std::to_string(tuple_.size()) +
-                                   " fields given, " + std::to_string(next_) + " read");
+            throw std::logic_error("pagewire bindings: " + std::to_string(tuple_.size()) + " fields given, " +
+                                   std::to_string(next_) + " read");
         }
     }
     Fields(const Fields&) = delete;
@@ -67,8 +67,8 @@ MoveSide read_side(const py::handle& tuple) {
     return s;
 }
 
-void move_op(ErrorKind kind, bool source_has_slots, const py::tuple& parts,
-             const py::tuple& pointers, const py::tuple& slots) {
+void move_op(ErrorKind kind, bool source_has_slots, const py::tuple& parts, const py::tuple& pointers,
+             const py::tuple& slots) {
     MoveRequest r{};
     for (const py::handle& part : parts) {
         Fields f(part);
@@ -120,8 +120,8 @@ MergeStates read_states(const py::handle& tuple) {
     return s;
 }
 
-void merge_op(const py::tuple& first, const py::tuple& rest, int num_states,
-              const py::tuple& result, int device, uintptr_t stream) {
+void merge_op(const py::tuple& first, const py::tuple& rest, int num_states, const py::tuple& result, int device,
+              uintptr_t stream) {
     MergeRequest r{};
     r.first = read_states(first);
     r.rest = read_states(rest);
@@ -156,9 +156,7 @@ AttentionCache read_cache(const py::handle& tuple) {
     c.stride_token = f.integer();
     c.stride_head = f.integer();
     c.width = f.small();
-    c.aligned =
-        ((reinterpret_cast<intptr_t>(c.data) | c.stride_page | c.stride_token | c.stride_head) &
-         15) == 0;
+    c.aligned = ((reinterpret_cast<intptr_t>(c.data) | c.stride_page | c.stride_token | c.stride_head) & 15) == 0;
     Fields s(f.tuple());
     c.scale.form = static_cast<ScaleForm>(s.small());
     c.scale.value = s.number();
@@ -172,9 +170,8 @@ AttentionCache read_cache(const py::handle& tuple) {
 
 // `allocate(partial_floats, num_counters)` gives three pointers: fp32 space, and int32 counters and
 // one more that are zero.
-void attention_op(const py::tuple& tensors, const py::tuple& k, const py::tuple& v,
-                  const py::tuple& sizes, const py::tuple& modifiers,
-                  const py::function& allocate) {
+void attention_op(const py::tuple& tensors, const py::tuple& k, const py::tuple& v, const py::tuple& sizes,
+                  const py::tuple& modifiers, const py::function& allocate) {
     AttentionRequest r{};
     AttentionPlan& p = r.plan;
     p.k = read_cache(k);
@@ -247,17 +244,15 @@ PYBIND11_MODULE(_cuda_emulated, m) {
 PYBIND11_MODULE(_cuda, m) {
 #endif
     using namespace pagewire;
-    m.def("append_kv",
-          [](const py::tuple& parts, const py::tuple& pointers, const py::tuple& slots) {
-              move_op(ErrorKind::kAppendSlot, /*source_has_slots=*/false, parts, pointers, slots);
-          });
+    m.def("append_kv", [](const py::tuple& parts, const py::tuple& pointers, const py::tuple& slots) {
+        move_op(ErrorKind::kAppendSlot, /*source_has_slots=*/false, parts, pointers, slots);
+    });
     m.def("pack_kv", [](const py::tuple& parts, const py::tuple& pointers, const py::tuple& slots) {
         move_op(ErrorKind::kPackSlot, /*source_has_slots=*/true, parts, pointers, slots);
     });
-    m.def("unpack_kv",
-          [](const py::tuple& parts, const py::tuple& pointers, const py::tuple& slots) {
-              move_op(ErrorKind::kUnpackSlot, /*source_has_slots=*/false, parts, pointers, slots);
-          });
+    m.def("unpack_kv", [](const py::tuple& parts, const py::tuple& pointers, const py::tuple& slots) {
+        move_op(ErrorKind::kUnpackSlot, /*source_has_slots=*/false, parts, pointers, slots);
+    });
     m.def("merge_states", merge_op);
     m.def("attention", attention_op);
 #if defined(PAGEWIRE_EMULATE)

@@ -25,9 +25,8 @@ struct Tiles {
 // C[rows, columns] = (add ? C : 0) + A[rows, depth] . B[depth, columns], all counted in tiles; rows
 // and columns are even. a_stride: elements from one row of tiles to the next; b_stride: from one
 // column of tiles to the next.
-__attribute__((noinline)) inline void tile_gemm(const BFloat16* a, int64_t a_stride, int64_t rows,
-                                                const BFloat16* b, int64_t b_stride,
-                                                int64_t columns, int64_t depth, bool add, float* c,
+__attribute__((noinline)) inline void tile_gemm(const BFloat16* a, int64_t a_stride, int64_t rows, const BFloat16* b,
+                                                int64_t b_stride, int64_t columns, int64_t depth, bool add, float* c,
                                                 int64_t ldc) {
     asm volatile("" ::: "memory");  // tile loads do not say that they read memory
     const int64_t row = ldc * int64_t(sizeof(float));
@@ -69,14 +68,10 @@ inline int64_t tiles(int64_t n, int side) { return (n + side - 1) / side; }
 // Tiles of n rows or columns, an even number.
 inline int64_t pairs_of_tiles(int64_t n) { return 2 * tiles(n, 2 * kTileSide); }
 
-inline __mmask32 first_words(int n) {
-    return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : (__mmask32(1) << n) - 1;
-}
+inline __mmask32 first_words(int n) { return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : (__mmask32(1) << n) - 1; }
 
 // 32 elements as bf16, 0 from the nth on: the storage types of a cache all fit.
-inline __m512i load_words(const BFloat16* p, int n) {
-    return _mm512_maskz_loadu_epi16(first_words(n), p);
-}
+inline __m512i load_words(const BFloat16* p, int n) { return _mm512_maskz_loadu_epi16(first_words(n), p); }
 template <class T>
 inline __m512i load_words(const T* p, int n) {
     const F low = n > 0 ? load_some(p, n) : zero();
@@ -159,16 +154,15 @@ struct AmxTile {
     }
     void logits(int64_t row, int64_t rows, int num_keys) const {
         const int64_t depth = tiles(D, kTileDepth), stride = depth * kTileSize;
-        tile_gemm(q(row), stride, pairs_of_tiles(rows), keys(), stride, pairs_of_tiles(num_keys),
-                  depth, false, s.logits, kKeys);
+        tile_gemm(q(row), stride, pairs_of_tiles(rows), keys(), stride, pairs_of_tiles(num_keys), depth, false,
+                  s.logits, kKeys);
     }
     // Rounded to bf16; the sum that divides them is of the unrounded ones.
     auto put_weights(int64_t r) const {
         BFloat16* row = weights(r / kTileSide * kTileSide) + r % kTileSide * kTileDepth;
         return [row](int key, F x) {
-            _mm256_store_si256(
-                reinterpret_cast<__m256i*>(row + key / kTileDepth * kTileSize + key % kTileDepth),
-                (__m256i)_mm512_cvtneps_pbh(x));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(row + key / kTileDepth * kTileSize + key % kTileDepth),
+                               (__m256i)_mm512_cvtneps_pbh(x));
         };
     }
     void add_values(int64_t row, int64_t rows, int num_keys) const {

@@ -34,13 +34,10 @@ inline F over_keys(F x) {
 template <int C>
 inline void turn(F* x) {
     if constexpr (C == 4) {
-        const __m512i even =
-            _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+        const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
         const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));
-        const F a = _mm512_permutex2var_ps(x[0], even, x[1]),
-                b = _mm512_permutex2var_ps(x[2], even, x[3]);
-        const F c = _mm512_permutex2var_ps(x[0], odd, x[1]),
-                d = _mm512_permutex2var_ps(x[2], odd, x[3]);
+        const F a = _mm512_permutex2var_ps(x[0], even, x[1]), b = _mm512_permutex2var_ps(x[2], even, x[3]);
+        const F c = _mm512_permutex2var_ps(x[0], odd, x[1]), d = _mm512_permutex2var_ps(x[2], odd, x[3]);
         x[0] = _mm512_shuffle_f32x4(a, b, 0x44);
         x[1] = _mm512_shuffle_f32x4(a, b, 0xee);
         x[2] = _mm512_shuffle_f32x4(c, d, 0x44);
@@ -96,8 +93,7 @@ struct AmxRows {
 
     __attribute__((noinline)) void add_block(const Step<kKeys>& step) const {
         alignas(64) float products[kKeys * C];  // [keys][C rows]
-        for (int key = 0; key < kKeys; key += kTileSide)
-            multiply_keys(step, key, products + key * C);
+        for (int key = 0; key < kKeys; key += kTileSide) multiply_keys(step, key, products + key * C);
         rescale_sums(step.h, weigh_products(step, products));
         if (f.template row_by_row<T>(step)) return add_seen_values(step);
         const BlockRange every{0, step.block.num_keys};
@@ -131,8 +127,7 @@ struct AmxRows {
         const int64_t ahead = step.next_k.byte, num_tiles = depth;
         const BFloat16* query = q(step.h);
         constexpr int kLast = kTileSide - 1;
-        const bool in_place = Words<T>::kAsStored && D % kChunk == 0 &&
-                              key + kLast < block.num_keys &&
+        const bool in_place = Words<T>::kAsStored && D % kChunk == 0 && key + kLast < block.num_keys &&
                               block.offset[key + kLast] == block.offset[key] + kLast;
         const char* left = block.k[key] + step.k_byte;
         int64_t stride = block.k[key + 1] - block.k[key];
@@ -173,10 +168,10 @@ struct AmxRows {
     // Products become weights; returns what the sums so far are to be multiplied with.
     F weigh_products(const Step<kKeys>& step, float* products) const {
         const float scale = f.logit_scale(step.h);
-        const bool masked = step.block.begin < f.all.begin ||
-                            step.block.begin + kKeys > f.all.end || step.block.num_keys < kKeys;
-        const bool plain = !masked && !f.token_k && f.p.softcap <= 0.0f &&
-                           f.p.alibi_slopes.data == nullptr && scale > 0.0f;
+        const bool masked =
+            step.block.begin < f.all.begin || step.block.begin + kKeys > f.all.end || step.block.num_keys < kKeys;
+        const bool plain =
+            !masked && !f.token_k && f.p.softcap <= 0.0f && f.p.alibi_slopes.data == nullptr && scale > 0.0f;
         const F unit = set1(plain ? scale * kLog2E : 1.0f);
         if (!plain) apply_rules(step, masked, products);
         F block_top = set1(-infinity());
@@ -208,8 +203,7 @@ struct AmxRows {
     }
 
     // Products become base-2 logits, -inf where a row does not see a key.
-    __attribute__((noinline)) void apply_rules(const Step<kKeys>& step, bool masked,
-                                               float* products) const {
+    __attribute__((noinline)) void apply_rules(const Step<kKeys>& step, bool masked, float* products) const {
         float begin[kLanes] = {}, end[kLanes] = {}, distance[kLanes] = {}, slope[kLanes] = {};
         for (int i = 0; i < kLanes; ++i) {
             const int r = i % C;
@@ -228,8 +222,7 @@ struct AmxRows {
             F x = mul(load(products + i * kLanes), scale);
             if (f.token_k) x = mul(x, per_key<C>(s.k_scale, i));
             if (f.p.softcap > 0.0f) x = mul(tanh(div(x, cap)), cap);
-            if (f.p.alibi_slopes.data != nullptr)
-                x = fnma(load(slope), abs(sub(load(distance), column)), x);
+            if (f.p.alibi_slopes.data != nullptr) x = fnma(load(slope), abs(sub(load(distance), column)), x);
             x = mul(x, set1(kLog2E));
             if (masked) {
                 x = select(less(column, load(end)), x, set1(-infinity()));
@@ -260,19 +253,15 @@ struct AmxRows {
             return kWhole ? kChunk : in ? clip(Dv - d, 0, kChunk) : 0;
         };
         const char *const *rows = step.block.v, *const *next = step.next_v.rows;
-        const int64_t byte = d * int64_t(sizeof(T)), here = step.v_byte + byte,
-                      ahead = step.next_v.byte + byte;
+        const int64_t byte = d * int64_t(sizeof(T)), here = step.v_byte + byte, ahead = step.next_v.byte + byte;
         BFloat16* to = values();
 #pragma GCC unroll 4
         for (int j = 0; j < kKeys; j += 2, to += kTileDepth) {
-            const Chunk a =
-                table.template load<kWhole>(reinterpret_cast<const T*>(rows[j] + here), width(j));
-            const Chunk b = table.template load<kWhole>(
-                reinterpret_cast<const T*>(rows[j + 1] + here), width(j + 1));
-            put({_mm512_unpacklo_epi16(a.x, b.x), _mm512_unpackhi_epi16(a.x, b.x)}, to,
-                to + kTileSize);
-            put({_mm512_unpacklo_epi16(a.y, b.y), _mm512_unpackhi_epi16(a.y, b.y)},
-                to + 2 * kTileSize, to + 3 * kTileSize);
+            const Chunk a = table.template load<kWhole>(reinterpret_cast<const T*>(rows[j] + here), width(j));
+            const Chunk b = table.template load<kWhole>(reinterpret_cast<const T*>(rows[j + 1] + here), width(j + 1));
+            put({_mm512_unpacklo_epi16(a.x, b.x), _mm512_unpackhi_epi16(a.x, b.x)}, to, to + kTileSize);
+            put({_mm512_unpacklo_epi16(a.y, b.y), _mm512_unpackhi_epi16(a.y, b.y)}, to + 2 * kTileSize,
+                to + 3 * kTileSize);
 #pragma GCC unroll 2
             for (int64_t line = 0; line < kChunk * int64_t(sizeof(T)); line += 64) {
                 prefetch(next[j] + ahead + line);
@@ -283,8 +272,7 @@ struct AmxRows {
 
     // Elements d .. d + kChunk of all rows' sums, with the values added.
     void add_values(int64_t h, int64_t d, float* to, int64_t ld_to) const {
-        const int64_t row = s.ld_acc * int64_t(sizeof(float)),
-                      row_to = ld_to * int64_t(sizeof(float));
+        const int64_t row = s.ld_acc * int64_t(sizeof(float)), row_to = ld_to * int64_t(sizeof(float));
         const float* sums = acc(h, 0) + d;
         settle();
         _tile_loadd(4, sums, row);
@@ -311,8 +299,7 @@ struct AmxRows {
         for (int64_t d = 0; d < Dv; d += kChunk) {
             for (int i = 0; i < kChunk; i += 4) {  // unpacking has put words 0-3 of each 8 first
                 const int word = i % 16 * 2 + i / 16 % 2 * 4;
-                _mm_storeu_ps(s.row + d + Words<T>::source(i / 32, word),
-                              _mm_loadu_ps(acc(h, r) + d + i));
+                _mm_storeu_ps(s.row + d + Words<T>::source(i / 32, word), _mm_loadu_ps(acc(h, r) + d + i));
             }
         }
         const F sum = over_keys<C, add>(load(total(h)));
@@ -330,8 +317,7 @@ void attend_few_rows_bf16(const AttentionParams& p, const Piece& piece, char* sc
     with_dtype(p.k.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         if constexpr (sizeof(T) == 1 || std::is_same_v<T, BFloat16>) {
-            four ? attend_few<AmxRows<T, 4>>(p, piece, scratch)
-                 : attend_few<AmxRows<T, 16>>(p, piece, scratch);
+            four ? attend_few<AmxRows<T, 4>>(p, piece, scratch) : attend_few<AmxRows<T, 16>>(p, piece, scratch);
         } else {
             attend_few_rows(p, piece, scratch);
         }

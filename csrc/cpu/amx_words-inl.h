@@ -1,5 +1,4 @@
-// Stored elements as bf16 words, the operands of AMX. Included inside the anonymous namespace of
-// target_amx.cpp.
+// Stored elements as bf16 words, the operands of AMX. Included inside the anonymous namespace of target_amx.cpp.
 
 constexpr int kChunk = 64;  // elements of a row that are unpacked together: four columns of tiles
 
@@ -13,8 +12,7 @@ inline void put(Chunk chunk, BFloat16* x, BFloat16* y) {
 
 inline __mmask64 first_bytes(int n) { return n >= 64 ? ~__mmask64(0) : (__mmask64(1) << n) - 1; }
 
-// Chunks of a row of elements: word w of vector u holds element source(u, w); runs of four stay
-// together.
+// Chunks of a row of elements: word w of vector u holds element source(u, w); runs of four stay together.
 template <class T>
 struct Words {  // one-byte types, by table: byte b is {low, high}[b]
     __m512i low[2], high[2], negative_low[2], negative_high[2];
@@ -42,16 +40,13 @@ struct Words {  // one-byte types, by table: byte b is {low, high}[b]
     }
     template <bool kWhole>
     Chunk load(const T* row, int n) const {
-        const __m512i x =
-            kWhole ? _mm512_loadu_si512(row) : _mm512_maskz_loadu_epi8(first_bytes(n), row);
+        const __m512i x = kWhole ? _mm512_loadu_si512(row) : _mm512_maskz_loadu_epi8(first_bytes(n), row);
         __m512i l = _mm512_permutex2var_epi8(low[0], x, low[1]);
         __m512i h = _mm512_permutex2var_epi8(high[0], x, high[1]);
         if constexpr (std::is_same_v<T, int8_t>) {
             const __mmask64 negative = _mm512_movepi8_mask(x);
-            l = _mm512_mask_mov_epi8(l, negative,
-                                     _mm512_permutex2var_epi8(negative_low[0], x, negative_low[1]));
-            h = _mm512_mask_mov_epi8(
-                h, negative, _mm512_permutex2var_epi8(negative_high[0], x, negative_high[1]));
+            l = _mm512_mask_mov_epi8(l, negative, _mm512_permutex2var_epi8(negative_low[0], x, negative_low[1]));
+            h = _mm512_mask_mov_epi8(h, negative, _mm512_permutex2var_epi8(negative_high[0], x, negative_high[1]));
         } else {  // the sign is a bit of its own
             h = _mm512_ternarylogic_epi32(h, x, _mm512_set1_epi8(char(0x80)), 0xf8);
         }

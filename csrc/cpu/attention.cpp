@@ -19,12 +19,11 @@ namespace {
 
 constexpr int64_t kMinSplit = 512, kMaxSplit = 1024;  // keys
 constexpr int64_t kMaxSplits = 64;                    // of one request
-constexpr int64_t kTilesWanted = 16;  // of one request and kv head, to balance the load
+constexpr int64_t kTilesWanted = 16;                  // of one request and kv head, to balance the load
 // Pieces of all heads read whole pages; only where there are too few for the threads, heads are
 // shared out, and then less is read in a row.
 constexpr int64_t kPiecesPerThread = 2;
-constexpr int64_t kBytesPerThread =
-    128 * 1024;  // of KV, below which waking a thread costs more than it brings
+constexpr int64_t kBytesPerThread = 128 * 1024;  // of KV, below which waking a thread costs more than it brings
 
 struct Split {  // a request whose keys are shared out
     int64_t row_begin, num_rows, num_splits;
@@ -42,8 +41,7 @@ struct Plan {
 
 int64_t split_length(const AttentionParams& p, int64_t seq_len) {
     const int64_t quarter = round_up((seq_len + 3) / 4, kMaxKeyBlock);
-    const int64_t wanted =
-        p.split_size > 0 ? p.split_size : std::clamp(quarter, kMinSplit, kMaxSplit);
+    const int64_t wanted = p.split_size > 0 ? p.split_size : std::clamp(quarter, kMinSplit, kMaxSplit);
     return std::max(wanted, round_up((seq_len + kMaxSplits - 1) / kMaxSplits, kMaxKeyBlock));
 }
 
@@ -51,8 +49,7 @@ void fill_empty(const AttentionParams& p, int64_t row_begin, int64_t row_end) {
     const int64_t item = item_size(p.out.dtype);
     for (int64_t row = row_begin; row < row_end; ++row) {
         for (int64_t head = 0; head < p.out.num_heads; ++head) {
-            std::memset(p.out.data + (row * p.out.stride_row + head * p.out.stride_head) * item, 0,
-                        p.out.width * item);
+            std::memset(p.out.data + (row * p.out.stride_row + head * p.out.stride_head) * item, 0, p.out.width * item);
             if (p.lse.data != nullptr) {
                 p.lse.data[row * p.lse.stride_row + head * p.lse.stride_head] =
                     p.sinks.data != nullptr ? p.sinks.data[head * p.sinks.stride_head]
@@ -68,8 +65,7 @@ void plan_rows(const AttentionParams& p, Piece piece, bool few, bool may_split, 
     const int64_t begin = visible_keys(p, piece.seq_len, piece.position).begin;
     const int64_t end = visible_keys(p, piece.seq_len, last).end;
     if (begin >= end) return fill_empty(p, piece.row_begin, piece.row_end);
-    plan.kv_bytes +=
-        (end - begin) * p.k.num_kv_heads * (p.k.width + p.v.width) * item_size(p.k.dtype);
+    plan.kv_bytes += (end - begin) * p.k.num_kv_heads * (p.k.width + p.v.width) * item_size(p.k.dtype);
     const int64_t rows = piece.row_end - piece.row_begin, group = p.q.num_heads / p.k.num_kv_heads;
     int64_t& max_rows = few ? plan.max_few_rows : plan.max_tile_rows;
     max_rows = std::max(max_rows, rows * group);
@@ -78,8 +74,7 @@ void plan_rows(const AttentionParams& p, Piece piece, bool few, bool may_split, 
     const int64_t first = begin / length, num_splits = (end + length - 1) / length - first;
     const int64_t lse_size = rows * p.q.num_heads, out_size = lse_size * p.v.width;
     if (num_splits > 1) {
-        plan.splits.push_back(
-            {piece.row_begin, rows, num_splits, plan.partial_out, plan.partial_lse});
+        plan.splits.push_back({piece.row_begin, rows, num_splits, plan.partial_out, plan.partial_lse});
         plan.partial_out += num_splits * out_size;
         plan.partial_lse += num_splits * lse_size;
     }
@@ -102,8 +97,8 @@ Plan make_plan(const AttentionParams& p) {
         piece.request = b;
         piece.seq_len = p.seq_lens[b];
         piece.head_end = p.k.num_kv_heads;
-        const int64_t tile_tokens = std::max<int64_t>(
-            1, std::clamp<int64_t>(q_len * group / kTilesWanted, kTileRows, kMaxTileRows) / group);
+        const int64_t tile_tokens =
+            std::max<int64_t>(1, std::clamp<int64_t>(q_len * group / kTilesWanted, kTileRows, kMaxTileRows) / group);
         const bool few = q_len * group <= kFewRows, one = few || q_len <= tile_tokens;
         const int64_t step = one ? q_len : tile_tokens;
         for (int64_t at = row; at < row_end; at += step) {
@@ -117,8 +112,7 @@ Plan make_plan(const AttentionParams& p) {
 }
 
 // Pieces of all heads become pieces of some: as many as balance the threads.
-std::vector<Piece> divide_heads(const std::vector<Piece>& pieces, int64_t heads,
-                                int64_t heads_each) {
+std::vector<Piece> divide_heads(const std::vector<Piece>& pieces, int64_t heads, int64_t heads_each) {
     std::vector<Piece> divided;
     for (Piece piece : pieces) {
         for (int64_t h = 0; h < heads; h += heads_each) {
@@ -130,8 +124,8 @@ std::vector<Piece> divide_heads(const std::vector<Piece>& pieces, int64_t heads,
     return divided;
 }
 
-void merge_splits(const AttentionParams& p, const Plan& plan, float* outs, float* lses,
-                  const Kernels& kernels, int num_threads) {
+void merge_splits(const AttentionParams& p, const Plan& plan, float* outs, float* lses, const Kernels& kernels,
+                  int num_threads) {
     parallel_for(num_threads, int64_t(plan.splits.size()), [&](int64_t i, int) {
         const Split& split = plan.splits[i];
         RowsView states[kMaxSplits + 1];
@@ -160,11 +154,9 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
 
     const int64_t heads = p.k.num_kv_heads, wanted = kPiecesPerThread * num_threads;
     const int64_t units = std::max<int64_t>(1, plan.few.size());
-    const int64_t blocks =
-        std::clamp<int64_t>((wanted + units - 1) / units, 1, std::max<int64_t>(heads, 1));
+    const int64_t blocks = std::clamp<int64_t>((wanted + units - 1) / units, 1, std::max<int64_t>(heads, 1));
     const int64_t heads_each = std::max<int64_t>(1, (heads + blocks - 1) / blocks);
-    std::vector<Piece> tiles = divide_heads(plan.tiles, heads, 1),
-                       few = divide_heads(plan.few, heads, heads_each);
+    std::vector<Piece> tiles = divide_heads(plan.tiles, heads, 1), few = divide_heads(plan.few, heads, heads_each);
     // The longest first, for a thread must not be left alone with one at the end; but what shares
     // keys stays together, so that they are still in the cache.
     std::stable_sort(tiles.begin(), tiles.end(), [](const Piece& a, const Piece& b) {
@@ -178,8 +170,7 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
     float* outs = nullptr;
     float* lses = nullptr;
     if (plan.partial_out > 0) {
-        outs = reinterpret_cast<float*>(
-            partials.reserve((plan.partial_out + plan.partial_lse) * sizeof(float)));
+        outs = reinterpret_cast<float*>(partials.reserve((plan.partial_out + plan.partial_lse) * sizeof(float)));
         lses = outs + plan.partial_out;
     }
     for (std::vector<Piece>* pieces : {&tiles, &few}) {
@@ -195,10 +186,8 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
     Arena few_size{nullptr}, tile_size{nullptr};
     FewRowsScratch().carve(few_size, heads_each, plan.max_few_rows, p.k.width, p.v.width);
     TileScratch().carve(tile_size, plan.max_tile_rows, p.k.width, p.v.width);
-    const int64_t bytes =
-        std::max(few.empty() ? 0 : few_size.used, tiles.empty() ? 0 : tile_size.used);
-    if (tiles.empty())
-        num_threads = int(std::clamp<int64_t>(plan.kv_bytes / kBytesPerThread, 1, num_threads));
+    const int64_t bytes = std::max(few.empty() ? 0 : few_size.used, tiles.empty() ? 0 : tile_size.used);
+    if (tiles.empty()) num_threads = int(std::clamp<int64_t>(plan.kv_bytes / kBytesPerThread, 1, num_threads));
     char* scratch = workspace.reserve(bytes * num_threads);
     const int64_t num_tiles = int64_t(tiles.size());
     parallel_for(num_threads, num_tiles + int64_t(few.size()), [&](int64_t i, int slot) {

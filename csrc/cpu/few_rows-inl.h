@@ -17,8 +17,7 @@ struct KeyBlock {
         num_keys = clip(piece.key_end - at, 0, int(kKeys - at % kKeys));
         const int64_t item = item_size(p.k.dtype);
         for (int i = 0; i < num_keys;) {
-            const int64_t entry = (at + i) / p.k.page_size,
-                          id = p.page_table.at(piece.request, entry);
+            const int64_t entry = (at + i) / p.k.page_size, id = p.page_table.at(piece.request, entry);
             int64_t slot = at + i - entry * p.k.page_size;
             for (; i < num_keys && slot < p.k.page_size; ++i, ++slot) {
                 page[i] = id;
@@ -64,8 +63,7 @@ struct FewRows {
     const int64_t D = p.k.width, Dv = p.v.width;
     const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead;
     const bool token_v = p.v_scale.kind == ScaleKind::kTokenHead;
-    const KeyRange all =
-        keys_all_see(p, piece.seq_len, piece.position, piece.row_end - piece.row_begin);
+    const KeyRange all = keys_all_see(p, piece.seq_len, piece.position, piece.row_end - piece.row_begin);
     FewRowsScratch s{};
 
     FewRows(const AttentionParams& p, const Piece& piece, char* scratch) : p(p), piece(piece) {
@@ -86,34 +84,29 @@ struct FewRows {
     template <int kKeys>
     BlockRange seen(int64_t r, const KeyBlock<kKeys>& block) const {
         const KeyRange keys = seen(r);
-        return {clip(keys.begin - block.begin, 0, block.num_keys),
-                clip(keys.end - block.begin, 0, block.num_keys)};
+        return {clip(keys.begin - block.begin, 0, block.num_keys), clip(keys.end - block.begin, 0, block.num_keys)};
     }
     // Where some row does not see some key: its weight there is 0, and 0 * inf is NaN.
     template <class T, int kKeys>
     bool row_by_row(const Step<kKeys>& step) const {
         const KeyBlock<kKeys>& block = step.block;
         return (block.begin < all.begin || block.begin + block.num_keys > all.end) &&
-               any_non_finite<T>(block.v, block.num_keys, step.v_byte, Dv,
-                                 token_v ? s.v_scale : nullptr);
+               any_non_finite<T>(block.v, block.num_keys, step.v_byte, Dv, token_v ? s.v_scale : nullptr);
     }
     float slope(int64_t h, int64_t r) const { return slope_of(p, piece.request, qo_head(h, r)); }
     float logit_scale(int64_t h) const {
         return p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head(h)));
     }
     const char* query(int64_t h, int64_t r) const {
-        return p.q.data +
-               (row(r) * p.q.stride_row + qo_head(h, r) * p.q.stride_head) * item_size(p.q.dtype);
+        return p.q.data + (row(r) * p.q.stride_row + qo_head(h, r) * p.q.stride_head) * item_size(p.q.dtype);
     }
 
     template <int kKeys>
     void take_token_scales(const KeyBlock<kKeys>& block, int64_t h) const {
         for (int i = 0; i < kKeys; ++i) {
             const bool real = i < block.num_keys;
-            if (token_k)
-                s.k_scale[i] = real ? *p.k_scale.at(block.page[i], block.offset[i], head(h)) : 0.0f;
-            if (token_v)
-                s.v_scale[i] = real ? *p.v_scale.at(block.page[i], block.offset[i], head(h)) : 0.0f;
+            if (token_k) s.k_scale[i] = real ? *p.k_scale.at(block.page[i], block.offset[i], head(h)) : 0.0f;
+            if (token_v) s.v_scale[i] = real ? *p.v_scale.at(block.page[i], block.offset[i], head(h)) : 0.0f;
         }
     }
 

@@ -1,7 +1,6 @@
 // A few rows in fp32, as every target has it: K and V are widened once per row block in registers.
 
-// Position i of a row in registers holds element order(i): wide loads permute inside the whole wide
-// blocks.
+// Position i of a row in registers holds element order(i): wide loads permute inside the whole wide blocks.
 template <class T>
 inline int64_t order(int64_t i, int64_t width) {
     constexpr int kWide = Wide<T>::kVecs * kLanes;
@@ -18,8 +17,8 @@ inline float factor(int64_t i, int64_t width) {
 
 // logits[r][key] = q[r] . K[key] for RB rows.
 template <class T, int RB, int kKeys>
-__attribute__((noinline)) void dot_rows(const KeyBlock<kKeys>& block, int64_t byte, int64_t width,
-                                        const float* q, int64_t ld_q, float* logits, Ahead ahead) {
+__attribute__((noinline)) void dot_rows(const KeyBlock<kKeys>& block, int64_t byte, int64_t width, const float* q,
+                                        int64_t ld_q, float* logits, Ahead ahead) {
     constexpr int KT = kTileAccs / RB, kVecs = Wide<T>::kVecs, kWide = kVecs * kLanes;
     constexpr int kSums = (RB * KT + kLanes - 1) / kLanes;
     for (int key = 0; key < block.num_keys; key += KT) {
@@ -76,9 +75,8 @@ inline void load_values(const T* p, F* x) {
 
 // acc[r][d ..] = acc * rescale + weights[r] . V over NV whole vectors of columns.
 template <class T, int RB, int NV, int kKeys>
-__attribute__((noinline)) void add_columns(const KeyBlock<kKeys>& block, int64_t byte, int64_t d,
-                                           const float* weights, const float* rescale, float* acc,
-                                           int64_t ld_acc, Ahead ahead) {
+__attribute__((noinline)) void add_columns(const KeyBlock<kKeys>& block, int64_t byte, int64_t d, const float* weights,
+                                           const float* rescale, float* acc, int64_t ld_acc, Ahead ahead) {
     F a[RB][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) {
@@ -108,9 +106,8 @@ __attribute__((noinline)) void add_columns(const KeyBlock<kKeys>& block, int64_t
 }
 
 template <class T, int RB, int kKeys>
-inline void add_values(const KeyBlock<kKeys>& block, int64_t byte, int64_t width,
-                       const float* weights, const float* rescale, float* acc, int64_t ld_acc,
-                       Ahead ahead) {
+inline void add_values(const KeyBlock<kKeys>& block, int64_t byte, int64_t width, const float* weights,
+                       const float* rescale, float* acc, int64_t ld_acc, Ahead ahead) {
     constexpr int kVecs = Wide<T>::kVecs;
     constexpr int kMost = kTileAccs / RB > 8 ? 8 : kTileAccs / RB;
     int64_t d = 0;
@@ -175,23 +172,21 @@ struct FmaRows {
     void add_block(const Step<kKeys>& step) const {
         const KeyBlock<kKeys>& block = step.block;
         over_row_blocks(R, [&](auto RB, int64_t r) {
-            dot_rows<T, RB.value>(block, step.k_byte, D, q(step.h, r), s.ld_q, s.logits + r * kKeys,
-                                  step.next_k);
+            dot_rows<T, RB.value>(block, step.k_byte, D, q(step.h, r), s.ld_q, s.logits + r * kKeys, step.next_k);
         });
         apply_rules(step);
         float *tops = top(step.h), *totals = total(step.h);
         raise_tops(tops, s.rescale, s.rescale, int(R));
         for (int64_t r = 0; r < R; ++r) {
             float* weights = s.logits + r * kKeys;
-            const float added =
-                weigh(weights, block.num_keys, s.unit[r], tops[r], f.token_v ? s.v_scale : nullptr,
-                      [weights](int key, F x) { store(weights + key, x); });
+            const float added = weigh(weights, block.num_keys, s.unit[r], tops[r], f.token_v ? s.v_scale : nullptr,
+                                      [weights](int key, F x) { store(weights + key, x); });
             totals[r] = totals[r] * s.rescale[r] + added;
         }
         if (f.template row_by_row<T>(step)) return add_seen_values(step);
         over_row_blocks(R, [&](auto RB, int64_t r) {
-            add_values<T, RB.value>(block, step.v_byte, Dv, s.logits + r * kKeys, s.rescale + r,
-                                    acc(step.h, r), s.ld_acc, step.next_v);
+            add_values<T, RB.value>(block, step.v_byte, Dv, s.logits + r * kKeys, s.rescale + r, acc(step.h, r),
+                                    s.ld_acc, step.next_v);
         });
     }
 
@@ -202,8 +197,8 @@ struct FmaRows {
             KeyBlock<kKeys> block;
             block.num_keys = seen.end - seen.begin;
             for (int i = 0; i < block.num_keys; ++i) block.v[i] = step.block.v[seen.begin + i];
-            add_values<T, 1>(block, step.v_byte, Dv, s.logits + r * kKeys + seen.begin,
-                             s.rescale + r, acc(step.h, r), s.ld_acc, step.next_v);
+            add_values<T, 1>(block, step.v_byte, Dv, s.logits + r * kKeys + seen.begin, s.rescale + r, acc(step.h, r),
+                             s.ld_acc, step.next_v);
         }
     }
 

@@ -13,13 +13,11 @@ namespace pagewire::cpu {
 #ifdef PAGEWIRE_AMX
 namespace {
 
-// The processor has bf16 tiles, vector conversions and byte tables, and the kernel lets this
-// process use the tile registers: one request holds for all its threads, also for those that run
-// already.
+// The processor has bf16 tiles, vector conversions and byte tables, and the kernel lets this process use the tile
+// registers: one request holds for all its threads, also for those that run already.
 bool tiles_permitted() {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
-    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5,
-                       kAvx512Vbmi = 1u << 1;
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5, kAvx512Vbmi = 1u << 1;
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
     if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
@@ -36,8 +34,7 @@ std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> usable;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
 #ifdef PAGEWIRE_AMX
@@ -62,8 +59,7 @@ const Kernels& choose_kernels(const std::string& name) {
         if (name == k->name) return *k;
         names += (names.empty() ? "" : ", ") + std::string(k->name);
     }
-    throw std::invalid_argument("PAGEWIRE_CPU_ISA=" + name + ": this machine and build have " +
-                                names);
+    throw std::invalid_argument("PAGEWIRE_CPU_ISA=" + name + ": this machine and build have " + names);
 }
 
 }  // namespace pagewire::cpu

@@ -8,9 +8,8 @@
 
 namespace pagewire::cpu {
 
-constexpr int kMaxKeyBlock = 64;  // keys a few-rows kernel takes at a time, at most
-constexpr int kFewRows =
-    16;  // rows (tokens x group_size) of a request up to which the few-rows kernel takes it
+constexpr int kMaxKeyBlock = 64;   // keys a few-rows kernel takes at a time, at most
+constexpr int kFewRows = 16;       // rows (tokens x group_size) of a request up to which the few-rows kernel takes it
 constexpr int kTileRows = 192;     // rows of a tile, unless one token has more: of a short request
 constexpr int kMaxTileRows = 768;  // and of a long one
 constexpr int kTileKeys = 256;     // keys a tile takes at a time, at most
@@ -27,8 +26,7 @@ struct KeyRange {
 inline KeyRange visible_keys(const AttentionParams& p, int64_t seq_len, int64_t position) {
     KeyRange r{0, seq_len};
     if (p.window_left >= 0 && position - p.window_left > 0) r.begin = position - p.window_left;
-    if (p.window_right >= 0 && position + p.window_right + 1 < r.end)
-        r.end = position + p.window_right + 1;
+    if (p.window_right >= 0 && position + p.window_right + 1 < r.end) r.end = position + p.window_right + 1;
     if (p.causal && position + 1 < r.end) r.end = position + 1;
     if (r.end < r.begin) r.end = r.begin;
     return r;
@@ -36,25 +34,20 @@ inline KeyRange visible_keys(const AttentionParams& p, int64_t seq_len, int64_t 
 
 // Keys that rows [position, position + num_rows) all see: a row's range begins and ends no sooner
 // than that of the row before.
-inline KeyRange keys_all_see(const AttentionParams& p, int64_t seq_len, int64_t position,
-                             int64_t num_rows) {
-    return {visible_keys(p, seq_len, position + num_rows - 1).begin,
-            visible_keys(p, seq_len, position).end};
+inline KeyRange keys_all_see(const AttentionParams& p, int64_t seq_len, int64_t position, int64_t num_rows) {
+    return {visible_keys(p, seq_len, position + num_rows - 1).begin, visible_keys(p, seq_len, position).end};
 }
 
-// A piece of attention that one thread computes: some rows of one request, some kv heads, some
-// keys.
+// A piece of attention that one thread computes: some rows of one request, some kv heads, some keys.
 struct Piece {
     int64_t request, seq_len;
     int64_t row_begin, row_end;    // of q and out
     int64_t position;              // of row_begin
     int64_t head_begin, head_end;  // kv heads
     int64_t key_begin, key_end;
-    int64_t split, part;  // of a request whose keys are shared out: which request, which part;
-                          // split -1: the whole
-    float* partial_out;  // [row_end - row_begin, num_qo_heads, head_dim_v]; null: this is the whole
-                         // result
-    float* partial_lse;  // [row_end - row_begin, num_qo_heads]
+    int64_t split, part;  // of a request whose keys are shared out: which request, which part; split -1: the whole
+    float* partial_out;   // [row_end - row_begin, num_qo_heads, head_dim_v]; null: this is the whole result
+    float* partial_lse;   // [row_end - row_begin, num_qo_heads]
 };
 
 // Hands out 64-byte aligned arrays of one allocation; with a null base it only measures.
@@ -106,11 +99,11 @@ struct FewRowsScratch {
 // A tile: R rows (token x head of the group) of one kv head against blocks of up to kTileKeys keys;
 // up to kTileRows of the rows at a time have logits and weights.
 struct TileScratch {
-    float *q, *acc;  // [R, head_dim], [R, ld_acc]
-    float* keys;     // K transposed, in panels of columns: [panel][head_dim][panel width]
-    float* values;   // V in panels of columns: [panel][kTileKeys][panel width]
-    float* logits;   // [kTileRows, kTileKeys]
-    float* weights;  // [kTileRows, kTileKeys / 2]: room for them in bf16
+    float *q, *acc;                       // [R, head_dim], [R, ld_acc]
+    float* keys;                          // K transposed, in panels of columns: [panel][head_dim][panel width]
+    float* values;                        // V in panels of columns: [panel][kTileKeys][panel width]
+    float* logits;                        // [kTileRows, kTileKeys]
+    float* weights;                       // [kTileRows, kTileKeys / 2]: room for them in bf16
     float *top, *total, *rescale, *unit;  // [R padded]
     float *k_scale, *v_scale;             // [kTileKeys]
     int64_t ld_acc;
@@ -144,8 +137,7 @@ struct Kernels {
     float (*read)(const float* data, int64_t count);  // nothing but loads: the roof of decode
 };
 
-// AMX needs the operating system's permission, which is asked for on Linux, and a compiler that has
-// its intrinsics.
+// AMX needs the operating system's permission, which is asked for on Linux, and a compiler that has its intrinsics.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
 #define PAGEWIRE_AMX 1
 #endif

@@ -40,21 +40,18 @@ inline F lane_index() {
 
 template <class T>
 inline void load_row(const T* from, int64_t width, float* to) {
-    for (int64_t i = 0; i < width; i += kLanes)
-        store_some(to + i, load_some(from + i, int(width - i)), int(width - i));
+    for (int64_t i = 0; i < width; i += kLanes) store_some(to + i, load_some(from + i, int(width - i)), int(width - i));
 }
 
-__attribute__((noinline)) inline void load_row(DType dtype, const char* from, int64_t width,
-                                               float* to) {
-    with_dtype(dtype, [&](auto tag) {
-        load_row(reinterpret_cast<const typename decltype(tag)::type*>(from), width, to);
-    });
+__attribute__((noinline)) inline void load_row(DType dtype, const char* from, int64_t width, float* to) {
+    with_dtype(dtype,
+               [&](auto tag) { load_row(reinterpret_cast<const typename decltype(tag)::type*>(from), width, to); });
 }
 
 // Whether 0 * x is NaN for one of the rows' elements or of their scales, if those are given.
 template <class T>
-__attribute__((noinline)) bool any_non_finite(const char* const* rows, int num_rows, int64_t byte,
-                                              int64_t width, const float* scales) {
+__attribute__((noinline)) bool any_non_finite(const char* const* rows, int num_rows, int64_t byte, int64_t width,
+                                              const float* scales) {
     constexpr int kChains = 4;  // an fma waits for the one before it
     F zeros[kChains] = {zero(), zero(), zero(), zero()};
     for (int i = 0; i < num_rows; ++i) {
@@ -63,18 +60,15 @@ __attribute__((noinline)) bool any_non_finite(const char* const* rows, int num_r
         int64_t d = 0;
         for (; d + kChains * kLanes <= width; d += kChains * kLanes) {
 #pragma GCC unroll 4
-            for (int u = 0; u < kChains; ++u)
-                zeros[u] = fma(load(row + d + u * kLanes), zero(), zeros[u]);
+            for (int u = 0; u < kChains; ++u) zeros[u] = fma(load(row + d + u * kLanes), zero(), zeros[u]);
         }
-        for (; d < width; d += kLanes)
-            zeros[0] = fma(load_some(row + d, int(width - d)), zero(), zeros[0]);
+        for (; d < width; d += kLanes) zeros[0] = fma(load_some(row + d, int(width - d)), zero(), zeros[0]);
     }
     return sum(add(add(zeros[0], zeros[1]), add(zeros[2], zeros[3]))) != 0.0f;
 }
 
 // from[i] * factor
-__attribute__((noinline)) inline void store_row(DType dtype, const float* from, float factor,
-                                                int64_t width, char* to) {
+__attribute__((noinline)) inline void store_row(DType dtype, const float* from, float factor, int64_t width, char* to) {
     const F times = set1(factor);
     with_dtype(dtype, [&](auto tag) {
         auto* out = reinterpret_cast<typename decltype(tag)::type*>(to);

@@ -34,8 +34,7 @@ struct Place {  // of a token on one side
 };
 
 inline char* row_of(const MoveParams::Side& side, Place at, int64_t head) {
-    const int64_t element =
-        at.page * side.stride_page + at.token * side.stride_token + head * side.stride_head;
+    const int64_t element = at.page * side.stride_page + at.token * side.stride_token + head * side.stride_head;
     return side.data + element * item_size(side.dtype);
 }
 

@@ -14,8 +14,8 @@ constexpr int64_t kStreamBytes = 4 << 20;  // of a call: more than the caches of
 
 }  // namespace
 
-void move(const char* op, const char* slots_name, int64_t num_slots,
-          const std::vector<MoveParams>& moves, const Kernels& kernels, int num_threads) {
+void move(const char* op, const char* slots_name, int64_t num_slots, const std::vector<MoveParams>& moves,
+          const Kernels& kernels, int num_threads) {
     if (moves.empty()) return;
     const IndexView& slots = moves[0].slots;
     check_slots(op, slots_name, slots, num_slots, moves[0].skip_negative);
@@ -37,8 +37,7 @@ void move(const char* op, const char* slots_name, int64_t num_slots,
 }
 
 void merge_states(const MergeParams& p, const Kernels& kernels, int num_threads) {
-    const int64_t row_bytes =
-        std::max<int64_t>(1, p.out.num_heads * p.out.width * 4 * std::max<int64_t>(p.n, 1));
+    const int64_t row_bytes = std::max<int64_t>(1, p.out.num_heads * p.out.width * 4 * std::max<int64_t>(p.n, 1));
     const int64_t rows_each = std::max<int64_t>(1, kBytesPerTask / row_bytes);
     const int64_t chunks = (p.out.num_rows + rows_each - 1) / rows_each;
     std::vector<float> weights(std::max<int64_t>(p.n, 1) * num_threads);
@@ -52,8 +51,7 @@ float read(const float* data, int64_t count, const Kernels& kernels, int num_thr
     const int64_t each = kBytesPerTask;
     std::vector<float> tops(num_threads, data[0]);
     parallel_for(num_threads, (count + each - 1) / each, [&](int64_t i, int slot) {
-        tops[slot] =
-            std::max(tops[slot], kernels.read(data + i * each, std::min(each, count - i * each)));
+        tops[slot] = std::max(tops[slot], kernels.read(data + i * each, std::min(each, count - i * each)));
     });
     return *std::max_element(tops.begin(), tops.end());
 }

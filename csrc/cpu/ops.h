@@ -12,8 +12,8 @@ namespace pagewire::cpu {
 void attention(const AttentionParams& p, const Kernels& kernels, int num_threads);
 void merge_states(const MergeParams& p, const Kernels& kernels, int num_threads);
 // One entry per layer and K or V, all with the same slots.
-void move(const char* op, const char* slots_name, int64_t num_slots,
-          const std::vector<MoveParams>& moves, const Kernels& kernels, int num_threads);
+void move(const char* op, const char* slots_name, int64_t num_slots, const std::vector<MoveParams>& moves,
+          const Kernels& kernels, int num_threads);
 // Reads `count` floats on all threads; benchmarks time it. Returns their maximum.
 float read(const float* data, int64_t count, const Kernels& kernels, int num_threads);
 

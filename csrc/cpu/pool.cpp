@@ -35,12 +35,9 @@ struct Job {
     std::condition_variable done{};
 
     void work(int slot) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;)
-            task(context, i, slot);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(context, i, slot);
     }
-    bool wants_help() const {
-        return slots < max_slots && next.load(std::memory_order_relaxed) < num_tasks;
-    }
+    bool wants_help() const { return slots < max_slots && next.load(std::memory_order_relaxed) < num_tasks; }
 };
 
 class Pool {
@@ -76,8 +73,7 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
             const auto wanted = [&] {
-                return std::find_if(jobs_.begin(), jobs_.end(),
-                                    [](Job* j) { return j->wants_help(); });
+                return std::find_if(jobs_.begin(), jobs_.end(), [](Job* j) { return j->wants_help(); });
             };
             auto found = wanted();
             if (found == jobs_.end()) {

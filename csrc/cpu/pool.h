@@ -1,5 +1,4 @@
-// A small pool of threads of our own: OpenMP in a wheel would load a second runtime next to
-// torch's.
+// A small pool of threads of our own: OpenMP in a wheel would load a second runtime next to torch's.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +15,8 @@ void parallel_for(int num_threads, int64_t num_tasks, Task task, void* context);
 template <class Body>
 void parallel_for(int num_threads, int64_t num_tasks, Body&& body) {
     parallel_for(
-        num_threads, num_tasks,
-        [](void* context, int64_t i, int slot) { (*static_cast<Body*>(context))(i, slot); }, &body);
+        num_threads, num_tasks, [](void* context, int64_t i, int slot) { (*static_cast<Body*>(context))(i, slot); },
+        &body);
 }
 
 }  // namespace pagewire::cpu

@@ -1,5 +1,4 @@
-// The vector vocabulary over AVX2, FMA and F16C. Included inside the anonymous namespace of
-// target_avx2.cpp.
+// The vector vocabulary over AVX2, FMA and F16C. Included inside the anonymous namespace of target_avx2.cpp.
 
 using F = __m256;
 using M = __m256;
@@ -22,14 +21,10 @@ inline F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }  // b if either is NaN
 inline F min(F a, F b) { return _mm256_min_ps(a, b); }
 inline F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
-inline F round_even(F a) {
-    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline F select(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
-inline F pair_sums(F a, F b) {
-    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-}
+inline F pair_sums(F a, F b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
 inline float sum(F a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -63,9 +58,8 @@ inline F sums(const F* a) {
 #pragma GCC unroll 4
     for (int i = 0; i < 2; ++i) {
         const F x = pair_sums(a[4 * i], a[4 * i + 1]), y = pair_sums(a[4 * i + 2], a[4 * i + 3]);
-        quad[i] = _mm256_add_ps(
-            _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))),
-            _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))));
+        quad[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))),
+                                _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))));
     }
     return _mm256_add_ps(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
                          _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
@@ -80,8 +74,7 @@ inline void transpose(F* a) {
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 4) {
         const F lo0 = _mm256_unpacklo_ps(a[i], a[i + 1]), hi0 = _mm256_unpackhi_ps(a[i], a[i + 1]);
-        const F lo1 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]),
-                hi1 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+        const F lo1 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), hi1 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
         b[i] = as_ps(_mm256_unpacklo_pd(as_pd(lo0), as_pd(lo1)));
         b[i + 1] = as_ps(_mm256_unpackhi_pd(as_pd(lo0), as_pd(lo1)));
         b[i + 2] = as_ps(_mm256_unpacklo_pd(as_pd(hi0), as_pd(hi1)));
@@ -107,12 +100,10 @@ inline F load(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
 inline F load(const Float8E5M2* p) {  // e5m2 is the upper byte of a half
     return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(load_bytes(p)), 8));
 }
-inline F load(
-    const Float8E4M3* p) {  // exponent and mantissa moved into a half are 2^-8 of the value
+inline F load(const Float8E4M3* p) {  // exponent and mantissa moved into a half are 2^-8 of the value
     const __m128i words = _mm_cvtepi8_epi16(load_bytes(p));
     const __m128i half = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(short(0xbf80)));
-    const __m128i nan =
-        _mm_cmpeq_epi16(_mm_and_si128(words, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7f));
+    const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(words, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7f));
     const F x = _mm256_mul_ps(_mm256_cvtph_ps(half), set1(256.0f));
     return _mm256_or_ps(x, _mm256_castsi256_ps(_mm256_srli_epi32(_mm256_cvtepi16_epi32(nan),
                                                                  1)));  // the sign stays
@@ -127,16 +118,14 @@ inline void store_bytes(void* p, __m256i lanes) {
     _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
 inline void store(Float16* p, F x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline void store(BFloat16* p, F x) {
     const __m256i u = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i bits =
-        _mm256_blendv_epi8(rounded, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);
+    const __m256i bits = _mm256_blendv_epi8(rounded, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_words(_mm256_srli_epi32(bits, 16)));
 }
 inline void store(int8_t* p, F x) {
@@ -152,12 +141,10 @@ inline __m256i to_float8(F x) {
     const __m256i u = _mm256_xor_si256(bits, sign);  // below 2^31: signed compares are fine
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, kDrop), _mm256_set1_epi32(1));
     const __m256i rebias = _mm256_set1_epi32((kBias - 127) * (1 << 23) + (1 << (kDrop - 1)) - 1);
-    const __m256i normal =
-        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, rebias), odd), kDrop);
+    const __m256i normal = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, rebias), odd), kDrop);
     const __m256i shifter = _mm256_set1_epi32((127 - kBias + 1 + kDrop) << 23);
     const __m256i tiny = _mm256_sub_epi32(
-        _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(u), _mm256_castsi256_ps(shifter))),
-        shifter);
+        _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(u), _mm256_castsi256_ps(shifter))), shifter);
     const __m256i is_tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32((127 - kBias + 1) << 23), u);
     const __m256i is_nan = _mm256_cmpgt_epi32(u, _mm256_set1_epi32(0x7f800000));
     __m256i y = _mm256_blendv_epi8(normal, tiny, is_tiny);

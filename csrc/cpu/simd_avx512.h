@@ -22,9 +22,7 @@ inline F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }  // b if either is NaN
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F abs(F a) { return _mm512_abs_ps(a); }
-inline F round_even(F a) {
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
@@ -34,8 +32,7 @@ inline float maximum(F a) { return _mm512_reduce_max_ps(a); }
 inline F scale_by_power(F p, F n) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-125.0f), _CMP_NLT_UQ), p, n);
 }
-// Into the second-level cache: the first has room for what is being worked on, and few fill
-// buffers.
+// Into the second-level cache: the first has room for what is being worked on, and few fill buffers.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Past the caches, straight to memory: `to` is aligned to 64 bytes. Ordered by stream_end().
@@ -54,14 +51,13 @@ inline F sums(const F* a) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         const F x = pair_sums(a[4 * i], a[4 * i + 1]), y = pair_sums(a[4 * i + 2], a[4 * i + 3]);
-        quad[i] = _mm512_add_ps(
-            _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
-            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
+        quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
+                                _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
     }
-    const F p = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88),
-                              _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-    const F q = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88),
-                              _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
+    const F p =
+        _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
+    const F q =
+        _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
     return _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
 }
 
@@ -74,17 +70,14 @@ inline void transpose(F* a) {
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
         const F lo0 = _mm512_unpacklo_ps(a[i], a[i + 1]), hi0 = _mm512_unpackhi_ps(a[i], a[i + 1]);
-        const F lo1 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]),
-                hi1 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
+        const F lo1 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]), hi1 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
         b[i] = as_ps(_mm512_unpacklo_pd(as_pd(lo0), as_pd(lo1)));
         b[i + 1] = as_ps(_mm512_unpackhi_pd(as_pd(lo0), as_pd(lo1)));
         b[i + 2] = as_ps(_mm512_unpacklo_pd(as_pd(hi0), as_pd(hi1)));
         b[i + 3] = as_ps(_mm512_unpackhi_pd(as_pd(hi0), as_pd(hi1)));
     }
-    for (int i = 0; i < 4;
-         ++i) {  // b[4 g + i] holds columns i, 4 + i, 8 + i, 12 + i of row group g
-        const F p = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88),
-                q = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+    for (int i = 0; i < 4; ++i) {  // b[4 g + i] holds columns i, 4 + i, 8 + i, 12 + i of row group g
+        const F p = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), q = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
         const F r = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88),
                 s = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
         a[i] = _mm512_shuffle_f32x4(p, r, 0x88);
@@ -96,18 +89,14 @@ inline void transpose(F* a) {
 
 // ---- storage types
 
-inline __m256i load_words(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
+inline __m256i load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m128i load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 inline F widen(const Float16*, __m256i words) { return _mm512_cvtph_ps(words); }
 inline F widen(const BFloat16*, __m256i words) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
-inline F widen(const int8_t*, __m128i bytes) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-}
+inline F widen(const int8_t*, __m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
 inline F widen(const Float8E5M2*, __m128i bytes) {  // e5m2 is the upper byte of a half
     return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
 }
@@ -115,8 +104,8 @@ inline F with_nan(M nan, F x) {  // the sign stays
     return _mm512_mask_or_ps(x, nan, x, set1(__builtin_nanf("")));
 }
 inline F widen(const Float8E4M3*, __m128i bytes) {  // moved into a half: 2^-8 of the value
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7),
-                                          _mm256_set1_epi16(short(0xbf80)));
+    const __m256i half =
+        _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(short(0xbf80)));
     const __m128i magnitude = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
     const M nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(0x7f));
     return with_nan(nan, _mm512_mul_ps(_mm512_cvtph_ps(half), set1(256.0f)));
@@ -156,9 +145,7 @@ inline __m256i to_bfloat16(F x) {
     const __m512i bits = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 }
-inline void store(BFloat16* p, F x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(x));
-}
+inline void store(BFloat16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(x)); }
 inline void store(int8_t* p, F x) {
     const F kept = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x);
     store_bytes(p, _mm512_cvt_roundps_epi32(kept, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -173,12 +160,10 @@ inline __m512i to_float8(F x) {
     const __m512i u = _mm512_xor_si512(bits, sign);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, kDrop), _mm512_set1_epi32(1));
     const __m512i rebias = _mm512_set1_epi32((kBias - 127) * (1 << 23) + (1 << (kDrop - 1)) - 1);
-    const __m512i normal =
-        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, rebias), odd), kDrop);
+    const __m512i normal = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, rebias), odd), kDrop);
     const __m512i shifter = _mm512_set1_epi32((127 - kBias + 1 + kDrop) << 23);
     const __m512i tiny = _mm512_sub_epi32(
-        _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(u), _mm512_castsi512_ps(shifter))),
-        shifter);
+        _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(u), _mm512_castsi512_ps(shifter))), shifter);
     const M is_tiny = _mm512_cmplt_epu32_mask(u, _mm512_set1_epi32((127 - kBias + 1) << 23));
     const M is_nan = _mm512_cmpgt_epu32_mask(u, _mm512_set1_epi32(0x7f800000));
     __m512i y = _mm512_mask_mov_epi32(normal, is_tiny, tiny);
@@ -270,8 +255,7 @@ struct Wide<Float8E4M3> {
     static void load(const Float8E4M3* p, F* x) {
         const __m512i bytes = _mm512_loadu_si512(p);
         const __m512i keep = _mm512_set1_epi16(short(0xbf80)), all = _mm512_set1_epi16(0x3f80);
-        const __m512i even =
-            _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 1), keep);
+        const __m512i even = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 1), keep);
         const __m512i odd = _mm512_and_si512(_mm512_srai_epi16(bytes, 1), keep);
         widen_halves(even, x);
         widen_halves(odd, x + 2);

@@ -1,5 +1,4 @@
-// The vector vocabulary over AArch64 NEON. Included inside the anonymous namespace of
-// target_neon.cpp.
+// The vector vocabulary over AArch64 NEON. Included inside the anonymous namespace of target_neon.cpp.
 
 using F = float32x4_t;
 using M = uint32x4_t;
@@ -85,9 +84,7 @@ inline void store_bytes(void* p, uint32x4_t lanes) {
     const uint32_t word = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
     __builtin_memcpy(p, &word, 4);
 }
-inline void store(Float16* p, F x) {
-    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x)));
-}
+inline void store(Float16* p, F x) { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 inline void store(BFloat16* p, F x) {
     const uint32x4_t u = vreinterpretq_u32_f32(x);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
@@ -108,8 +105,7 @@ inline uint32x4_t to_float8(F x) {
     const uint32x4_t sign = vandq_u32(bits, vdupq_n_u32(0x80000000));
     const uint32x4_t u = veorq_u32(bits, sign);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, kDrop), vdupq_n_u32(1));
-    const uint32x4_t rebias =
-        vdupq_n_u32(uint32_t((kBias - 127) * (1 << 23) + (1 << (kDrop - 1)) - 1));
+    const uint32x4_t rebias = vdupq_n_u32(uint32_t((kBias - 127) * (1 << 23) + (1 << (kDrop - 1)) - 1));
     const uint32x4_t normal = vshrq_n_u32(vaddq_u32(vaddq_u32(u, rebias), odd), kDrop);
     const uint32x4_t shifter = vdupq_n_u32(uint32_t(127 - kBias + 1 + kDrop) << 23);
     const F shifted = add(vreinterpretq_f32_u32(u), vreinterpretq_f32_u32(shifter));

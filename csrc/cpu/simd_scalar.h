@@ -58,8 +58,7 @@ inline F min(F a, F b) {
 inline F abs(F a) {
     return map([&](int i) { return __builtin_fabsf(a.lane[i]); });
 }
-// Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer; larger magnitudes are
-// integers already.
+// Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer; larger magnitudes are integers already.
 inline float round_even(float a) {
     const float y = (a + 12582912.0f) - 12582912.0f;
     return __builtin_fabsf(a) < 4194304.0f ? y : a;
@@ -169,8 +168,7 @@ inline F load(const int8_t* p) {
 inline F load(const Float8E5M2* p) {  // e5m2 is the upper byte of a half
     return map([&](int i) { return half_to_float(uint32_t(p[i].bits) << 8); });
 }
-inline F load(
-    const Float8E4M3* p) {  // exponent and mantissa moved into a half are 2^-8 of the value
+inline F load(const Float8E4M3* p) {  // exponent and mantissa moved into a half are 2^-8 of the value
     return map([&](int i) {
         const uint32_t b = p[i].bits;
         if ((b & 0x7f) == 0x7f) return from_bits((b & 0x80) << 24 | 0x7fc00000);  // the sign stays
@@ -184,8 +182,7 @@ inline void store(BFloat16* p, F x) {
     for (int i = 0; i < kLanes; ++i) p[i].bits = to_bfloat16(x.lane[i]);
 }
 inline void store(int8_t* p, F x) {
-    for (int i = 0; i < kLanes; ++i)
-        p[i] = x.lane[i] == x.lane[i] ? int8_t(round_even(x.lane[i])) : int8_t(0);
+    for (int i = 0; i < kLanes; ++i) p[i] = x.lane[i] == x.lane[i] ? int8_t(round_even(x.lane[i])) : int8_t(0);
 }
 inline void store(Float8E4M3* p, F x) {
     for (int i = 0; i < kLanes; ++i) p[i].bits = to_float8<3, 7>(x.lane[i]);

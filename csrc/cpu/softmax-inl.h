@@ -11,15 +11,13 @@ struct LogitRule {
     int begin = 0, end = 0;  // visible columns of the block
 };
 
-// What apply_rule makes of a row: times unit, its logits are base-2 logits, and their maximum is
-// top.
+// What apply_rule makes of a row: times unit, its logits are base-2 logits, and their maximum is top.
 struct RuledRow {
     float top, unit;
 };
 
 // logits[0 .. padded) become base-2 logits but for a unit, -inf outside [begin, end).
-__attribute__((noinline)) inline RuledRow apply_rule(const LogitRule& rule, float* logits,
-                                                     int num_keys) {
+__attribute__((noinline)) inline RuledRow apply_rule(const LogitRule& rule, float* logits, int num_keys) {
     const F lanes = lane_index();
     const bool plain = rule.k_scale == nullptr && rule.softcap <= 0.0f && rule.slope == 0.0f;
     const bool masked = rule.begin > 0 || rule.end < int(round_up(num_keys, kLanes));
@@ -56,8 +54,8 @@ __attribute__((noinline)) inline RuledRow apply_rule(const LogitRule& rule, floa
 // weights of kLanes keys); returns their sum without v_scale. A row that has seen nothing has top =
 // -inf: all weights are 0.
 template <class Put>
-__attribute__((noinline)) float weigh(const float* logits, int num_keys, float unit, float top,
-                                      const float* v_scale, Put put) {
+__attribute__((noinline)) float weigh(const float* logits, int num_keys, float unit, float top, const float* v_scale,
+                                      Put put) {
     const F shift = set1(top == -infinity() ? 0.0f : -top), times = set1(unit);
     F total = zero();
     for (int i = 0; i < num_keys; i += kLanes) {
@@ -80,9 +78,9 @@ inline void raise_tops(float* top, const float* block_top, float* rescale, int n
 }
 
 // The end of a row: the sink joins the denominator, out = acc * v_scale / total, lse in base e.
-__attribute__((noinline)) inline void finish_row(const AttentionParams& p, const Piece& piece,
-                                                 int64_t row, int64_t qo_head, const float* acc,
-                                                 float top, float total, float v_scale) {
+__attribute__((noinline)) inline void finish_row(const AttentionParams& p, const Piece& piece, int64_t row,
+                                                 int64_t qo_head, const float* acc, float top, float total,
+                                                 float v_scale) {
     const int64_t at = row - piece.row_begin;
     const bool whole = piece.partial_out == nullptr;
     if (whole && p.sinks.data != nullptr) {
@@ -100,11 +98,9 @@ __attribute__((noinline)) inline void finish_row(const AttentionParams& p, const
     const float factor = total == 0.0f ? 0.0f : v_scale / total;
     const float lse = total == 0.0f ? -infinity() : (top + __builtin_log2f(total)) * kLn2;
     if (whole) {
-        char* out = p.out.data +
-                    (row * p.out.stride_row + qo_head * p.out.stride_head) * item_size(p.out.dtype);
+        char* out = p.out.data + (row * p.out.stride_row + qo_head * p.out.stride_head) * item_size(p.out.dtype);
         store_row(p.out.dtype, acc, factor, p.out.width, out);
-        if (p.lse.data != nullptr)
-            p.lse.data[row * p.lse.stride_row + qo_head * p.lse.stride_head] = lse;
+        if (p.lse.data != nullptr) p.lse.data[row * p.lse.stride_row + qo_head * p.lse.stride_head] = lse;
     } else {
         const int64_t index = at * p.q.num_heads + qo_head;
         store_row(DType::kFloat32, acc, factor, p.out.width,
@@ -115,10 +111,7 @@ __attribute__((noinline)) inline void finish_row(const AttentionParams& p, const
 
 inline float slope_of(const AttentionParams& p, int64_t request, int64_t qo_head) {
     if (p.alibi_slopes.data == nullptr) return 0.0f;
-    return p.alibi_slopes
-        .data[request * p.alibi_slopes.stride_row + qo_head * p.alibi_slopes.stride_head];
+    return p.alibi_slopes.data[request * p.alibi_slopes.stride_row + qo_head * p.alibi_slopes.stride_head];
 }
 
-inline int clip(int64_t x, int64_t low, int64_t high) {
-    return int(x < low ? low : x > high ? high : x);
-}
+inline int clip(int64_t x, int64_t low, int64_t high) { return int(x < low ? low : x > high ? high : x); }

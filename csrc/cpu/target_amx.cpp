@@ -7,8 +7,7 @@
 
 #include "pagewire/dispatch.h"
 
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,avx512vbmi,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,avx512vbmi,amx-tile,amx-bf16")
 
 namespace pagewire::cpu {
 namespace {

@@ -6,16 +6,14 @@ constexpr int kPanel = kGemmVecs * kLanes;  // columns of a panel
 
 // C[MR, kPanel] = A[MR, K] . B[K, kPanel], added to C * rescale if that is given.
 template <int MR>
-__attribute__((noinline)) void gemm_block(const float* a, int64_t lda, const float* b,
-                                          int64_t depth, float* c, int64_t ldc,
-                                          const float* rescale) {
+__attribute__((noinline)) void gemm_block(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
+                                          int64_t ldc, const float* rescale) {
     F acc[MR][kGemmVecs];
 #pragma GCC unroll 6
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
         for (int u = 0; u < kGemmVecs; ++u) {
-            acc[r][u] =
-                rescale == nullptr ? zero() : mul(load(c + r * ldc + u * kLanes), set1(rescale[r]));
+            acc[r][u] = rescale == nullptr ? zero() : mul(load(c + r * ldc + u * kLanes), set1(rescale[r]));
         }
     }
     for (int64_t k = 0; k < depth; ++k) {
@@ -37,9 +35,8 @@ __attribute__((noinline)) void gemm_block(const float* a, int64_t lda, const flo
 }
 
 // C[rows, columns] over panels of B; ldc has room for whole panels.
-inline void gemm(const float* a, int64_t lda, int64_t rows, const float* panels,
-                 int64_t panel_stride, int64_t depth, int64_t columns, float* c, int64_t ldc,
-                 const float* rescale) {
+inline void gemm(const float* a, int64_t lda, int64_t rows, const float* panels, int64_t panel_stride, int64_t depth,
+                 int64_t columns, float* c, int64_t ldc, const float* rescale) {
     for (int64_t j = 0; j < columns; j += kPanel, panels += panel_stride) {
         for (int64_t r = 0; r < rows; r += kGemmRows) {
             const float* scale = rescale == nullptr ? nullptr : rescale + r;
@@ -67,10 +64,8 @@ struct TileKeys {
             const int64_t id = p.page_table.at(piece.request, entry);
             page[i] = id;
             offset[i] = slot;
-            k[i] = p.k.data +
-                   (id * p.k.stride_page + slot * p.k.stride_token + head * p.k.stride_head) * item;
-            v[i] = p.v.data +
-                   (id * p.v.stride_page + slot * p.v.stride_token + head * p.v.stride_head) * item;
+            k[i] = p.k.data + (id * p.k.stride_page + slot * p.k.stride_token + head * p.k.stride_head) * item;
+            v[i] = p.v.data + (id * p.v.stride_page + slot * p.v.stride_token + head * p.v.stride_head) * item;
             if (++slot == p.k.page_size) {
                 slot = 0;
                 ++entry;
@@ -88,8 +83,7 @@ void pack_keys(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
         for (int64_t d = 0; d < width; d += kLanes) {
             const int n = clip(width - d, 0, kLanes);
             F x[kLanes];
-            for (int i = 0; i < kLanes; ++i)
-                x[i] = load_some(reinterpret_cast<const T*>(keys.k[j + i]) + d, n);
+            for (int i = 0; i < kLanes; ++i) x[i] = load_some(reinterpret_cast<const T*>(keys.k[j + i]) + d, n);
             transpose(x);
             for (int i = 0; i < n; ++i) store(column + (d + i) * kPanel, x[i]);
         }
@@ -111,9 +105,8 @@ void pack_values(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
 
 // acc = acc * rescale + weights . V over keys [begin, end) of a block.
 template <class T, int kKeys>
-__attribute__((noinline)) void add_some_values(const TileKeys<kKeys>& keys, int begin, int end,
-                                               int64_t width, const float* weights, float rescale,
-                                               float* acc) {
+__attribute__((noinline)) void add_some_values(const TileKeys<kKeys>& keys, int begin, int end, int64_t width,
+                                               const float* weights, float rescale, float* acc) {
     for (int64_t d = 0; d < width; d += kLanes) {
         F sum = mul(load(acc + d), set1(rescale));
         for (int i = begin; i < end; ++i) {
@@ -135,9 +128,7 @@ struct FmaTile {
     const TileScratch& s;
     const int64_t D, Dv;
 
-    void take_query(int64_t r, DType dtype, const char* row) const {
-        load_row(dtype, row, D, s.q + r * D);
-    }
+    void take_query(int64_t r, DType dtype, const char* row) const { load_row(dtype, row, D, s.q + r * D); }
     void pack(const TileKeys<kKeys>& keys) const {
         pack_keys<T>(keys, D, s.keys);
         pack_values<T>(keys, Dv, s.values);
@@ -150,16 +141,15 @@ struct FmaTile {
         return [row = s.logits + r * kKeys](int key, F x) { store(row + key, x); };
     }
     void add_values(int64_t row, int64_t rows, int num_keys) const {
-        gemm(s.logits, kKeys, rows, s.values, kKeys * kPanel, num_keys, Dv, s.acc + row * s.ld_acc,
-             s.ld_acc, s.rescale + row);
+        gemm(s.logits, kKeys, rows, s.values, kKeys * kPanel, num_keys, Dv, s.acc + row * s.ld_acc, s.ld_acc,
+             s.rescale + row);
     }
 };
 
 template <class Tile>
 void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
     constexpr int kKeys = Tile::kKeys;
-    const int64_t group = p.q.num_heads / p.k.num_kv_heads,
-                  R = (piece.row_end - piece.row_begin) * group;
+    const int64_t group = p.q.num_heads / p.k.num_kv_heads, R = (piece.row_end - piece.row_begin) * group;
     const int64_t head = piece.head_begin, D = p.k.width, Dv = p.v.width;
     TileScratch s;
     Arena arena{scratch};
@@ -168,9 +158,8 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
     const Tile tile{s, D, Dv};
     for (int64_t r = 0; r < R; ++r) {  // row r: token r / group, head r % group of its group
         const int64_t row = piece.row_begin + r / group, qo_head = head * group + r % group;
-        tile.take_query(
-            r, p.q.dtype,
-            p.q.data + (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype));
+        tile.take_query(r, p.q.dtype,
+                        p.q.data + (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype));
     }
     __builtin_memset(s.acc, 0, R * s.ld_acc * sizeof(float));
     for (int64_t r = 0; r < round_up(R, kAlign); ++r) {
@@ -178,25 +167,21 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
         s.total[r] = 0.0f;
     }
 
-    const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead,
-               token_v = p.v_scale.kind == ScaleKind::kTokenHead;
-    const KeyRange all =
-        keys_all_see(p, piece.seq_len, piece.position, piece.row_end - piece.row_begin);
+    const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead, token_v = p.v_scale.kind == ScaleKind::kTokenHead;
+    const KeyRange all = keys_all_see(p, piece.seq_len, piece.position, piece.row_end - piece.row_begin);
     TileKeys<kKeys> keys;
     for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kKeys) {
         keys.locate(p, piece, begin);
         tile.pack(keys);
         for (int i = 0; (token_k || token_v) && i < kKeys; ++i) {
             const bool real = i < keys.num_keys;
-            if (token_k)
-                s.k_scale[i] = real ? *p.k_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
-            if (token_v)
-                s.v_scale[i] = real ? *p.v_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
+            if (token_k) s.k_scale[i] = real ? *p.k_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
+            if (token_v) s.v_scale[i] = real ? *p.v_scale.at(keys.page[i], keys.offset[i], head) : 0.0f;
         }
         // the weight of a key that a row does not see is 0, and 0 * inf is NaN
-        const bool row_by_row = (begin < all.begin || begin + keys.num_keys > all.end) &&
-                                any_non_finite<typename Tile::Value>(keys.v, keys.num_keys, 0, Dv,
-                                                                     token_v ? s.v_scale : nullptr);
+        const bool row_by_row =
+            (begin < all.begin || begin + keys.num_keys > all.end) &&
+            any_non_finite<typename Tile::Value>(keys.v, keys.num_keys, 0, Dv, token_v ? s.v_scale : nullptr);
         LogitRule rule{p.softmax_scale * (token_k ? 1.0f : p.k_scale.of(piece.request, head)),
                        token_k ? s.k_scale : nullptr, p.softcap};
         float* block_top = s.rescale;
@@ -205,8 +190,7 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
             const int64_t rows = R - first < Tile::kRowBlock ? R - first : Tile::kRowBlock;
             // the last row sees furthest
             const int64_t last = piece.position + (first + rows - 1) / group;
-            const int num_keys =
-                clip(visible_keys(p, piece.seq_len, last).end - begin, 0, keys.num_keys);
+            const int num_keys = clip(visible_keys(p, piece.seq_len, last).end - begin, 0, keys.num_keys);
             const int columns = int(round_up(num_keys, Tile::kKeyStep));
             if (num_keys == 0) continue;
             tile.logits(first, rows, num_keys);
@@ -228,13 +212,12 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
             }
             raise_tops(s.top + first, block_top + first, s.rescale + first, int(rows));
             const auto weigh_row = [&](int64_t r, auto put) {
-                const float added = weigh(s.logits + (r - first) * kKeys, columns, s.unit[r],
-                                          s.top[r], token_v ? s.v_scale : nullptr, put);
+                const float added = weigh(s.logits + (r - first) * kKeys, columns, s.unit[r], s.top[r],
+                                          token_v ? s.v_scale : nullptr, put);
                 s.total[r] = s.total[r] * s.rescale[r] + added;
             };
             if (!row_by_row) {
-                for (int64_t r = first; r < first + rows; ++r)
-                    weigh_row(r, tile.put_weights(r - first));
+                for (int64_t r = first; r < first + rows; ++r) weigh_row(r, tile.put_weights(r - first));
                 tile.add_values(first, rows, num_keys);
                 continue;
             }
@@ -243,15 +226,15 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
                 weigh_row(r, [weights](int key, F x) { store(weights + key, x); });
                 const KeyRange seen = visible_keys(p, piece.seq_len, piece.position + r / group);
                 add_some_values<typename Tile::Value>(keys, clip(seen.begin - begin, 0, num_keys),
-                                                      clip(seen.end - begin, 0, num_keys), Dv,
-                                                      weights, s.rescale[r], s.acc + r * s.ld_acc);
+                                                      clip(seen.end - begin, 0, num_keys), Dv, weights, s.rescale[r],
+                                                      s.acc + r * s.ld_acc);
             }
         }
     }
 
     const float v_scale = token_v ? 1.0f : p.v_scale.of(piece.request, head);
     for (int64_t r = 0; r < R; ++r) {
-        finish_row(p, piece, piece.row_begin + r / group, head * group + r % group,
-                   s.acc + r * s.ld_acc, s.top[r], s.total[r], v_scale);
+        finish_row(p, piece, piece.row_begin + r / group, head * group + r % group, s.acc + r * s.ld_acc, s.top[r],
+                   s.total[r], v_scale);
     }
 }

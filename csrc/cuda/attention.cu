@@ -26,9 +26,7 @@ namespace {
 
 AttentionKernel choose(const AttentionRequest& r) {
     const int width = std::max(r.plan.k.width, r.plan.v.width);
-    if (width > 256)
-        throw std::invalid_argument("pagewire: expected head_dim <= 256, got " +
-                                    std::to_string(width));
+    if (width > 256) throw std::invalid_argument("pagewire: expected head_dim <= 256, got " + std::to_string(width));
     const size_t shared = runtime::shared_memory_of_a_block();
     const auto of = [&](auto for64, auto for128, auto for256) {
         return width <= 64    ? for64(r.kv_dtype, shared)
@@ -66,8 +64,7 @@ Geometry arrange(AttentionPlan& p, const AttentionKernel& kernel) {
     const int64_t items = int64_t(p.batch_size) * p.num_kv_heads * p.max_chunks;
     const int64_t on_device =
         int64_t(runtime::num_multiprocessors()) *
-        blocks_per_multiprocessor(kernel.kernel, kernel.name, kernel.num_threads,
-                                  kernel.shared_bytes(p.warps_m));
+        blocks_per_multiprocessor(kernel.kernel, kernel.name, kernel.num_threads, kernel.shared_bytes(p.warps_m));
     const int64_t unit = p.split_size > 0 ? p.split_size : kernel.tile;
     Geometry g{};
     // rows of empty requests are written by all blocks too
@@ -79,8 +76,7 @@ Geometry arrange(AttentionPlan& p, const AttentionKernel& kernel) {
     }
     p.max_splits = static_cast<int>(std::min<int64_t>(64, ceil_div(capacity, p.split_size)));
     // as many rows as can exist: all tokens', or the most that every request can have
-    const int64_t of_tokens = int64_t(p.num_tokens) * p.group_size,
-                  of_requests = p.batch_size * rows;
+    const int64_t of_tokens = int64_t(p.num_tokens) * p.group_size, of_requests = p.batch_size * rows;
     if (of_tokens <= of_requests) {
         p.part_rows_of_token = p.group_size;
     } else {
@@ -111,8 +107,7 @@ void attention(const AttentionRequest& request) {
     const AttentionKernel kernel = choose(r);
     const Geometry g = arrange(r.plan, kernel);
     launch(kernel.kernel,
-           LaunchConfig{kernel.name, g.grid, 1, kernel.num_threads,
-                        kernel.shared_bytes(r.plan.warps_m), r.stream},
+           LaunchConfig{kernel.name, g.grid, 1, kernel.num_threads, kernel.shared_bytes(r.plan.warps_m), r.stream},
            r.plan);
 }
 

@@ -41,8 +41,7 @@ struct AttentionPlan {
     int64_t out_stride_row, out_stride_head;
     float* lse;  // [num_tokens, num_qo_heads]; null: not wanted
     int64_t lse_stride_row, lse_stride_head;
-    const float*
-        alibi_slopes;  // [num_qo_heads] (stride_request 0) or [batch_size, num_qo_heads]; null: off
+    const float* alibi_slopes;  // [num_qo_heads] (stride_request 0) or [batch_size, num_qo_heads]; null: off
     int64_t alibi_stride_request, alibi_stride_head;
     const float* sinks;  // [num_qo_heads]; null: off
     int64_t sinks_stride;
@@ -59,8 +58,7 @@ struct AttentionPlan {
 
     // filled in by the launcher
     int warps_m;     // warps that take different rows; the others take different keys
-    int chunk_rows;  // 16 * warps_m: query rows (token, head of the group) a block works on at a
-                     // time
+    int chunk_rows;  // 16 * warps_m: query rows (token, head of the group) a block works on at a time
     int max_chunks;  // of one request and kv head
     int max_splits;  // with split_size: parts of one item
     // with split_size: where the rows of a request begin among the rows of a part

@@ -21,8 +21,7 @@ struct Shape {
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kMinBlocks = kWidth == 64 ? 3 : 2;
     static constexpr int kStages = kWidth == 64 ? 4 : kSmall ? 2 : 3;
-    static constexpr int kKeys =
-        32 / static_cast<int>(sizeof(KV));  // a warp's, of a tile: 32 or 16
+    static constexpr int kKeys = 32 / static_cast<int>(sizeof(KV));  // a warp's, of a tile: 32 or 16
     static constexpr int kTile = kKeys * kWarps;
     static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(KV));
     static constexpr int kRowChunks = kRowBytes / 16;
@@ -31,22 +30,18 @@ struct Shape {
     static constexpr int kQRowBytes = kWidth * static_cast<int>(sizeof(Q));
     static constexpr int kColumns = kWidth / 8;  // column tiles of out
     static constexpr bool kQInRegisters = kWidth <= 128;
-    static constexpr int kOutStride = kWidth + 8;  // floats, of the rows the warps exchange
-    static constexpr int kBitsOffset = 0;          // uint32 [kStages][kWarps]
-    static constexpr int kScratchOffset = kBitsOffset + 128;      // scans, broadcasts, Parts
-    static constexpr int kRequestsOffset = kScratchOffset + 128;  // int [kThreads][4]
-    static constexpr int kScaleOffset =
-        kRequestsOffset + kThreads * 16;  // float [kStages][2][kTile]
+    static constexpr int kOutStride = kWidth + 8;                         // floats, of the rows the warps exchange
+    static constexpr int kBitsOffset = 0;                                 // uint32 [kStages][kWarps]
+    static constexpr int kScratchOffset = kBitsOffset + 128;              // scans, broadcasts, Parts
+    static constexpr int kRequestsOffset = kScratchOffset + 128;          // int [kThreads][4]
+    static constexpr int kScaleOffset = kRequestsOffset + kThreads * 16;  // float [kStages][2][kTile]
     static constexpr int kStageOffset = (kScaleOffset + kStages * 2 * kTile * 4 + 127) / 128 * 128;
     static constexpr int kQOffset = kStageOffset + kStages * kStageBytes;
 
-    static size_t shared_bytes(int warps_m) {
-        return static_cast<size_t>(kQOffset + 16 * warps_m * kQRowBytes);
-    }
+    static size_t shared_bytes(int warps_m) { return static_cast<size_t>(kQOffset + 16 * warps_m * kQRowBytes); }
 };
 
-// Where 16-byte chunk `chunk` of row `row` lies: eight rows of one chunk fall into eight different
-// banks.
+// Where 16-byte chunk `chunk` of row `row` lies: eight rows of one chunk fall into eight different banks.
 template <int kRowBytes>
 PW_DEVICE int swizzle(int row, int chunk) {
     constexpr int kChunks = kRowBytes / 16;
@@ -75,22 +70,13 @@ struct AttentionBase {
     PW_DEVICE uint32_t* key_bits(int stage, int warp_idx) const {
         return reinterpret_cast<uint32_t*>(shared + S::kBitsOffset) + stage * S::kWarps + warp_idx;
     }
-    PW_DEVICE int64_t* scratch64() const {
-        return reinterpret_cast<int64_t*>(shared + S::kScratchOffset);
-    }
-    PW_DEVICE int* scratch() const {
-        return reinterpret_cast<int*>(shared + S::kScratchOffset + 64);
-    }
-    PW_DEVICE int* request_info(int i) const {
-        return reinterpret_cast<int*>(shared + S::kRequestsOffset) + 4 * i;
-    }
-    PW_DEVICE int64_t* parts() const {
-        return reinterpret_cast<int64_t*>(shared + S::kScratchOffset + 80);
-    }
+    PW_DEVICE int64_t* scratch64() const { return reinterpret_cast<int64_t*>(shared + S::kScratchOffset); }
+    PW_DEVICE int* scratch() const { return reinterpret_cast<int*>(shared + S::kScratchOffset + 64); }
+    PW_DEVICE int* request_info(int i) const { return reinterpret_cast<int*>(shared + S::kRequestsOffset) + 4 * i; }
+    PW_DEVICE int64_t* parts() const { return reinterpret_cast<int64_t*>(shared + S::kScratchOffset + 80); }
     // Per-token scales of K (0) or V (1).
     PW_DEVICE float* key_scale(int stage, int which, int key) const {
-        return reinterpret_cast<float*>(shared + S::kScaleOffset) + (stage * 2 + which) * S::kTile +
-               key;
+        return reinterpret_cast<float*>(shared + S::kScaleOffset) + (stage * 2 + which) * S::kTile + key;
     }
     PW_DEVICE char* tile(int stage, int which) const {
         return shared + S::kStageOffset + stage * S::kStageBytes + which * S::kTileBytes;

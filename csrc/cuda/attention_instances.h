@@ -1,5 +1,4 @@
-// Which kernel runs a problem. Each pair of query type and padded width is compiled in a file of
-// its own.
+// Which kernel runs a problem. Each pair of query type and padded width is compiled in a file of its own.
 #pragma once
 
 #include "cuda/attention.h"
@@ -17,12 +16,10 @@ struct AttentionKernel {
 template <class Q, class KV, int kWidth, bool kSmall>
 AttentionKernel describe() {
     using S = Shape<Q, KV, kWidth, kSmall>;
-    return {"attention_kernel", attention_kernel<Q, KV, kWidth, kSmall>, S::kThreads, S::kTile,
-            S::shared_bytes};
+    return {"attention_kernel", attention_kernel<Q, KV, kWidth, kSmall>, S::kThreads, S::kTile, S::shared_bytes};
 }
 
-// The kernel with as many stages as a block of `shared_memory` bytes has room for. Width 64 fits
-// everywhere.
+// The kernel with as many stages as a block of `shared_memory` bytes has room for. Width 64 fits everywhere.
 template <class Q, class KV, int kWidth>
 AttentionKernel describe_attention_kernel(size_t shared_memory) {
     using Large = Shape<Q, KV, kWidth, false>;

@@ -13,10 +13,8 @@
 //   width 64:  4 stages of 16 KiB, 2 blocks on sm_80 (48 KiB in flight each), 3 on sm_90
 //   width 128: 3 stages of 32 KiB, 1 block on sm_80 (64 KiB in flight), 2 on sm_90
 //   width 256: 3 stages of 32 KiB, 1 block on sm_80 (64 KiB in flight), 2 on sm_90
-// With 99 KiB of shared memory (sm_86, sm_89, sm_120): widths 128 and 256 have 2 stages, 1 block,
-// 32 KiB in flight.
-// At most 168 registers for width 64, 255 for the others: 3 and 2 blocks. No spills, no local
-// memory.
+// With 99 KiB of shared memory (sm_86, sm_89, sm_120): widths 128 and 256 have 2 stages, 1 block, 32 KiB in flight. At
+// most 168 registers for width 64, 255 for the others: 3 and 2 blocks. No spills, no local memory.
 #pragma once
 
 #include "cuda/attention_merge.h"
@@ -145,16 +143,14 @@ struct AttentionBlock : AttentionMerge<S, Q, KV> {
         for (int i = 0; i < num_tiles; ++i) {
             const Page next = fetch_page(w, s, i + S::kStages);
             wait_copies<S::kStages - 2>();
-            sync_sharers();  // tile i is there for its readers, and nobody reads tile i - 1 any
-                             // more
+            sync_sharers();  // tile i is there for its readers, and nobody reads tile i - 1 any more
             issue(s, i + S::kStages - 1, num_tiles, at);
             at = next;
             // with one warp for the rows, its keys are those it copied
             PW_NO_UNROLL
             for (int part = 0; part < p.warps_m; ++part) {
                 const int first = key_group * p.warps_m + part;  // in units of kKeys
-                step(state, rows, q, i % S::kStages, first,
-                     s.key_begin + i * S::kTile + first * S::kKeys, m, scale);
+                step(state, rows, q, i % S::kStages, first, s.key_begin + i * S::kTile + first * S::kKeys, m, scale);
             }
         }
         wait_copies<0>();

@@ -28,16 +28,14 @@ struct AttentionLoads : AttentionRequests<S, Q, KV> {
         const int key = s.key_begin + i * S::kTile + warp * S::kKeys + lane % S::kKeys;
         Page r{-1, 0};
         if (key >= s.key_end || key < w.first_key) return r;
-        const int entry =
-            static_cast<int>(static_cast<unsigned>(key) / static_cast<unsigned>(p.page_size));
+        const int entry = static_cast<int>(static_cast<unsigned>(key) / static_cast<unsigned>(p.page_size));
         r.offset = key - entry * p.page_size;
         r.page = load_global(p.page_table + s.request * p.table_stride + entry);
         if (r.page < 0 || r.page >= p.num_pages) {
             r.page = -1;
             if (lane < S::kKeys) {
-                record_error(p.error_word,
-                             p.cu_seqlens_q ? ErrorKind::kPrefillPage : ErrorKind::kDecodePage,
-                             s.request, entry);
+                record_error(p.error_word, p.cu_seqlens_q ? ErrorKind::kPrefillPage : ErrorKind::kDecodePage, s.request,
+                             entry);
             }
         }
         return r;
@@ -46,8 +44,7 @@ struct AttentionLoads : AttentionRequests<S, Q, KV> {
     PW_DEVICE void issue(const Segment& s, int i, int num_tiles, Page at) const {
         if (i < num_tiles) {
             const int stage = i % S::kStages;
-            const uint32_t bits =
-                ballot(at.page >= 0) & static_cast<uint32_t>((uint64_t(1) << S::kKeys) - 1);
+            const uint32_t bits = ballot(at.page >= 0) & static_cast<uint32_t>((uint64_t(1) << S::kKeys) - 1);
             if (lane == 0) store_shared(key_bits(stage, warp), bits);
             issue_rows(p.k, s.head, tile(stage, 0), at);
             issue_rows(p.v, s.head, tile(stage, 1), at);
@@ -58,10 +55,8 @@ struct AttentionLoads : AttentionRequests<S, Q, KV> {
     }
 
     PW_DEVICE void issue_rows(const AttentionCache& cache, int head, char* to, Page at) const {
-        const int64_t own = at.page < 0
-                                ? -1
-                                : at.page * cache.stride_page + at.offset * cache.stride_token +
-                                      head * cache.stride_head;
+        const int64_t own =
+            at.page < 0 ? -1 : at.page * cache.stride_page + at.offset * cache.stride_token + head * cache.stride_head;
         const int row_bytes = cache.width * static_cast<int>(sizeof(KV));
         const int chunks = (row_bytes + 63) / 64 * 4;  // tensor core steps read four at a time
         PW_UNROLL
@@ -98,20 +93,17 @@ struct AttentionLoads : AttentionRequests<S, Q, KV> {
         store_shared(reinterpret_cast<Vec16*>(target), chunk.whole);
     }
 
-    PW_DEVICE void issue_scales(const AttentionScale& scale, int head, int stage, int which,
-                                Page at) const {
+    PW_DEVICE void issue_scales(const AttentionScale& scale, int head, int stage, int which, Page at) const {
         if (scale.form != ScaleForm::kTokenHead || lane >= S::kKeys) return;
         const float* source = scale.data;
         if (at.page >= 0) {
-            source += at.page * scale.stride_page + at.offset * scale.stride_token +
-                      head * scale.stride_head;
+            source += at.page * scale.stride_page + at.offset * scale.stride_token + head * scale.stride_head;
         }
         copy_async_4(key_scale(stage, which, warp * S::kKeys + lane), source, at.page >= 0 ? 4 : 0);
     }
 
-    // This block's query rows, zeros where there is none. For an 8-bit cache the elements of each
-    // 16 are reordered, so that one 4-byte piece of a K row is what the tensor core step wants of
-    // it.
+    // This block's query rows, zeros where there is none. For an 8-bit cache the elements of each 16 are reordered, so
+    // that one 4-byte piece of a K row is what the tensor core step wants of it.
     PW_DEVICE void load_q(const RequestWork& w, const Segment& s) const {
         constexpr int kCount = 16 / static_cast<int>(sizeof(Q));
         constexpr int kChunks = S::kWidth / kCount;
@@ -126,8 +118,8 @@ struct AttentionLoads : AttentionRequests<S, Q, KV> {
             x.whole = Vec16{};
             if (token < w.q_len) {
                 const int head = s.head * p.group_size + packed - token * p.group_size;
-                const Q* row = reinterpret_cast<const Q*>(p.q) +
-                               (w.row_begin + token) * p.q_stride_row + head * p.q_stride_head + d;
+                const Q* row = reinterpret_cast<const Q*>(p.q) + (w.row_begin + token) * p.q_stride_row +
+                               head * p.q_stride_head + d;
                 if (p.q_aligned && d + kCount <= p.k.width) {
                     x.whole = load_global(reinterpret_cast<const Vec16*>(row));
                 } else {
@@ -138,8 +130,7 @@ struct AttentionLoads : AttentionRequests<S, Q, KV> {
                 }
             }
             if constexpr (S::kQuantised) {
-                // of the 8 pairs in 16 elements, even ones go to the first chunk, odd ones to the
-                // second
+                // of the 8 pairs in 16 elements, even ones go to the first chunk, odd ones to the second
                 const int at = chunk % 2 * 8;
                 store_q(r, chunk & ~1, at, Vec8{{x.whole.x[0], x.whole.x[2]}});
                 store_q(r, chunk | 1, at, Vec8{{x.whole.x[1], x.whole.x[3]}});

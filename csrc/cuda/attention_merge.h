@@ -43,13 +43,10 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
                 load_shared(parts() + 3), load_shared(parts() + 4), load_shared(parts() + 5)};
     }
 
-    // The warps' states become one part; a part that is not all of its item waits in memory for the
-    // others.
-    PW_DEVICE void finish(const RequestWork& w, const Segment& s, State& state, int m,
-                          int key_group) {
-        float* outs =
-            reinterpret_cast<float*>(shared + S::kStageOffset);  // [kWarps * 16][kOutStride]
-        float* maxima = outs + S::kWarps * 16 * S::kOutStride;   // [kWarps * 16]
+    // The warps' states become one part; a part that is not all of its item waits in memory for the others.
+    PW_DEVICE void finish(const RequestWork& w, const Segment& s, State& state, int m, int key_group) {
+        float* outs = reinterpret_cast<float*>(shared + S::kStageOffset);  // [kWarps * 16][kOutStride]
+        float* maxima = outs + S::kWarps * 16 * S::kOutStride;             // [kWarps * 16]
         float* sums = maxima + S::kWarps * 16;
         static_assert((S::kWarps * 16 * (S::kOutStride + 2)) * 4 <= S::kStages * S::kStageBytes,
                       "the exchanged states fit into the stages");
@@ -68,20 +65,15 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
             for (int n = 0; n < S::kColumns; ++n) {
                 PW_UNROLL
                 for (int i = 0; i < 2; ++i) {
-                    store_shared(outs + row * S::kOutStride + column_of(n, i),
-                                 state.out[n][2 * half + i] * unit);
+                    store_shared(outs + row * S::kOutStride + column_of(n, i), state.out[n][2 * half + i] * unit);
                 }
             }
         }
         sync_block();
         const float v_scale = shared_scale(p.v.scale, s.request, s.head);
         const int valid = valid_rows(w, s), groups = S::kWarps / p.warps_m;
-        const auto part_max = [&](int row, int i) {
-            return load_shared(maxima + i * p.chunk_rows + row);
-        };
-        const auto part_sum = [&](int row, int i) {
-            return load_shared(sums + i * p.chunk_rows + row);
-        };
+        const auto part_max = [&](int row, int i) { return load_shared(maxima + i * p.chunk_rows + row); };
+        const auto part_sum = [&](int row, int i) { return load_shared(sums + i * p.chunk_rows + row); };
         const auto part_out = [&](int row, int i, int column, float (&x)[4]) {
             const float* from = outs + (i * p.chunk_rows + row) * S::kOutStride + column;
             PW_UNROLL
@@ -101,8 +93,7 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
                    [&](int row, int column, float max, float sum, const float (&x)[4]) {
                        float* to = p.partial + (at.own_row + row) * p.part_stride;
                        store_global(reinterpret_cast<Vec16*>(to + column),
-                                    Vec16{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]),
-                                           float_bits(x[3])}});
+                                    Vec16{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}});
                        if (column == 0) {
                            store_global(to + max_at, max);
                            store_global(to + sum_at, sum);
@@ -115,16 +106,12 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
         }
         sync_block();
         if (!load_shared(scratch())) return;
-        const auto part = [&](int row, int i) {
-            return p.partial + (at.row_of(i) + row) * p.part_stride;
-        };
+        const auto part = [&](int row, int i) { return p.partial + (at.row_of(i) + row) * p.part_stride; };
         merge_rows(
-            valid, num_parts,
-            [&](int row, int i) { return load_global_fresh(part(row, i) + max_at); },
+            valid, num_parts, [&](int row, int i) { return load_global_fresh(part(row, i) + max_at); },
             [&](int row, int i) { return load_global_fresh(part(row, i) + sum_at); },
             [&](int row, int i, int column, float (&x)[4]) {
-                const Vec16 four =
-                    load_global_fresh(reinterpret_cast<const Vec16*>(part(row, i) + column));
+                const Vec16 four = load_global_fresh(reinterpret_cast<const Vec16*>(part(row, i) + column));
                 PW_UNROLL
                 for (int e = 0; e < 4; ++e) x[e] = float_from_bits(four.x[e]);
             },
@@ -154,16 +141,13 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
         for (int i = lane; i < p.num_counters; i += 32) {
             if (load_global_fresh(p.counters + i) == 0) continue;
             store_global(p.counters + i, 0);
-            record_error(p.error_word,
-                         p.cu_seqlens_q ? ErrorKind::kPrefillCounter : ErrorKind::kDecodeCounter, 0,
-                         i);
+            record_error(p.error_word, p.cu_seqlens_q ? ErrorKind::kPrefillCounter : ErrorKind::kDecodeCounter, 0, i);
         }
     }
 
     // Merges `count` states of each row in their order, four columns a thread.
     template <class Max, class Sum, class Out, class Store>
-    PW_DEVICE void merge_rows(int valid, int count, Max max_of, Sum sum_of, Out out_of,
-                              Store store) const {
+    PW_DEVICE void merge_rows(int valid, int count, Max max_of, Sum sum_of, Out out_of, Store store) const {
         const int quads = (p.v.width + 3) / 4;
         for (int i = thread_index(); i < valid * quads; i += S::kThreads) {
             const int row = i / quads, column = i % quads * 4;
@@ -186,8 +170,8 @@ struct AttentionMerge : AttentionStep<S, Q, KV> {
     }
 
     // The sink joins, the sum divides, V's scale multiplies. Empty is a sum of 0; a NaN is not.
-    PW_DEVICE void store_result(const RequestWork& w, const Segment& s, int row, int column,
-                                float v_scale, float max, float sum, const float (&x)[4]) const {
+    PW_DEVICE void store_result(const RequestWork& w, const Segment& s, int row, int column, float v_scale, float max,
+                                float sum, const float (&x)[4]) const {
         const int packed = s.chunk * p.chunk_rows + row;
         const int q_row = w.row_begin + packed / p.group_size;
         const int head = s.head * p.group_size + packed % p.group_size;

@@ -1,5 +1,4 @@
-// Which request a block begins with, and what nobody computes: empty requests, padding rows,
-// errors.
+// Which request a block begins with, and what nobody computes: empty requests, padding rows, errors.
 #pragma once
 
 #include "cuda/attention_block.h"
@@ -17,8 +16,7 @@ struct AttentionRequests : AttentionBase<S, Q, KV> {
     using Below::store_lse;
     using Below::store_out;
 
-    // Describes requests again, up to those among which unit `begin` lies; returns the first of
-    // these.
+    // Describes requests again, up to those among which unit `begin` lies; returns the first of these.
     PW_DEVICE int seek(int64_t begin, int64_t& units, int64_t& after) {
         int64_t before = 0;
         int rows_end = 0;
@@ -36,8 +34,7 @@ struct AttentionRequests : AttentionBase<S, Q, KV> {
         return end > row_begin ? end : row_begin;
     }
 
-    // The next kThreads requests, one a thread, into shared memory. `rows_end`: largest row offset
-    // so far.
+    // The next kThreads requests, one a thread, into shared memory. `rows_end`: largest row offset so far.
     PW_DEVICE void describe(int base, int& rows_end, int64_t& units) {
         const int request = base + thread_index();
         const bool exists = request < p.batch_size;
@@ -50,8 +47,7 @@ struct AttentionRequests : AttentionBase<S, Q, KV> {
         int* info = request_info(thread_index());
         store_shared(info + 1, end);
         sync_block();
-        const int begin =
-            thread_index() == 0 ? before : load_shared(request_info(thread_index() - 1) + 1);
+        const int begin = thread_index() == 0 ? before : load_shared(request_info(thread_index() - 1) + 1);
         units = 0;
         int flags = 0;
         if (exists) {
@@ -72,9 +68,7 @@ struct AttentionRequests : AttentionBase<S, Q, KV> {
         const bool decodes = p.cu_seqlens_q == nullptr;
         const int flags = load_shared(request_info(thread_index()) + 3);
         if (flags & 1) {
-            record_error(p.error_word,
-                         decodes ? ErrorKind::kDecodeSeqLen : ErrorKind::kPrefillSeqLen, request,
-                         0);
+            record_error(p.error_word, decodes ? ErrorKind::kDecodeSeqLen : ErrorKind::kPrefillSeqLen, request, 0);
         }
         if (flags & 2) record_error(p.error_word, ErrorKind::kPrefillMaxQLen, request, 0);
         if (decodes) return;

@@ -27,9 +27,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
         int low[2], high[2], position[2];
         float slope[2];
 
-        PW_DEVICE bool sees(int half, int key) const {
-            return key >= low[half] && key <= high[half];
-        }
+        PW_DEVICE bool sees(int half, int key) const { return key >= low[half] && key <= high[half]; }
     };
 
     // Weights of fp16 that are multiplied by V's per-token scales must be kept in fp16's range.
@@ -41,15 +39,12 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
         PW_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int packed = s.chunk * p.chunk_rows + m * 16 + lane / 4 + 8 * half;
-            const int token = packed / p.group_size,
-                      head = s.head * p.group_size + packed % p.group_size;
+            const int token = packed / p.group_size, head = s.head * p.group_size + packed % p.group_size;
             const int position = w.seq_len - w.q_len + token;
             int low = 0, high = w.seq_len - 1;
-            if (p.window_left >= 0 && position - p.window_left > low)
-                low = position - p.window_left;
+            if (p.window_left >= 0 && position - p.window_left > low) low = position - p.window_left;
             if (p.causal && position < high) high = position;
-            if (p.window_right >= 0 && int64_t(position) + p.window_right < high)
-                high = position + p.window_right;
+            if (p.window_right >= 0 && int64_t(position) + p.window_right < high) high = position + p.window_right;
             // open where the request has no more keys, and for rows that do not exist (they are
             // never stored): all_see
             const bool exists = token < w.q_len;
@@ -58,8 +53,8 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
             rows.position[half] = position;
             rows.slope[half] = 0.0f;
             if (p.alibi_slopes && token < w.q_len) {
-                rows.slope[half] = load_global(p.alibi_slopes + s.request * p.alibi_stride_request +
-                                               head * p.alibi_stride_head);
+                rows.slope[half] =
+                    load_global(p.alibi_slopes + s.request * p.alibi_stride_request + head * p.alibi_stride_head);
             }
         }
         return rows;
@@ -68,21 +63,19 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
     PW_DEVICE static float shared_scale(const AttentionScale& scale, int request, int head) {
         if (scale.form == ScaleForm::kValue) return scale.value;
         if (scale.form == ScaleForm::kPerHead) {
-            return load_global(scale.data + request * scale.stride_request +
-                               head * scale.stride_head);
+            return load_global(scale.data + request * scale.stride_request + head * scale.stride_head);
         }
         return 1.0f;
     }
 
     PW_DEVICE void load_q_step(uint32_t (&a)[4], int m, int step) const {
-        load_matrices(a,
-                      q_rows() + swizzle<S::kQRowBytes>(m * 16 + lane % 16, 2 * step + lane / 16));
+        load_matrices(a, q_rows() + swizzle<S::kQRowBytes>(m * 16 + lane % 16, 2 * step + lane / 16));
     }
 
     // kKeys keys of one tile against 16 rows.
     template <int kSteps>
-    PW_DEVICE void step(State& state, const Rows& rows, const uint32_t (&q)[kSteps][4], int stage,
-                        int group, int first_key, int m, float scale) {
+    PW_DEVICE void step(State& state, const Rows& rows, const uint32_t (&q)[kSteps][4], int stage, int group,
+                        int first_key, int m, float scale) {
         constexpr int kTiles = S::kKeys / 8;
         float x[kTiles][4];
         PW_UNROLL
@@ -121,8 +114,8 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
 
     // x[row][key] of this thread: rows g, g + 8; keys 8n + 2t, 8n + 2t + 1 (t = lane % 4).
     template <int kTiles, int kSteps>
-    PW_DEVICE void logits(float (&x)[kTiles][4], const uint32_t (&q)[kSteps][4], const char* k,
-                          int first, int m) const {
+    PW_DEVICE void logits(float (&x)[kTiles][4], const uint32_t (&q)[kSteps][4], const char* k, int first,
+                          int m) const {
         constexpr int kPerLoad = S::kQuantised ? 4 : 2;  // 16-wide steps in four chunks of a K row
         PW_UNROLL
         for (int load = 0; load < S::kWidth / 16 / kPerLoad; ++load) {
@@ -140,16 +133,14 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
             PW_UNROLL
             for (int n = 0; n < kTiles; ++n) {
                 uint32_t b[4];
-                load_matrices(
-                    b, k + swizzle<S::kRowBytes>(first + n * 8 + lane % 8, load * 4 + lane / 8));
+                load_matrices(b, k + swizzle<S::kRowBytes>(first + n * 8 + lane % 8, load * 4 + lane / 8));
                 PW_UNROLL
                 for (int i = 0; i < kPerLoad; ++i) {
                     if constexpr (S::kQuantised) {
-                        multiply_accumulate<Operand<Q>::kBFloat16>(
-                            x[n], a[i], widen<Q>(b[i] & 0xffff, KV{}), widen<Q>(b[i] >> 16, KV{}));
+                        multiply_accumulate<Operand<Q>::kBFloat16>(x[n], a[i], widen<Q>(b[i] & 0xffff, KV{}),
+                                                                   widen<Q>(b[i] >> 16, KV{}));
                     } else {
-                        multiply_accumulate<Operand<Q>::kBFloat16>(x[n], a[i], b[2 * i],
-                                                                   b[2 * i + 1]);
+                        multiply_accumulate<Operand<Q>::kBFloat16>(x[n], a[i], b[2 * i], b[2 * i + 1]);
                     }
                 }
             }
@@ -157,8 +148,8 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
     }
 
     template <int kTiles>
-    PW_DEVICE void mask_and_scale(float (&x)[kTiles][4], const Rows& rows, int stage, int group,
-                                  int first_key, float scale) const {
+    PW_DEVICE void mask_and_scale(float (&x)[kTiles][4], const Rows& rows, int stage, int group, int first_key,
+                                  float scale) const {
         const uint32_t bits = load_shared(key_bits(stage, group));
         const bool plain = p.softcap == 0.0f && p.alibi_slopes == nullptr;
         const bool per_token = p.k.scale.form == ScaleForm::kTokenHead;
@@ -166,8 +157,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
         for (int n = 0; n < kTiles; ++n) {
             PW_UNROLL
             for (int i = 0; i < 4; ++i) {
-                const int inside = n * 8 + lane % 4 * 2 + i % 2, key = first_key + inside,
-                          half = i / 2;
+                const int inside = n * 8 + lane % 4 * 2 + i % 2, key = first_key + inside, half = i / 2;
                 float y = x[n][i];
                 if (per_token) y *= load_shared(key_scale(stage, 0, group * S::kKeys + inside));
                 if (plain) {
@@ -185,8 +175,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
         }
     }
 
-    // Logits (base 2) to weights against the running maximum. The sums stay per thread until
-    // finish().
+    // Logits (base 2) to weights against the running maximum. The sums stay per thread until finish().
     template <int kTiles>
     PW_DEVICE void softmax(float (&x)[kTiles][4], State& state, float (&rescale)[2]) const {
         PW_UNROLL
@@ -281,9 +270,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
         const int exponent = static_cast<int>(float_bits(largest) >> 23 & 0xff) - 127;
         return exponent < -112 ? 126 : 14 - exponent;
     }
-    PW_DEVICE static float power_of_two(int n) {
-        return float_from_bits(static_cast<uint32_t>(n + 127) << 23);
-    }
+    PW_DEVICE static float power_of_two(int n) { return float_from_bits(static_cast<uint32_t>(n + 127) << 23); }
     // What 1 in a row's out stands for.
     PW_DEVICE float out_unit(const State& state, int half) const {
         if (!kLifts || p.v.scale.form != ScaleForm::kTokenHead) return 1.0f;
@@ -293,8 +280,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
     // Every row of the warp sees all of the kKeys keys that the request owns.
     PW_DEVICE static bool all_see(const Rows& rows, int first_key) {
         return !ballot(!rows.sees(0, first_key) || !rows.sees(1, first_key) ||
-                       !rows.sees(0, first_key + S::kKeys - 1) ||
-                       !rows.sees(1, first_key + S::kKeys - 1));
+                       !rows.sees(0, first_key + S::kKeys - 1) || !rows.sees(1, first_key + S::kKeys - 1));
     }
 
     PW_DEVICE bool has_non_finite(int stage, int group) const {
@@ -304,8 +290,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
         for (int j = lane; j < S::kKeys * S::kRowChunks; j += 32) {
             const int row = group * S::kKeys + j / S::kRowChunks, chunk = j % S::kRowChunks;
             if (chunk * 4 * kCount >= p.v.width) continue;
-            const Vec16 four =
-                load_shared(reinterpret_cast<const Vec16*>(v + swizzle<S::kRowBytes>(row, chunk)));
+            const Vec16 four = load_shared(reinterpret_cast<const Vec16*>(v + swizzle<S::kRowBytes>(row, chunk)));
             PW_UNROLL
             for (int i = 0; i < 4; ++i) found |= non_finite<KV>(four.x[i]);
         }
@@ -314,8 +299,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
 
     // 0 * inf would reach every row, so what is not finite is added to the sums of the rows that
     // see it, and is zero for the tensor core. A weight above 0 does not change it.
-    PW_DEVICE void add_non_finite(State& state, const Rows& rows, int stage, int group,
-                                  int first_key) const {
+    PW_DEVICE void add_non_finite(State& state, const Rows& rows, int stage, int group, int first_key) const {
         PW_UNROLL
         for (int chunk = 0; chunk < S::kRowChunks; ++chunk) {
             if (chunk * 4 * kCount >= p.v.width) break;
@@ -323,21 +307,18 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
             for (int inside = 0; inside < S::kKeys; ++inside) {
                 const int row = group * S::kKeys + inside;
                 const char* at = tile(stage, 1) + swizzle<S::kRowBytes>(row, chunk) + lane % 4 * 4;
-                add_word(state, rows, chunk, first_key + inside,
-                         load_shared(reinterpret_cast<const uint32_t*>(at)),
+                add_word(state, rows, chunk, first_key + inside, load_shared(reinterpret_cast<const uint32_t*>(at)),
                          token_scale(stage, row));
             }
         }
     }
 
     PW_DEVICE float token_scale(int stage, int key) const {
-        return p.v.scale.form == ScaleForm::kTokenHead ? load_shared(key_scale(stage, 1, key))
-                                                       : 1.0f;
+        return p.v.scale.form == ScaleForm::kTokenHead ? load_shared(key_scale(stage, 1, key)) : 1.0f;
     }
 
     // `word`: the elements of a chunk of V that column_of gives this thread.
-    PW_DEVICE static void add_word(State& state, const Rows& rows, int chunk, int key,
-                                   uint32_t word, float scale) {
+    PW_DEVICE static void add_word(State& state, const Rows& rows, int chunk, int key, uint32_t word, float scale) {
         constexpr int kBits = 8 * static_cast<int>(sizeof(KV));
         const uint32_t found = is_finite(scale) ? non_finite<KV>(word) : ~0u;
         if (found == 0) return;
@@ -368,8 +349,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
 
     // kClean: elements of V that are not finite count as 0.
     template <bool kClean, int kSteps>
-    PW_DEVICE void accumulate(const uint32_t (&a)[kSteps][4], State& state, const char* v,
-                              int first) const {
+    PW_DEVICE void accumulate(const uint32_t (&a)[kSteps][4], State& state, const char* v, int first) const {
         constexpr bool kBFloat16 = Operand<Q>::kBFloat16;
         if constexpr (S::kQuantised) {
             // a chunk holds 16 columns; transposing byte pairs gives columns 2g and 2g + 1 of keys
@@ -389,10 +369,8 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
                 }
                 PW_UNROLL
                 for (int step = 0; step < 2; ++step) {
-                    multiply_accumulate<kBFloat16>(state.out[2 * chunk], a[step], even[2 * step],
-                                                   even[2 * step + 1]);
-                    multiply_accumulate<kBFloat16>(state.out[2 * chunk + 1], a[step], odd[2 * step],
-                                                   odd[2 * step + 1]);
+                    multiply_accumulate<kBFloat16>(state.out[2 * chunk], a[step], even[2 * step], even[2 * step + 1]);
+                    multiply_accumulate<kBFloat16>(state.out[2 * chunk + 1], a[step], odd[2 * step], odd[2 * step + 1]);
                 }
             }
         } else {
@@ -400,8 +378,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
             for (int n = 0; n < S::kColumns; n += 2) {
                 if (n * 8 >= p.v.width) break;
                 uint32_t b[4];
-                load_matrices_transposed(
-                    b, v + swizzle<S::kRowBytes>(first + lane % 16, n + lane / 16));
+                load_matrices_transposed(b, v + swizzle<S::kRowBytes>(first + lane % 16, n + lane / 16));
                 clean<kClean, KV>(b);
                 multiply_accumulate<kBFloat16>(state.out[n], a[0], b[0], b[1]);
                 multiply_accumulate<kBFloat16>(state.out[n + 1], a[0], b[2], b[3]);

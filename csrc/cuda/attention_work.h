@@ -20,9 +20,7 @@ struct RequestWork {
     int num_chunks;
     bool bad_seq_len, too_long;
 
-    PW_DEVICE int64_t total_units(int num_kv_heads) const {
-        return int64_t(num_units) * num_kv_heads * num_chunks;
-    }
+    PW_DEVICE int64_t total_units(int num_kv_heads) const { return int64_t(num_units) * num_kv_heads * num_chunks; }
 };
 
 PW_DEVICE int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
@@ -33,10 +31,8 @@ PW_DEVICE int row_offset(const AttentionPlan& p, int i) {
     return i == 0 ? 0 : clamp(load_global(p.cu_seqlens_q + i), 0, p.num_tokens);
 }
 
-// `row_begin`: the largest row offset up to the request's own (offsets that decrease leave it
-// without rows).
-PW_DEVICE RequestWork request_work(const AttentionPlan& p, int request, int row_begin, int row_end,
-                                   int tile) {
+// `row_begin`: the largest row offset up to the request's own (offsets that decrease leave it without rows).
+PW_DEVICE RequestWork request_work(const AttentionPlan& p, int request, int row_begin, int row_end, int tile) {
     RequestWork w{};
     w.row_begin = row_begin;
     w.row_end = row_end > row_begin ? row_end : row_begin;
@@ -76,16 +72,13 @@ struct Parts {
     int64_t own_row, first_row, next_row, row_step;
     int64_t counter, num_parts;  // 1: the segment is all of its item
 
-    PW_DEVICE int64_t row_of(int part) const {
-        return part == 0 ? first_row : next_row + (part - 1) * row_step;
-    }
+    PW_DEVICE int64_t row_of(int part) const { return part == 0 ? first_row : next_row + (part - 1) * row_step; }
 };
 
 // Cuts the piece that begins at `unit` (counted over all items; `prefix` units lie before the
 // request) and ends before `end`. Returns the number of units taken.
-PW_DEVICE int64_t cut_segment(const AttentionPlan& p, const RequestWork& w, int request,
-                              int64_t prefix, int64_t unit, int64_t end, int64_t share, Segment& s,
-                              Parts& parts) {
+PW_DEVICE int64_t cut_segment(const AttentionPlan& p, const RequestWork& w, int request, int64_t prefix, int64_t unit,
+                              int64_t end, int64_t share, Segment& s, Parts& parts) {
     const int64_t inside = unit - prefix;
     const int item = static_cast<int>(inside / w.num_units);
     const int first = static_cast<int>(inside % w.num_units);
@@ -98,9 +91,8 @@ PW_DEVICE int64_t cut_segment(const AttentionPlan& p, const RequestWork& w, int 
         parts.num_parts = w.num_units;
         // all rows that can exist, split after split
         parts.row_step = p.part_rows;
-        parts.first_row = int64_t(s.head) * p.max_splits * p.part_rows +
-                          w.row_begin * p.part_rows_of_token + request * p.part_rows_of_request +
-                          int64_t(s.chunk) * p.chunk_rows;
+        parts.first_row = int64_t(s.head) * p.max_splits * p.part_rows + w.row_begin * p.part_rows_of_token +
+                          request * p.part_rows_of_request + int64_t(s.chunk) * p.chunk_rows;
         parts.next_row = parts.first_row + parts.row_step;
         parts.own_row = parts.first_row + first * parts.row_step;
         parts.counter = (request * p.num_kv_heads + s.head) * p.max_chunks + s.chunk;
@@ -109,8 +101,7 @@ PW_DEVICE int64_t cut_segment(const AttentionPlan& p, const RequestWork& w, int 
         const int64_t item_begin = unit - first, item_end = item_begin + w.num_units;
         const int64_t block = unit / share, first_block = item_begin / share;
         parts.num_parts = static_cast<int>((item_end - 1) / share - first_block) + 1;
-        // a block has room for two parts: of an item that began before it, then of one that goes on
-        // after it
+        // a block has room for two parts: of an item that began before it, then of one that goes on after it
         parts.first_row = (2 * first_block + 1) * p.chunk_rows;
         parts.next_row = 2 * (first_block + 1) * p.chunk_rows;
         parts.row_step = 2 * p.chunk_rows;

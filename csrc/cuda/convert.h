@@ -1,5 +1,4 @@
-// Conversions between the stored element types and fp32, bit for bit those of the reference
-// backend.
+// Conversions between the stored element types and fp32, bit for bit those of the reference backend.
 #pragma once
 
 #include "cuda/device.h"
@@ -14,9 +13,7 @@ PW_DEVICE float to_float(BFloat16 x) { return float_from_bits(uint32_t(x.bits) <
 PW_DEVICE float to_float(Float16 x) { return float_from_float16(x.bits); }
 PW_DEVICE float to_float(int8_t x) { return static_cast<float>(x); }
 // e5m2 is the upper byte of an fp16
-PW_DEVICE float to_float(Float8E5M2 x) {
-    return float_from_float16(static_cast<uint16_t>(x.bits << 8));
-}
+PW_DEVICE float to_float(Float8E5M2 x) { return float_from_float16(static_cast<uint16_t>(x.bits << 8)); }
 PW_DEVICE float to_float(Float8E4M3 x) {
     const uint32_t sign = uint32_t(x.bits & 0x80) << 24, rest = x.bits & 0x7f;
     if (rest == 0x7f) return float_from_bits(sign | 0x7fc00000);
@@ -27,12 +24,8 @@ PW_DEVICE float to_float(Float8E4M3 x) {
 // ----------------------------------------------------------------------------------- from fp32
 
 PW_DEVICE void from_float(float x, float& y) { y = x; }
-PW_DEVICE void from_float(float x, BFloat16& y) {
-    y.bits = static_cast<uint16_t>(pack_bfloat16(x, 0.0f));
-}
-PW_DEVICE void from_float(float x, Float16& y) {
-    y.bits = static_cast<uint16_t>(pack_float16(x, 0.0f));
-}
+PW_DEVICE void from_float(float x, BFloat16& y) { y.bits = static_cast<uint16_t>(pack_bfloat16(x, 0.0f)); }
+PW_DEVICE void from_float(float x, Float16& y) { y.bits = static_cast<uint16_t>(pack_float16(x, 0.0f)); }
 
 // Round to nearest even into an fp8 of kMantissa bits, saturating; NaN is `nan`, without a sign.
 template <int kMantissa, int kBias>
@@ -132,8 +125,7 @@ struct Operand<Float16> {
     PW_DEVICE static uint32_t pack(float low, float high) { return pack_float16(low, high); }
 };
 
-// Two stored 8-bit values (the low two bytes) as two 16-bit operands. Exact: every value fits both
-// formats.
+// Two stored 8-bit values (the low two bytes) as two 16-bit operands. Exact: every value fits both formats.
 template <class Q>
 PW_DEVICE uint32_t widen(uint32_t two, Float8E4M3) {
 #if defined(PW_HAS_FLOAT8)
@@ -148,8 +140,7 @@ PW_DEVICE uint32_t widen(uint32_t two, Float8E4M3) {
 }
 template <class Q>
 PW_DEVICE uint32_t widen(uint32_t two, Float8E5M2) {
-    const uint32_t half =
-        permute_bytes(two, 0, 0x1404);  // each byte becomes the upper one of 16 bits
+    const uint32_t half = permute_bytes(two, 0, 0x1404);  // each byte becomes the upper one of 16 bits
     if constexpr (!Operand<Q>::kBFloat16) return half;
     return pack_bfloat16(float_from_float16(static_cast<uint16_t>(half)),
                          float_from_float16(static_cast<uint16_t>(half >> 16)));

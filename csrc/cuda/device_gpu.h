@@ -5,8 +5,7 @@
 
 #define PW_DEVICE __device__ __forceinline__
 #define PW_HOST_DEVICE __host__ __device__ __forceinline__
-#define PW_KERNEL(threads, min_blocks_per_sm) \
-    __global__ __launch_bounds__(threads, min_blocks_per_sm)
+#define PW_KERNEL(threads, min_blocks_per_sm) __global__ __launch_bounds__(threads, min_blocks_per_sm)
 #define PW_UNROLL _Pragma("unroll")
 #define PW_NO_UNROLL _Pragma("unroll 1")
 #define PW_PRAGMA(x) _Pragma(#x)
@@ -51,10 +50,7 @@ PW_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value)
 // after it, the block sees what those have written that counted earlier.
 PW_DEVICE int count_up_to(int* p, int last) {
     int old;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(p), "r"(last)
-                 : "memory");
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(last) : "memory");
     return old;
 }
 PW_DEVICE void atomic_max(int64_t* p, int64_t value) {
@@ -63,9 +59,7 @@ PW_DEVICE void atomic_max(int64_t* p, int64_t value) {
 
 // -------------------------------------------------------------------------------------- memory
 
-PW_DEVICE uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+PW_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 template <class T>
 PW_DEVICE T load_shared(const T* p) {
@@ -122,14 +116,12 @@ PW_DEVICE uint64_t evict_normal_policy() {
 
 // 16 bytes of shared memory from `bytes` of global memory and zeros, past registers and L1.
 PW_DEVICE void copy_async_16(void* shared, const void* global, int bytes, uint64_t policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
-                     shared_address(shared)),
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(bytes), "l"(policy)
                  : "memory");
 }
 PW_DEVICE void copy_async_4(void* shared, const void* global, int bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                  : "memory");
 }
 PW_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -157,8 +149,7 @@ PW_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 
 // c[16x8] += a[16x16] b[16x8], fp32 accumulators, fp16 or bf16 operands.
 template <bool kBFloat16>
-PW_DEVICE void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                   uint32_t b1) {
+PW_DEVICE void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kBFloat16) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
             "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -183,9 +174,7 @@ PW_DEVICE float log2_fast(float x) { return __log2f(x); }
 PW_DEVICE float exp_exact(float x) { return expf(x); }
 PW_DEVICE float log_exact(float x) { return logf(x); }
 PW_DEVICE float tanh_exact(float x) { return tanhf(x); }
-PW_DEVICE float divide(float a, float b) {
-    return __fdiv_rn(a, b);
-}  // IEEE, whatever -use_fast_math
+PW_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }  // IEEE, whatever -use_fast_math
 PW_DEVICE float round_even(float x) { return rintf(x); }
 PW_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 PW_DEVICE float float_from_bits(uint32_t x) { return __uint_as_float(x); }
@@ -230,8 +219,6 @@ PW_DEVICE uint32_t pack_e5m2(float low, float high) {
 #endif
 
 // Bytes chosen by the four nibbles of `selector` out of b:a.
-PW_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-    return __byte_perm(a, b, selector);
-}
+PW_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 }  // namespace pagewire

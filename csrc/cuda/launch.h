@@ -53,8 +53,7 @@ void allow_shared_memory(void (*kernel)(Parameters...)) {
     static std::mutex mutex;
     static std::set<std::pair<int, const void*> > allowed;
     std::lock_guard<std::mutex> lock(mutex);
-    const std::pair<int, const void*> key{runtime::current_device(),
-                                          reinterpret_cast<const void*>(kernel)};
+    const std::pair<int, const void*> key{runtime::current_device(), reinterpret_cast<const void*>(kernel)};
     if (allowed.count(key)) return;
     runtime::raise_shared_memory_limit(kernel);
     allowed.insert(key);
@@ -62,27 +61,22 @@ void allow_shared_memory(void (*kernel)(Parameters...)) {
 
 // Blocks of this kernel that fit on one multiprocessor, at least one.
 template <class... Parameters>
-int blocks_per_multiprocessor(void (*kernel)(Parameters...), const char* name, int num_threads,
-                              size_t shared_bytes) {
+int blocks_per_multiprocessor(void (*kernel)(Parameters...), const char* name, int num_threads, size_t shared_bytes) {
     static std::mutex mutex;
     static std::map<std::tuple<int, const void*, size_t>, int> known;
     const size_t limit = runtime::shared_memory_of_a_block();
     if (shared_bytes > limit) {
-        throw std::runtime_error(
-            std::string("pagewire: ") + name + " needs " + std::to_string(shared_bytes) +
-            " bytes of shared memory a block, this device (sm_" +
-            std::to_string(runtime::architecture()) + ") has " + std::to_string(limit));
+        throw std::runtime_error(std::string("pagewire: ") + name + " needs " + std::to_string(shared_bytes) +
+                                 " bytes of shared memory a block, this device (sm_" +
+                                 std::to_string(runtime::architecture()) + ") has " + std::to_string(limit));
     }
     allow_shared_memory(kernel);
     std::lock_guard<std::mutex> lock(mutex);
-    int& blocks =
-        known[{runtime::current_device(), reinterpret_cast<const void*>(kernel), shared_bytes}];
-    if (blocks == 0)
-        blocks = runtime::blocks_of_a_multiprocessor(kernel, num_threads, shared_bytes);
+    int& blocks = known[{runtime::current_device(), reinterpret_cast<const void*>(kernel), shared_bytes}];
+    if (blocks == 0) blocks = runtime::blocks_of_a_multiprocessor(kernel, num_threads, shared_bytes);
     if (blocks == 0) {
-        throw std::runtime_error(std::string("pagewire: ") + name + " with " +
-                                 std::to_string(num_threads) + " threads and " +
-                                 std::to_string(shared_bytes) +
+        throw std::runtime_error(std::string("pagewire: ") + name + " with " + std::to_string(num_threads) +
+                                 " threads and " + std::to_string(shared_bytes) +
                                  " bytes of shared memory does not fit on this device (sm_" +
                                  std::to_string(runtime::architecture()) + ")");
     }
@@ -91,8 +85,7 @@ int blocks_per_multiprocessor(void (*kernel)(Parameters...), const char* name, i
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& c, const Arguments&... arguments) {
-    runtime::start(kernel, c.name, c.grid_x, c.grid_y, c.num_threads, c.shared_bytes, c.stream,
-                   arguments...);
+    runtime::start(kernel, c.name, c.grid_x, c.grid_y, c.num_threads, c.shared_bytes, c.stream, arguments...);
 }
 
 }  // namespace pagewire

@@ -18,8 +18,7 @@ constexpr int kThreads = 128;
 constexpr int kElements = 4;  // a lane's: 8 or 16 bytes
 
 template <class T>
-PW_DEVICE void load4(float (&x)[kElements], const char* row, int64_t at, int64_t width,
-                     bool vector) {
+PW_DEVICE void load4(float (&x)[kElements], const char* row, int64_t at, int64_t width, bool vector) {
     const T* p = reinterpret_cast<const T*>(row) + at;
     if (vector) {
         struct alignas(4 * sizeof(T)) Four {
@@ -30,14 +29,12 @@ PW_DEVICE void load4(float (&x)[kElements], const char* row, int64_t at, int64_t
         for (int i = 0; i < kElements; ++i) x[i] = to_float(four.e[i]);
     } else {
         PW_UNROLL
-        for (int i = 0; i < kElements; ++i)
-            x[i] = at + i < width ? to_float(load_global(p + i)) : 0.0f;
+        for (int i = 0; i < kElements; ++i) x[i] = at + i < width ? to_float(load_global(p + i)) : 0.0f;
     }
 }
 
 template <class T>
-PW_DEVICE void store4(const float (&x)[kElements], char* row, int64_t at, int64_t width,
-                      bool vector) {
+PW_DEVICE void store4(const float (&x)[kElements], char* row, int64_t at, int64_t width, bool vector) {
     T* p = reinterpret_cast<T*>(row) + at;
     struct alignas(4 * sizeof(T)) Four {
         T e[kElements];
@@ -55,8 +52,8 @@ PW_DEVICE void store4(const float (&x)[kElements], char* row, int64_t at, int64_
 }
 
 PW_DEVICE float lse_of(const MergeStates& s, int64_t state, int64_t row, int64_t head) {
-    const float lse = load_global(s.lse + state * s.lse_stride_state + row * s.lse_stride_row +
-                                  head * s.lse_stride_head);
+    const float lse =
+        load_global(s.lse + state * s.lse_stride_state + row * s.lse_stride_row + head * s.lse_stride_head);
     return lse == infinity() ? -infinity() : lse;
 }
 
@@ -67,9 +64,7 @@ void merge_kernel(const MergeRequest q, bool vector) {
     if (item >= q.num_rows * q.num_heads) return;
     const int lane = thread_index() % 32;
     const int64_t row = item / q.num_heads, head = item % q.num_heads;
-    const auto lse = [&](int i) {
-        return i == 0 ? lse_of(q.first, 0, row, head) : lse_of(q.rest, i - 1, row, head);
-    };
+    const auto lse = [&](int i) { return i == 0 ? lse_of(q.first, 0, row, head) : lse_of(q.rest, i - 1, row, head); };
     float largest = -infinity();
     for (int i = 0; i < q.num_states; ++i) largest = lse(i) > largest ? lse(i) : largest;
     const float base = largest == -infinity() ? 0.0f : largest;
@@ -82,8 +77,7 @@ void merge_kernel(const MergeRequest q, bool vector) {
             const float weight = exp_exact(lse(i) - base) * inverse;
             if (lse(i) == -infinity()) continue;  // an empty state's out may be anything
             const MergeStates& s = i == 0 ? q.first : q.rest;
-            const int64_t offset =
-                (i == 0 ? 0 : i - 1) * s.stride_state + row * s.stride_row + head * s.stride_head;
+            const int64_t offset = (i == 0 ? 0 : i - 1) * s.stride_state + row * s.stride_row + head * s.stride_head;
             float x[kElements];
             load4<T>(x, s.out + offset * static_cast<int64_t>(sizeof(T)), at, q.width, vector);
             PW_UNROLL
@@ -102,19 +96,14 @@ void merge_kernel(const MergeRequest q, bool vector) {
 template <class T, class Out>
 void run(const MergeRequest& q) {
     const auto aligned = [](const void* p, int64_t strides, size_t size) {
-        return (reinterpret_cast<uintptr_t>(p) % (kElements * size)) == 0 &&
-               strides % kElements == 0;
+        return (reinterpret_cast<uintptr_t>(p) % (kElements * size)) == 0 && strides % kElements == 0;
     };
-    const auto mixed = [](const MergeStates& s) {
-        return s.stride_state | s.stride_row | s.stride_head;
-    };
-    const bool vector = q.width % kElements == 0 &&
-                        aligned(q.first.out, mixed(q.first), sizeof(T)) &&
+    const auto mixed = [](const MergeStates& s) { return s.stride_state | s.stride_row | s.stride_head; };
+    const bool vector = q.width % kElements == 0 && aligned(q.first.out, mixed(q.first), sizeof(T)) &&
                         aligned(q.rest.out, mixed(q.rest), sizeof(T)) &&
                         aligned(q.out, q.stride_row | q.stride_head, sizeof(Out));
     const int64_t items = q.num_rows * q.num_heads;
-    launch(merge_kernel<T, Out>,
-           LaunchConfig{"merge_kernel", (items + 3) / 4, 1, kThreads, 0, q.stream}, q, vector);
+    launch(merge_kernel<T, Out>, LaunchConfig{"merge_kernel", (items + 3) / 4, 1, kThreads, 0, q.stream}, q, vector);
 }
 
 template <class T>

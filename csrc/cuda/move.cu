@@ -21,10 +21,9 @@ namespace pagewire {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 4;       // rows in flight a lane
-constexpr int kElements = 16;  // converted at a time by a lane
-constexpr int kManyLayers =
-    240;  // pointers that fit in the 32 KiB of kernel arguments sm_70+ takes
+constexpr int kRows = 4;          // rows in flight a lane
+constexpr int kElements = 16;     // converted at a time by a lane
+constexpr int kManyLayers = 240;  // pointers that fit in the 32 KiB of kernel arguments sm_70+ takes
 constexpr int kUsualLayers = 48;  // and in the 4 KiB every driver takes
 
 struct Slots {
@@ -43,8 +42,8 @@ struct MovePlan {
     int num_parts;
     uint32_t num_rows, num_tokens, num_heads;
     bool head_fastest;  // consecutive rows are heads of a token, else tokens of a head
-    int align;       // bytes every row and stride of both sides is a multiple of: 1, 2, 4, 8 or 16
-    int log2_lanes;  // lanes that share a row
+    int align;          // bytes every row and stride of both sides is a multiple of: 1, 2, 4, 8 or 16
+    int log2_lanes;     // lanes that share a row
 };
 
 enum class Fate : int { kMove, kZero, kSkip };
@@ -85,8 +84,7 @@ PW_DEVICE Row locate(const MovePlan<kLayers>& p, uint32_t row, bool reports) {
 
 // Byte offset of a row on a side.
 PW_DEVICE int64_t offset_of(const MoveSide& side, const Row& r, bool by_slot) {
-    return (by_slot ? r.page * side.stride_page + r.offset * side.stride_token
-                    : r.token * side.stride_token) +
+    return (by_slot ? r.page * side.stride_page + r.offset * side.stride_token : r.token * side.stride_token) +
            r.head * side.stride_head;
 }
 PW_DEVICE int64_t scale_offset_of(const MoveSide& side, const Row& r, bool by_slot) {
@@ -109,14 +107,13 @@ PW_DEVICE Chunk read_chunk(const Chunk* p) {
 }
 
 template <class Chunk, int kLayers>
-PW_DEVICE void copy_rows(const MovePlan<kLayers>& p, const MovePart& part,
-                         const MovePointers& pointers) {
+PW_DEVICE void copy_rows(const MovePlan<kLayers>& p, const MovePart& part, const MovePointers& pointers) {
     const bool by_slot = p.slots.on_source;
     const int lanes = 1 << p.log2_lanes, lane = thread_index() & (lanes - 1);
     const uint32_t group = static_cast<uint32_t>(thread_index() >> p.log2_lanes);
     const uint32_t groups = kThreads >> p.log2_lanes;
-    const int chunks = static_cast<int>(part.width * item_size(part.source.dtype) /
-                                        static_cast<int64_t>(sizeof(Chunk)));
+    const int chunks =
+        static_cast<int>(part.width * item_size(part.source.dtype) / static_cast<int64_t>(sizeof(Chunk)));
     const Chunk* from[kRows];
     Chunk* to[kRows];
     Fate fate[kRows];
@@ -124,18 +121,16 @@ PW_DEVICE void copy_rows(const MovePlan<kLayers>& p, const MovePart& part,
     for (int i = 0; i < kRows; ++i) {
         const Row r = locate(p, (block_x() * kRows + i) * groups + group, lane == 0);
         fate[i] = r.fate;
-        from[i] =
-            reinterpret_cast<const Chunk*>(pointers.source + offset_of(part.source, r, by_slot));
+        from[i] = reinterpret_cast<const Chunk*>(pointers.source + offset_of(part.source, r, by_slot));
         to[i] = reinterpret_cast<Chunk*>(pointers.target + offset_of(part.target, r, !by_slot));
-        if (part.target.scale == ScaleUse::kCopy && part.target.scale_stride_token != 0 &&
-            lane == 0 && r.fate != Fate::kSkip) {
+        if (part.target.scale == ScaleUse::kCopy && part.target.scale_stride_token != 0 && lane == 0 &&
+            r.fate != Fate::kSkip) {
             float scale = 1.0f;
             if (r.fate == Fate::kMove) {
-                scale = load_global(reinterpret_cast<const float*>(
-                    pointers.source_scale + scale_offset_of(part.source, r, by_slot)));
+                scale = load_global(
+                    reinterpret_cast<const float*>(pointers.source_scale + scale_offset_of(part.source, r, by_slot)));
             }
-            store_global(reinterpret_cast<float*>(pointers.target_scale +
-                                                  scale_offset_of(part.target, r, !by_slot)),
+            store_global(reinterpret_cast<float*>(pointers.target_scale + scale_offset_of(part.target, r, !by_slot)),
                          scale);
         }
     }
@@ -155,18 +150,15 @@ PW_DEVICE void copy_rows(const MovePlan<kLayers>& p, const MovePart& part,
 
 // Scales that belong to the layer or the head, not to a token.
 template <int kLayers>
-PW_DEVICE void copy_shared_scales(const MovePlan<kLayers>& p, const MovePart& part,
-                                  const MovePointers& pointers) {
-    if (part.target.scale != ScaleUse::kCopy || part.target.scale_stride_token != 0 ||
-        block_x() != 0) {
+PW_DEVICE void copy_shared_scales(const MovePlan<kLayers>& p, const MovePart& part, const MovePointers& pointers) {
+    if (part.target.scale != ScaleUse::kCopy || part.target.scale_stride_token != 0 || block_x() != 0) {
         return;
     }
     const uint32_t count = part.target.scale_stride_head ? p.num_heads : 1;
     for (uint32_t h = static_cast<uint32_t>(thread_index()); h < count; h += kThreads) {
         store_global(
             reinterpret_cast<float*>(pointers.target_scale + h * part.target.scale_stride_head),
-            load_global(reinterpret_cast<const float*>(pointers.source_scale +
-                                                       h * part.source.scale_stride_head)));
+            load_global(reinterpret_cast<const float*>(pointers.source_scale + h * part.source.scale_stride_head)));
     }
 }
 
@@ -263,8 +255,7 @@ PW_DEVICE void load_any(DType dtype, float (&x)[kElements], const char* p, int c
     }
 }
 
-PW_DEVICE void store_any(DType dtype, const float (&x)[kElements], char* p, int count,
-                         bool vector) {
+PW_DEVICE void store_any(DType dtype, const float (&x)[kElements], char* p, int count, bool vector) {
     switch (dtype) {
         case DType::kFloat16:
             return store_elements<Float16>(x, p, count, vector);
@@ -298,8 +289,7 @@ void convert_kernel(const MovePlan<kLayers> p) {
     const MovePart& part = p.part[part_idx];
     const MovePointers& pointers = p.pointers[static_cast<int>(block_y()) / p.num_parts][part_idx];
     const MoveSide &source = part.source, &target = part.target;
-    const bool by_slot = p.slots.on_source, vector = p.align == 16,
-               make = target.scale == ScaleUse::kMake;
+    const bool by_slot = p.slots.on_source, vector = p.align == 16, make = target.scale == ScaleUse::kMake;
     const int lanes = 1 << p.log2_lanes, lane = thread_index() & (lanes - 1);
     const uint32_t group = static_cast<uint32_t>(thread_index() >> p.log2_lanes);
     const uint32_t groups = kThreads >> p.log2_lanes;
@@ -345,8 +335,7 @@ void convert_kernel(const MovePlan<kLayers> p) {
             divisor = divide(amax, largest_stored(target.dtype));
             if (divisor == 0.0f) divisor = 1.0f;
             if (lane == 0 && r.fate != Fate::kSkip) {
-                store_global(reinterpret_cast<float*>(pointers.target_scale +
-                                                      scale_offset_of(target, r, !by_slot)),
+                store_global(reinterpret_cast<float*>(pointers.target_scale + scale_offset_of(target, r, !by_slot)),
                              divisor);
             }
             if (part.width > lanes * kElements) load(lane * kElements);
@@ -358,8 +347,7 @@ void convert_kernel(const MovePlan<kLayers> p) {
                 PW_UNROLL
                 for (int e = 0; e < kElements; ++e) x[e] = divide(x[e], divisor);
             }
-            store_any(target.dtype, x, to + first * item_size(target.dtype), part.width - first,
-                      vector);
+            store_any(target.dtype, x, to + first * item_size(target.dtype), part.width - first, vector);
         }
     }
 }
@@ -396,8 +384,7 @@ void run(const MoveRequest& q, int first_layer, int num_layers) {
             bits |= side->stride_page | side->stride_token | side->stride_head;
         }
         for (int layer = 0; layer < num_layers; ++layer) {
-            const MovePointers& at =
-                q.pointers[static_cast<size_t>((first_layer + layer) * num_parts + i)];
+            const MovePointers& at = q.pointers[static_cast<size_t>((first_layer + layer) * num_parts + i)];
             p.pointers[layer][i] = at;
             bits |= reinterpret_cast<intptr_t>(at.source) | reinterpret_cast<intptr_t>(at.target);
         }
@@ -411,8 +398,8 @@ void run(const MoveRequest& q, int first_layer, int num_layers) {
     }
     p.align = static_cast<int>(alignment(bits));
     for (const MovePart& part : q.parts) {
-        const int64_t row = copies ? part.width * item_size(part.source.dtype) / p.align
-                                   : (part.width + kElements - 1) / kElements;
+        const int64_t row =
+            copies ? part.width * item_size(part.source.dtype) / p.align : (part.width + kElements - 1) / kElements;
         row_units = std::max(row_units, row);
     }
     while ((1 << p.log2_lanes) < row_units && p.log2_lanes < 5) ++p.log2_lanes;
@@ -437,9 +424,8 @@ void run(const MoveRequest& q, int first_layer, int num_layers) {
 void move(const MoveRequest& q) {
     if (q.num_tokens * q.num_heads == 0) return;
     if (q.num_tokens * q.num_heads >= (int64_t(1) << 31)) {
-        throw std::invalid_argument(
-            "pagewire: expected fewer than 2^31 rows (tokens * heads), got " +
-            std::to_string(q.num_tokens * q.num_heads));
+        throw std::invalid_argument("pagewire: expected fewer than 2^31 rows (tokens * heads), got " +
+                                    std::to_string(q.num_tokens * q.num_heads));
     }
     UseDevice guard(q.device);
     const int num_layers = static_cast<int>(q.pointers.size() / q.parts.size());

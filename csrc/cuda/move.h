@@ -16,8 +16,7 @@ enum class ScaleUse : int {
     kValue,  // one number, known on the host
     kRead,   // at the pointer
     kMake,   // target only: amax of the row / largest stored value, written at the pointer
-    kCopy,   // both sides: travels with the bytes; with no stride over tokens: once per layer and
-             // head
+    kCopy,   // both sides: travels with the bytes; with no stride over tokens: once per layer and head
 };
 
 // Where a row of one head lies: pointer + page * stride_page + offset * stride_token + head *

@@ -1,5 +1,4 @@
-// What the host asks of the CUDA runtime. Its twin, emulation/runtime.h, refuses what a device
-// would refuse.
+// What the host asks of the CUDA runtime. Its twin, emulation/runtime.h, refuses what a device would refuse.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,8 +36,7 @@ inline int attribute(cudaDeviceAttr which) {
     std::lock_guard<std::mutex> lock(mutex);
     const auto [at, is_new] = known.try_emplace({current_device(), which}, 0);
     if (is_new) {
-        check(cudaDeviceGetAttribute(&at->second, which, at->first.first),
-              "cudaDeviceGetAttribute");
+        check(cudaDeviceGetAttribute(&at->second, which, at->first.first), "cudaDeviceGetAttribute");
     }
     return at->second;
 }
@@ -52,8 +50,7 @@ inline size_t shared_memory_of_a_block() {
 
 // 90 for sm_90.
 inline int architecture() {
-    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-           attribute(cudaDevAttrComputeCapabilityMinor);
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 // To all that a block can have beside what the kernel declares.
@@ -63,42 +60,37 @@ void raise_shared_memory_limit(void (*kernel)(Parameters...)) {
     cudaFuncAttributes of{};
     check(cudaFuncGetAttributes(&of, function), "cudaFuncGetAttributes");
     const size_t bytes = shared_memory_of_a_block() - of.sharedSizeBytes;
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
           "cudaFuncSetAttribute(MaxDynamicSharedMemorySize, " + std::to_string(bytes) + ")");
 }
 
 template <class... Parameters>
-int blocks_of_a_multiprocessor(void (*kernel)(Parameters...), int num_threads,
-                               size_t shared_bytes) {
+int blocks_of_a_multiprocessor(void (*kernel)(Parameters...), int num_threads, size_t shared_bytes) {
     int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-              &blocks, reinterpret_cast<const void*>(kernel), num_threads, shared_bytes),
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), num_threads,
+                                                        shared_bytes),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return blocks;
 }
 
 template <class... Parameters, class... Arguments>
-void start(void (*kernel)(Parameters...), const char* name, int64_t grid_x, int64_t grid_y,
-           int num_threads, size_t shared_bytes, uintptr_t stream, const Arguments&... arguments) {
+void start(void (*kernel)(Parameters...), const char* name, int64_t grid_x, int64_t grid_y, int num_threads,
+           size_t shared_bytes, uintptr_t stream, const Arguments&... arguments) {
     // what does not fit into dim3 would be cut off
     if (grid_x > INT32_MAX || grid_y > UINT16_MAX) check(cudaErrorInvalidConfiguration, name);
     const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1);
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
-                           dim3(static_cast<unsigned>(num_threads), 1, 1), pointers, shared_bytes,
-                           reinterpret_cast<cudaStream_t>(stream)),
-          std::string(name) + " of " + std::to_string(grid_x) + " x " + std::to_string(grid_y) +
-              " blocks, " + std::to_string(shared_bytes) + " bytes of shared memory");
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(static_cast<unsigned>(num_threads), 1, 1),
+                           pointers, shared_bytes, reinterpret_cast<cudaStream_t>(stream)),
+          std::string(name) + " of " + std::to_string(grid_x) + " x " + std::to_string(grid_y) + " blocks, " +
+              std::to_string(shared_bytes) + " bytes of shared memory");
 }
 
-// 0 outside a capture, else a number no other capture has. Asks the stream, whatever device is
-// current.
+// 0 outside a capture, else a number no other capture has. Asks the stream, whatever device is current.
 inline uint64_t capture_of(uintptr_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long id = 0;
-    if (cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, &id) !=
-            cudaSuccess ||
+    if (cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, &id) != cudaSuccess ||
         status != cudaStreamCaptureStatusActive) {
         return 0;
     }

@@ -26,8 +26,8 @@ void Block::run_grid(const char* kernel, Index3 grid, int num_threads, size_t sh
                      const std::function<void()>& body) {
     std::lock_guard<std::mutex> lock(one_launch_at_a_time);
     if (num_threads % kWarp) {
-        throw Fault(std::string(kernel) + ": the emulation runs whole warps, not " +
-                    std::to_string(num_threads) + " threads");
+        throw Fault(std::string(kernel) + ": the emulation runs whole warps, not " + std::to_string(num_threads) +
+                    " threads");
     }
     launched_ = {kernel, grid, num_threads, shared_bytes, 0, 0};
     kernel_ = kernel;
@@ -93,8 +93,7 @@ std::string Block::stuck() const {
             if (thread.state != state) continue;
             text += "thread " + std::to_string(t) +
                     (state == kDone ? " has returned"
-                                    : std::string(" waits in ") + thread.waits_at + " at " +
-                                          name_of(thread.where));
+                                    : std::string(" waits in ") + thread.waits_at + " at " + name_of(thread.where));
             text += "; ";
             break;  // one of each kind tells the story
         }
@@ -105,9 +104,9 @@ std::string Block::stuck() const {
 
 void Block::report(const std::string& fault, Where where) {
     if (fault.empty()) return;
-    fault_ = kernel_ + ": block (" + std::to_string(block_.x) + ", " + std::to_string(block_.y) +
-             ", " + std::to_string(block_.z) + ") thread " + std::to_string(thread_) + " " + fault +
-             " (" + name_of(where) + ")";
+    fault_ = kernel_ + ": block (" + std::to_string(block_.x) + ", " + std::to_string(block_.y) + ", " +
+             std::to_string(block_.z) + ") thread " + std::to_string(thread_) + " " + fault + " (" + name_of(where) +
+             ")";
     fibers_[static_cast<size_t>(thread_)]->yield();  // and is never resumed
 }
 
@@ -131,8 +130,8 @@ void Block::arrive(Warp& warp, const char* name, Where where, void* arguments) {
         warp.name = name;
         warp.where = where;
     } else if (std::strcmp(warp.name, name) || warp.where.line != where.line) {
-        report("divergent barrier: reaches " + std::string(name) + " while its warp is in " +
-                   warp.name + " at " + name_of(warp.where),
+        report("divergent barrier: reaches " + std::string(name) + " while its warp is in " + warp.name + " at " +
+                   name_of(warp.where),
                where);
     }
     warp.arguments[thread_ % kWarp] = arguments;
@@ -143,9 +142,7 @@ void Block::sync_block(Where where) {
     if (num_at_block_ == 0) {
         block_where_ = where;
     } else if (block_where_.line != where.line) {
-        report(
-            "divergent barrier: reaches sync_block while others wait at " + name_of(block_where_),
-            where);
+        report("divergent barrier: reaches sync_block while others wait at " + name_of(block_where_), where);
     }
     if (++num_at_block_ < num_threads_) {
         wait("sync_block", where, kAtBlock);

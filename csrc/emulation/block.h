@@ -7,10 +7,8 @@
 // refuses: shared memory above the kernel's or the device's limit, empty or too large grids.
 //
 // What this cannot show, because one block runs at a time and memory is sequentially consistent:
-//   - ordering between blocks: a missing __threadfence, a stale L1 line, a block that waits for a
-//   later one;
-//   - races between threads on global memory, and their order (set PAGEWIRE_EMULATION_ORDER=reverse
-//   to run blocks and
+//   - ordering between blocks: a missing __threadfence, a stale L1 line, a block that waits for a later one;
+//   - races between threads on global memory, and their order (set PAGEWIRE_EMULATION_ORDER=reverse to run blocks and
 //     threads backwards: a result that changes depends on it);
 //   - register pressure, bank conflicts, occupancy, time.
 #pragma once
@@ -62,8 +60,7 @@ class Block {
 
     void sync_block(Where where);
 
-    // All 32 lanes arrive with their arguments; the last one runs `operation(arguments of every
-    // lane)`.
+    // All 32 lanes arrive with their arguments; the last one runs `operation(arguments of every lane)`.
     template <class Arguments, class Operation>
     void collective(const char* name, Where where, Arguments& mine, Operation operation) {
         Warp& warp = warps_[thread_ / kWarp];
@@ -93,8 +90,7 @@ class Block {
         }
     }
 
-    // `size` bytes of shared memory, of which `bytes` come from global memory and the rest are
-    // zeros.
+    // `size` bytes of shared memory, of which `bytes` come from global memory and the rest are zeros.
     void copy_async(void* shared, const void* global, int size, int bytes, Where where);
     void commit_copies();
     void wait_copies(size_t still_in_flight);

@@ -1,5 +1,4 @@
-// The device primitives on a CPU. See cuda/device.h for what they mean and block.h for what is
-// checked.
+// The device primitives on a CPU. See cuda/device.h for what they mean and block.h for what is checked.
 #pragma once
 
 #include <algorithm>
@@ -121,17 +120,12 @@ template <class T>
 T load_global_fresh(const T* p, Where where = Where::here()) {
     return load_global(p, where);
 }
-inline Vec16 load_streaming(const Vec16* p, Where where = Where::here()) {
-    return load_global(p, where);
-}
-inline void store_streaming(Vec16* p, Vec16 v, Where where = Where::here()) {
-    store_global(p, v, where);
-}
+inline Vec16 load_streaming(const Vec16* p, Where where = Where::here()) { return load_global(p, where); }
+inline void store_streaming(Vec16* p, Vec16 v, Where where = Where::here()) { store_global(p, v, where); }
 
 inline uint64_t evict_normal_policy() { return 0; }
 inline uint64_t evict_first_policy() { return 1; }
-inline void copy_async_16(void* shared, const void* global, int bytes, uint64_t policy,
-                          Where where = Where::here()) {
+inline void copy_async_16(void* shared, const void* global, int bytes, uint64_t policy, Where where = Where::here()) {
     Block::running().copy_async(shared, global, 16, bytes, where);
     Block::running().note_policy(bytes, policy == evict_first_policy());
 }
@@ -165,8 +159,7 @@ inline float divide(float a, float b) {
     // IEEE defines what UndefinedBehaviorSanitizer would call a fault: x / 0
     return b == 0.0f ? (a == 0.0f || std::isnan(a)
                             ? std::numeric_limits<float>::quiet_NaN()
-                            : std::copysign(std::numeric_limits<float>::infinity(), a) *
-                                  std::copysign(1.0f, b))
+                            : std::copysign(std::numeric_limits<float>::infinity(), a) * std::copysign(1.0f, b))
                      : a / b;
 }
 inline float round_even(float x) { return std::nearbyint(x); }
@@ -218,8 +211,8 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Wh
             for (int i = 0; i < 8; ++i) std::memcpy(m[i], lanes[8 * matrix + i]->row, 16);
             for (int lane = 0; lane < Block::kWarp; ++lane) {
                 const int g = lane / 4, t = lane % 4 * 2;
-                lanes[lane]->r[matrix] = transposed ? m[t][g] | uint32_t(m[t + 1][g]) << 16
-                                                    : m[g][t] | uint32_t(m[g][t + 1]) << 16;
+                lanes[lane]->r[matrix] =
+                    transposed ? m[t][g] | uint32_t(m[t + 1][g]) << 16 : m[g][t] | uint32_t(m[g][t + 1]) << 16;
             }
         }
     });
@@ -249,8 +242,7 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 inline void load_matrices(uint32_t (&r)[4], const void* row, Where where = Where::here()) {
     emulation::load_matrices(r, row, false, where);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row,
-                                     Where where = Where::here()) {
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Where where = Where::here()) {
     emulation::load_matrices(r, row, true, where);
 }
 
@@ -268,8 +260,7 @@ inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t 
             const int g = lane / 4, t = lane % 4 * 2;
             for (int i = 0; i < 4; ++i) {
                 for (int h = 0; h < 2; ++h) {
-                    A[g + 8 * (i % 2)][t + h + 8 * (i / 2)] =
-                        emulation::float_of_half(lanes[lane]->a[i], h, kBFloat16);
+                    A[g + 8 * (i % 2)][t + h + 8 * (i / 2)] = emulation::float_of_half(lanes[lane]->a[i], h, kBFloat16);
                 }
             }
             for (int i = 0; i < 2; ++i) {

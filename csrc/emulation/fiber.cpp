@@ -60,8 +60,7 @@ void Fiber::start(Entry entry, void* argument) {
 #else
 
 void Fiber::trampoline(unsigned low, unsigned high) {
-    enter(
-        reinterpret_cast<Fiber*>(static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32));
+    enter(reinterpret_cast<Fiber*>(static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32));
 }
 
 void Fiber::start(Entry entry, void* argument) {
@@ -76,8 +75,8 @@ void Fiber::start(Entry entry, void* argument) {
     inside_.uc_stack.ss_size = kStackBytes;
     inside_.uc_link = nullptr;
     const uintptr_t self = reinterpret_cast<uintptr_t>(this);
-    makecontext(&inside_, reinterpret_cast<void (*)()>(&Fiber::trampoline), 2,
-                static_cast<unsigned>(self), static_cast<unsigned>(self >> 32));
+    makecontext(&inside_, reinterpret_cast<void (*)()>(&Fiber::trampoline), 2, static_cast<unsigned>(self),
+                static_cast<unsigned>(self >> 32));
 }
 
 #endif

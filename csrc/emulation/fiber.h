@@ -17,8 +17,7 @@
 #endif
 
 #if defined(__x86_64__)
-// Saves the callee-saved registers, then the stack pointer into *save, and continues on the stack
-// `load`.
+// Saves the callee-saved registers, then the stack pointer into *save, and continues on the stack `load`.
 extern "C" void pagewire_switch_stack(void** save, void* load);
 #endif
 

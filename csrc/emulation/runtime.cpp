@@ -20,8 +20,7 @@ int from_environment(const char* name, int otherwise) {
 
 std::string bytes(size_t n) { return std::to_string(n) + " bytes of shared memory"; }
 
-[[noreturn]] void refuse(const std::string& name, const std::string& error,
-                         const std::string& why) {
+[[noreturn]] void refuse(const std::string& name, const std::string& error, const std::string& why) {
     throw emulation::Fault(name + ": " + error + " (" + why + ")");
 }
 
@@ -69,27 +68,24 @@ int blocks_of_a_multiprocessor(int num_threads, size_t shared_bytes) {
                : 0;
 }
 
-void check_launch(const void* kernel, const char* name, int64_t grid_x, int64_t grid_y,
-                  int num_threads, size_t shared_bytes, size_t parameter_bytes) {
+void check_launch(const void* kernel, const char* name, int64_t grid_x, int64_t grid_y, int num_threads,
+                  size_t shared_bytes, size_t parameter_bytes) {
     if (grid_x < 1 || grid_x > kMaxGridX || grid_y < 1 || grid_y > kMaxGridY) {
         refuse(name, "invalid configuration argument",
                std::to_string(grid_x) + " x " + std::to_string(grid_y) + " blocks");
     }
     if (num_threads < 1 || num_threads > emulation::Block::kMaxThreads) {
-        refuse(name, "invalid configuration argument",
-               "blocks of " + std::to_string(num_threads) + " threads");
+        refuse(name, "invalid configuration argument", "blocks of " + std::to_string(num_threads) + " threads");
     }
     if (parameter_bytes > kMaxParameterBytes) {
         refuse(name, "invalid argument",
-               std::to_string(parameter_bytes) + " bytes of parameters, at most " +
-                   std::to_string(kMaxParameterBytes));
+               std::to_string(parameter_bytes) + " bytes of parameters, at most " + std::to_string(kMaxParameterBytes));
     }
     std::lock_guard<std::mutex> lock(mutex);
     const auto found = shared_limits.find({architecture(), kernel});
     const size_t limit = found == shared_limits.end() ? kSharedWithoutAsking : found->second;
     if (shared_bytes > limit) {
-        refuse(name, "invalid argument",
-               bytes(shared_bytes) + ", the kernel's limit is " + std::to_string(limit));
+        refuse(name, "invalid argument", bytes(shared_bytes) + ", the kernel's limit is " + std::to_string(limit));
     }
 }
 

@@ -36,8 +36,8 @@ inline size_t shared_memory_of_a_block() { return limits_of(architecture()).shar
 void raise_shared_memory_limit(const void* kernel);  // kernels here declare none of their own
 int blocks_of_a_multiprocessor(int num_threads, size_t shared_bytes);
 // Throws emulation::Fault where a device would answer with an error.
-void check_launch(const void* kernel, const char* name, int64_t grid_x, int64_t grid_y,
-                  int num_threads, size_t shared_bytes, size_t parameter_bytes);
+void check_launch(const void* kernel, const char* name, int64_t grid_x, int64_t grid_y, int num_threads,
+                  size_t shared_bytes, size_t parameter_bytes);
 
 template <class... Parameters>
 void raise_shared_memory_limit(void (*kernel)(Parameters...)) {
@@ -50,13 +50,12 @@ int blocks_of_a_multiprocessor(void (*)(Parameters...), int num_threads, size_t 
 }
 
 template <class... Parameters, class... Arguments>
-void start(void (*kernel)(Parameters...), const char* name, int64_t grid_x, int64_t grid_y,
-           int num_threads, size_t shared_bytes, uintptr_t, const Arguments&... arguments) {
-    check_launch(reinterpret_cast<const void*>(kernel), name, grid_x, grid_y, num_threads,
-                 shared_bytes, (sizeof(Parameters) + ... + 0));
-    emulation::Block::running().run_grid(
-        name, {static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y), 1}, num_threads,
-        shared_bytes, [&] { kernel(arguments...); });
+void start(void (*kernel)(Parameters...), const char* name, int64_t grid_x, int64_t grid_y, int num_threads,
+           size_t shared_bytes, uintptr_t, const Arguments&... arguments) {
+    check_launch(reinterpret_cast<const void*>(kernel), name, grid_x, grid_y, num_threads, shared_bytes,
+                 (sizeof(Parameters) + ... + 0));
+    emulation::Block::running().run_grid(name, {static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y), 1},
+                                         num_threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace pagewire::runtime

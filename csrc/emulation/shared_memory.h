@@ -46,8 +46,7 @@ class SharedMemory {
             }
             const bool own = w.writer == thread && !by_whole_warp;
             if (!own && !before(w.writer, w.write_epoch, thread, now)) {
-                return "reads what thread " + std::to_string(w.writer) +
-                       " wrote with no barrier between" + at(i);
+                return "reads what thread " + std::to_string(w.writer) + " wrote with no barrier between" + at(i);
             }
             note_reader(w, by_whole_warp ? kWholeWarp : thread, thread, now);
         }
@@ -100,9 +99,7 @@ class SharedMemory {
         return static_cast<size_t>(static_cast<const char*>(address) - data_.get());
     }
     size_t first(const void* address) const { return offset(address) / 4; }
-    size_t last(const void* address, size_t bytes) const {
-        return (offset(address) + bytes - 1) / 4;
-    }
+    size_t last(const void* address, size_t bytes) const { return (offset(address) + bytes - 1) / 4; }
 
     uint8_t mask(const void* address, size_t bytes, size_t word) const {
         uint8_t bits = 0;
@@ -118,8 +115,8 @@ class SharedMemory {
     std::string outside(const void* address, size_t bytes) const {
         const size_t o = offset(address);
         if (o < bytes_ && bytes <= bytes_ - o) return {};
-        return "touches bytes outside the block's " + std::to_string(bytes_) +
-               " bytes of shared memory, byte " + std::to_string(static_cast<int64_t>(o));
+        return "touches bytes outside the block's " + std::to_string(bytes_) + " bytes of shared memory, byte " +
+               std::to_string(static_cast<int64_t>(o));
     }
 
     std::string overwrite(const void* address, size_t bytes, int thread, Epoch now) {
@@ -128,16 +125,13 @@ class SharedMemory {
             const Word& w = words_[i];
             if (w.pending) return "writes bytes into which a cp.async is under way" + at(i);
             if (w.written && w.writer != thread && !before(w.writer, w.write_epoch, thread, now)) {
-                return "overwrites what thread " + std::to_string(w.writer) +
-                       " wrote with no barrier between" + at(i);
+                return "overwrites what thread " + std::to_string(w.writer) + " wrote with no barrier between" + at(i);
             }
             if (w.reader == kNobody || w.reader == thread) continue;
             const bool same_warp = w.reader != kSeveralWarps && w.reader_warp == thread / kWarp;
-            const bool ordered =
-                w.read_epoch.block < now.block || (same_warp && w.read_epoch.warp < now.warp);
+            const bool ordered = w.read_epoch.block < now.block || (same_warp && w.read_epoch.warp < now.warp);
             if (!ordered) {
-                return "overwrites what another thread may still be reading, no barrier between" +
-                       at(i);
+                return "overwrites what another thread may still be reading, no barrier between" + at(i);
             }
         }
         return fault;

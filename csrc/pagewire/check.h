@@ -1,5 +1,4 @@
-// Checks that keep memory safe: every page id, slot, length and row offset, before anything is
-// written.
+// Checks that keep memory safe: every page id, slot, length and row offset, before anything is written.
 #pragma once
 
 #include <stdexcept>
@@ -35,10 +34,9 @@ inline void check_query_rows(const AttentionParams& p) {
     for (int64_t b = 0; b + 1 < p.cu_seqlens_q.size; ++b) {
         int64_t begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
         if (end < begin || end > p.q.num_rows) {
-            throw BadIndex("prefill: cu_seqlens_q[" + to_string(b + 1) +
-                           "]: expected a value in [" + to_string(begin) + ", " +
-                           to_string(p.q.num_rows) +
-                           "] (non-decreasing, at most num_tokens from q), got " + to_string(end));
+            throw BadIndex("prefill: cu_seqlens_q[" + to_string(b + 1) + "]: expected a value in [" + to_string(begin) +
+                           ", " + to_string(p.q.num_rows) + "] (non-decreasing, at most num_tokens from q), got " +
+                           to_string(end));
         }
         if (p.max_q_len > 0 && end - begin > p.max_q_len) {
             throw BadIndex("prefill: request " + to_string(b) + " has " + to_string(end - begin) +
@@ -54,20 +52,17 @@ inline void check_pages(const AttentionParams& p) {
     for (int64_t b = 0; b < p.page_table.batch_size; ++b) {
         const int64_t seq_len = p.seq_lens[b];
         if (seq_len < 0 || seq_len > capacity) {
-            throw BadIndex(std::string(p.op) + ": seq_lens[" + to_string(b) +
-                           "]: expected a value in [0, " + to_string(capacity) + "] (" +
-                           to_string(p.page_table.max_pages_per_seq) + " pages of " +
-                           to_string(page_size) + ", from page_table and k_cache), got " +
-                           to_string(seq_len));
+            throw BadIndex(std::string(p.op) + ": seq_lens[" + to_string(b) + "]: expected a value in [0, " +
+                           to_string(capacity) + "] (" + to_string(p.page_table.max_pages_per_seq) + " pages of " +
+                           to_string(page_size) + ", from page_table and k_cache), got " + to_string(seq_len));
         }
-        const int64_t first =
-            first_key(seq_len, row_begin(p, b + 1) - row_begin(p, b), p.window_left);
+        const int64_t first = first_key(seq_len, row_begin(p, b + 1) - row_begin(p, b), p.window_left);
         if (first >= seq_len) continue;
         for (int64_t i = first / page_size; i * page_size < seq_len; ++i) {
             const int64_t page = p.page_table.at(b, i);
             if (page < 0 || page >= num_pages) {
-                throw BadIndex(std::string(p.op) + ": page_table[" + to_string(b) + ", " +
-                               to_string(i) + "]: expected a page in [0, " + to_string(num_pages) +
+                throw BadIndex(std::string(p.op) + ": page_table[" + to_string(b) + ", " + to_string(i) +
+                               "]: expected a page in [0, " + to_string(num_pages) +
                                ") (num_pages, from k_cache), got " + to_string(page));
             }
         }
@@ -81,9 +76,8 @@ inline void check_slots(const char* op, const char* name, const IndexView& slots
     for (int64_t i = 0; i < slots.size; ++i) {
         const int64_t slot = slots[i];
         if (slot >= num_slots || (slot < 0 && !negative_skips)) {
-            throw BadIndex(std::string(op) + ": " + name + "[" + to_string(i) +
-                           "]: expected a slot in [0, " + to_string(num_slots) +
-                           ") (num_pages * page_size), got " + to_string(slot));
+            throw BadIndex(std::string(op) + ": " + name + "[" + to_string(i) + "]: expected a slot in [0, " +
+                           to_string(num_slots) + ") (num_pages * page_size), got " + to_string(slot));
         }
     }
 }

@@ -21,9 +21,7 @@ struct Float8E5M2 {
 };
 
 constexpr int64_t item_size(DType dtype) {
-    return dtype == DType::kFloat32                                ? 4
-           : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2
-                                                                   : 1;
+    return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2 : 1;
 }
 
 constexpr bool is_quantised(DType dtype) { return item_size(dtype) == 1; }

@@ -31,10 +31,9 @@ struct AttentionParams {
     int64_t max_q_len;   // 0: unbounded
 };
 
-// Moves tokens between rows and slots of one layer's K or V, converting: append and unpack (rows ->
-// slots), pack (slots -> rows). On the side of the slots a token sits at page * stride_page +
-// offset * stride_token, on the other at token * stride_token; the strides of the scale are meant
-// alike.
+// Moves tokens between rows and slots of one layer's K or V, converting: append and unpack (rows -> slots), pack (slots
+// -> rows). On the side of the slots a token sits at page * stride_page + offset * stride_token, on the other at token
+// * stride_token; the strides of the scale are meant alike.
 struct MoveParams {
     struct Side {
         char* data;

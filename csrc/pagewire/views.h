@@ -1,5 +1,4 @@
-// Non-owning views: a pointer, its shape, its strides in elements (64-bit: caches exceed 2^31
-// elements).
+// Non-owning views: a pointer, its shape, its strides in elements (64-bit: caches exceed 2^31 elements).
 #pragma once
 
 #include <cstdint>
@@ -35,8 +34,7 @@ struct IndexView {
     int64_t size, stride;
 
     int64_t operator[](int64_t i) const {
-        return is_int64 ? static_cast<const int64_t*>(data)[i * stride]
-                        : static_cast<const int32_t*>(data)[i * stride];
+        return is_int64 ? static_cast<const int64_t*>(data)[i * stride] : static_cast<const int32_t*>(data)[i * stride];
     }
 };
 
@@ -52,8 +50,7 @@ enum class ScaleKind : int { kNone, kTensor, kHead, kBatchHead, kTokenHead };
 // real = stored * scale. Unused strides are 0, so that one formula serves every kind.
 struct ScaleView {
     ScaleKind kind;
-    float*
-        data;  // [], [heads], [batch_size, heads] or [num_pages, page_size, heads]; null for kNone
+    float* data;  // [], [heads], [batch_size, heads] or [num_pages, page_size, heads]; null for kNone
     int64_t stride_batch, stride_page, stride_token, stride_head;
 
     // Not for kTokenHead.

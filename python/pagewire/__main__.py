@@ -20,9 +20,7 @@ def serve(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pagewire"):
             raise
-        print(
-            f"pagewire serve: it needs {error.name}: pip install 'pagewire[serve]'", file=sys.stderr
-        )
+        print(f"pagewire serve: it needs {error.name}: pip install 'pagewire[serve]'", file=sys.stderr)
         return 1
 
 

@@ -5,16 +5,7 @@ from pagewire import torch_ops as _torch_ops  # registers torch.ops.pagewire.*
 from pagewire.allocator import OutOfPages, PageAllocator
 from pagewire.cache import Geometry, PagedKVCache
 from pagewire.errors import BackendError, BadIndexError, check_errors
-from pagewire.ops import (
-    append_kv,
-    decode,
-    merge_state,
-    merge_states,
-    pack_kv,
-    packed_shape,
-    prefill,
-    unpack_kv,
-)
+from pagewire.ops import append_kv, decode, merge_state, merge_states, pack_kv, packed_shape, prefill, unpack_kv
 from pagewire.packed import PackedKV, PackedShape
 from pagewire.pages import page_slots, page_table_from_csr
 from pagewire.registry import backends, explain

@@ -63,9 +63,7 @@ class PageAllocator:
         """Take `num_pages` free pages, each with one reference. Raises OutOfPages when fewer are free."""
         num_pages = integer("alloc: num_pages", num_pages, least=0)
         if num_pages > self.num_free:
-            raise OutOfPages(
-                f"alloc: {num_pages} pages asked for, {self.num_free} of {self.num_pages} free"
-            )
+            raise OutOfPages(f"alloc: {num_pages} pages asked for, {self.num_free} of {self.num_pages} free")
         pages = [self._free.popleft() for _ in range(num_pages)]
         for page in pages:
             self._refs[page] = 1

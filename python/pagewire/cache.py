@@ -202,14 +202,8 @@ class PagedKVCache:
         def scales() -> list[Tensor] | None:
             if scale == "none":
                 return None
-            shape = {
-                "tensor": (),
-                "head": (num_kv_heads,),
-                "token_head": (num_pages, page_size, num_kv_heads),
-            }[scale]
-            return [
-                torch.ones(shape, dtype=torch.float32, device=device) for _ in range(num_layers)
-            ]
+            shape = {"tensor": (), "head": (num_kv_heads,), "token_head": (num_pages, page_size, num_kv_heads)}[scale]
+            return [torch.ones(shape, dtype=torch.float32, device=device) for _ in range(num_layers)]
 
         with torch.inference_mode(False):  # to be written in any mode
             tensors = stored(head_dim), stored(head_dim_v)
@@ -228,9 +222,7 @@ def _layers(name: str, tensors: Any) -> tuple[Any, ...]:
     return found
 
 
-def _joined(
-    parts: views.Parts, names: Sequence[str], layout: Layout, shares_kv: bool
-) -> PagedKVCache:
+def _joined(parts: views.Parts, names: Sequence[str], layout: Layout, shares_kv: bool) -> PagedKVCache:
     """A cache over tensors that were taken apart; names: of each, `argument[layer]`."""
     lists: dict[str, Any] = {}
     for name, tensor in zip(names, views.join(parts), strict=True):
@@ -245,15 +237,9 @@ def nhd(cache: Tensor, layout: Layout) -> Tensor:
 
 def _geometry(cache: PagedKVCache, shares_kv: bool | None) -> Geometry:
     num_layers = len(cache.k)
-    for name, tensors in (
-        ("v_caches", cache.v),
-        ("k_scales", cache.k_scale),
-        ("v_scales", cache.v_scale),
-    ):
+    for name, tensors in (("v_caches", cache.v), ("k_scales", cache.k_scale), ("v_scales", cache.v_scale)):
         if len(tensors) != num_layers:
-            raise ValueError(
-                f"{name}: expected {num_layers} layers (from k_caches), got {len(tensors)}"
-            )
+            raise ValueError(f"{name}: expected {num_layers} layers (from k_caches), got {len(tensors)}")
     if cache.layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {cache.layout!r}")
     k0, v0 = cache.k[0], cache.v[0]
@@ -274,9 +260,7 @@ def _geometry(cache: PagedKVCache, shares_kv: bool | None) -> Geometry:
                     f"got {tuple(t.shape)} {dtype_name(t.dtype)} on {t.device}"
                 )
             if t.stride(-1) != 1 and t.shape[-1] > 1:
-                raise ValueError(
-                    f"{where}: expected a contiguous last dim (stride 1), got stride {t.stride(-1)}"
-                )
+                raise ValueError(f"{where}: expected a contiguous last dim (stride 1), got stride {t.stride(-1)}")
     if v0.shape[:3] != k0.shape[:3]:
         raise ValueError(
             f"v_caches[0]: expected {names} = {tuple(k0.shape[:3])} + (head_dim_v,), got {tuple(v0.shape)}"
@@ -296,9 +280,8 @@ def _geometry(cache: PagedKVCache, shares_kv: bool | None) -> Geometry:
         for i, (k_scale, v_scale) in enumerate(zip(cache.k_scale, cache.v_scale, strict=True)):
             shared_kv.one_scale(f"v_scales[{i}]", k_scale, v_scale, may_wait=True)
     return Geometry(
-        num_layers, num_pages, page_size, num_kv_heads, head_dim, v0.shape[-1], k0.dtype, cache.layout,
-        scale, shares_kv,
-    )  # fmt: skip
+        num_layers, num_pages, page_size, num_kv_heads, head_dim, v0.shape[-1], k0.dtype, cache.layout, scale, shares_kv
+    )
 
 
 def _has_memory(x: Tensor) -> bool:
@@ -317,16 +300,10 @@ def _shares_kv(cache: PagedKVCache, said: bool | None) -> bool:
     return seen if said is None else said
 
 
-def _cache_scale(
-    cache: PagedKVCache, num_pages: int, page_size: int, num_kv_heads: int
-) -> CacheScale:
+def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_heads: int) -> CacheScale:
     quantised = cache.k[0].dtype in QUANT_MAX
     kinds: set[str] = set()
-    shapes = {
-        (): "tensor",
-        (num_kv_heads,): "head",
-        (num_pages, page_size, num_kv_heads): "token_head",
-    }
+    shapes = {(): "tensor", (num_kv_heads,): "head", (num_pages, page_size, num_kv_heads): "token_head"}
     for kind, scales in (("k", cache.k_scale), ("v", cache.v_scale)):
         for i, s in enumerate(scales):
             if s is None:
@@ -336,9 +313,7 @@ def _cache_scale(
             if s.dtype != torch.float32:
                 raise TypeError(f"{where}: expected float32, got {dtype_name(s.dtype)}")
             if s.device != cache.k[0].device:
-                raise ValueError(
-                    f"{where}: expected device {cache.k[0].device} (from k_caches), got {s.device}"
-                )
+                raise ValueError(f"{where}: expected device {cache.k[0].device} (from k_caches), got {s.device}")
             if tuple(s.shape) not in shapes:
                 raise ValueError(
                     f"{where}: expected [], [{num_kv_heads}] (num_kv_heads) or [{num_pages}, {page_size}, "
@@ -346,13 +321,9 @@ def _cache_scale(
                 )
             kinds.add(shapes[tuple(s.shape)])
     if len(kinds) != 1:
-        raise ValueError(
-            f"k_scales, v_scales: expected one kind for all layers and for K and V, got {sorted(kinds)}"
-        )
+        raise ValueError(f"k_scales, v_scales: expected one kind for all layers and for K and V, got {sorted(kinds)}")
     (found,) = kinds
     if quantised != (found != "none"):
         expected = "k_scales and v_scales (1.0 for none)" if quantised else "no scales"
-        raise ValueError(
-            f"scale: a {dtype_name(cache.k[0].dtype)} cache needs {expected}, got scale kind {found!r}"
-        )
+        raise ValueError(f"scale: a {dtype_name(cache.k[0].dtype)} cache needs {expected}, got scale kind {found!r}")
     return found  # type: ignore[return-value]

@@ -37,9 +37,7 @@ class CachePart:
         if not isinstance(cache, PagedKVCache):
             raise TypeError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
         g = cache.geometry
-        return cls(
-            cache, _range("layers", layers, g.num_layers), _range("heads", heads, g.num_kv_heads)
-        )
+        return cls(cache, _range("layers", layers, g.num_layers), _range("heads", heads, g.num_kv_heads))
 
     @property
     def head_dim_v(self) -> int:
@@ -58,9 +56,7 @@ class CachePart:
         if not torch.compiler.is_compiling() and num_tokens < 0:
             raise ValueError(f"num_tokens: expected >= 0, got {num_tokens}")
         num_layers, num_heads = (stop - start for start, stop in (self.layers, self.heads))
-        return PackedShape(
-            num_layers, num_heads, num_tokens, g.head_dim, self.head_dim_v, dtype, kind
-        )
+        return PackedShape(num_layers, num_heads, num_tokens, g.head_dim, self.head_dim_v, dtype, kind)
 
     @property
     def views(self) -> LayerViews:
@@ -96,24 +92,16 @@ class CachePart:
 
     def check_slots(self, slots: Any) -> None:
         if not isinstance(slots, Tensor):
-            raise TypeError(
-                f"slots: expected a torch.Tensor [num_tokens] int64, got {scalars.show(slots)}"
-            )
+            raise TypeError(f"slots: expected a torch.Tensor [num_tokens] int64, got {scalars.show(slots)}")
         if not torch.compiler.is_compiling() and not dispatches(type(slots)):
             foreign = self.cache.foreign
             if foreign is not None:
                 kind = type(self.cache.tensors[foreign]).__name__
-                raise TypeError(
-                    f"{foreign} of the cache: expected a plain torch.Tensor like slots, got {kind}"
-                )
+                raise TypeError(f"{foreign} of the cache: expected a plain torch.Tensor like slots, got {kind}")
         if slots.dim() != 1 or slots.dtype != torch.int64:
-            raise ValueError(
-                f"slots: expected [num_tokens] int64, got {tuple(slots.shape)} {dtype_name(slots.dtype)}"
-            )
+            raise ValueError(f"slots: expected [num_tokens] int64, got {tuple(slots.shape)} {dtype_name(slots.dtype)}")
         if slots.device != self.cache.device:
-            raise ValueError(
-                f"slots: expected device {self.cache.device} (from the cache), got {slots.device}"
-            )
+            raise ValueError(f"slots: expected device {self.cache.device} (from the cache), got {slots.device}")
 
     def check_shared_scales(self, slots: Tensor) -> None:
         """V within K has K's scales: others would not travel."""
@@ -150,13 +138,11 @@ class CachePart:
             ("num_tokens", slots.shape[0], shape.num_tokens, "slots"),
             ("head_dim", g.head_dim, shape.head_dim, "the cache"),
             ("head_dim_v", self.head_dim_v, shape.head_dim_v, "the cache; 0 = V is a view of K"),
-        ):  # fmt: skip
+        ):
             if expected != got:
                 raise ValueError(f"packed: expected {name}={expected} (from {source}), got {got}")
         if (shape.dtype in QUANT_MAX) != (shape.scale_kind != "none"):
-            raise ValueError(
-                f"packed: scale kind {shape.scale_kind!r} does not go with {dtype_name(shape.dtype)}"
-            )
+            raise ValueError(f"packed: scale kind {shape.scale_kind!r} does not go with {dtype_name(shape.dtype)}")
         self._check_place("packed", packed.buffer)
 
     def check_writable(self, packed: PackedKV, slots: Tensor) -> None:
@@ -169,24 +155,18 @@ class CachePart:
     def _check_place(self, name: str, buffer: Tensor) -> None:
         device = self.cache.device
         if buffer.device != device and not (device.type == "cuda" and buffer.is_pinned()):
-            raise ValueError(
-                f"{name}: expected device {device} (from the cache) or pinned memory, got {buffer.device}"
-            )
+            raise ValueError(f"{name}: expected device {device} (from the cache) or pinned memory, got {buffer.device}")
 
     def _check_apart(self, name: str, buffer: Tensor, slots: Tensor) -> None:
         if torch.compiler.is_compiling() or dispatches(type(buffer)):
             return
         if overlap(buffer, slots):
-            raise ValueError(
-                f"{name}: expected memory of its own, got a tensor that overlaps slots"
-            )
+            raise ValueError(f"{name}: expected memory of its own, got a tensor that overlaps slots")
         if not touches(self.cache.spans, span(buffer)):
             return
         for where, tensor in self.cache.tensors.items():
             if overlap(buffer, tensor):
-                raise ValueError(
-                    f"{name}: expected memory of its own, got a tensor that overlaps {where} of the cache"
-                )
+                raise ValueError(f"{name}: expected memory of its own, got a tensor that overlaps {where} of the cache")
 
 
 def _range(name: str, given: Any, extent: int) -> tuple[int, int]:
@@ -194,7 +174,5 @@ def _range(name: str, given: Any, extent: int) -> tuple[int, int]:
         return 0, extent
     start, stop = scalars.pair(name, given, "(start, stop)")
     if not 0 <= start < stop <= extent:
-        raise ValueError(
-            f"{name}: expected (start, stop) with 0 <= start < stop <= {extent}, got {given}"
-        )
+        raise ValueError(f"{name}: expected (start, stop) with 0 <= start < stop <= {extent}, got {given}")
     return start, stop

@@ -45,9 +45,7 @@ class Dims:
             _plain(name, tensor)
         words, shape, known = _words(pattern), tensor.shape, self._known
         if len(shape) != len(words):
-            raise ValueError(
-                f"{name}: expected [{pattern.replace(' ', ', ')}], got shape {tuple(shape)}"
-            )
+            raise ValueError(f"{name}: expected [{pattern.replace(' ', ', ')}], got shape {tuple(shape)}")
         for (word, at_most), extent in zip(words, shape, strict=True):
             if word not in known:
                 known[word] = (extent, name)
@@ -85,17 +83,13 @@ def dtype(name: str, tensor: Tensor, accepted: Sequence[torch.dtype], source: st
 def device(reference: str, expected: torch.device, **tensors: Tensor | Scale) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device != expected:
-            raise ValueError(
-                f"{name}: expected device {expected} (from {reference}), got {tensor.device}"
-            )
+            raise ValueError(f"{name}: expected device {expected} (from {reference}), got {tensor.device}")
 
 
 def last_dim_contiguous(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(
-                f"{name}: expected a contiguous last dim (stride 1), got stride {tensor.stride(-1)}"
-            )
+            raise ValueError(f"{name}: expected a contiguous last dim (stride 1), got stride {tensor.stride(-1)}")
 
 
 def layout(value: str) -> None:
@@ -131,19 +125,13 @@ def scale(dims: Dims, name: str, value: Scale, kv_dtype: torch.dtype, *, per_req
     """A scale is needed for fp8 and int8; for a float cache only an explicit one is checked."""
     if value is None:
         if kv_dtype in QUANT_MAX:
-            raise ValueError(
-                f"{name}: a {dtype_name(kv_dtype)} cache needs a scale (pass 1.0 for none), got None"
-            )
+            raise ValueError(f"{name}: a {dtype_name(kv_dtype)} cache needs a scale (pass 1.0 for none), got None")
         return
     if not isinstance(value, Tensor):
         return
     dtype(name, value, (torch.float32,))
     heads, pages, page_size = dims["num_kv_heads"], dims["num_pages"], dims["page_size"]
-    accepted = {
-        "[]": (),
-        "[num_kv_heads]": (heads,),
-        "[num_pages, page_size, num_kv_heads]": (pages, page_size, heads),
-    }
+    accepted = {"[]": (), "[num_kv_heads]": (heads,), "[num_pages, page_size, num_kv_heads]": (pages, page_size, heads)}
     if per_request:
         accepted["[batch_size, num_kv_heads]"] = (dims["batch_size"], heads)
     if tuple(value.shape) not in accepted.values():
@@ -155,9 +143,7 @@ def no_float_scale(kv_dtype: torch.dtype, **scales: Scale) -> None:
     """Appending never divides by the scale of a float cache, so one is refused rather than ignored."""
     for name, value in scales.items():
         if value is not None and kv_dtype not in QUANT_MAX:
-            raise ValueError(
-                f"{name}: a {dtype_name(kv_dtype)} cache stores real values, expected None"
-            )
+            raise ValueError(f"{name}: a {dtype_name(kv_dtype)} cache stores real values, expected None")
 
 
 def offsets(dims: Dims, cu_seqlens_q: Tensor, expected: torch.device) -> None:
@@ -188,9 +174,7 @@ def modifiers(dims: Dims, q: Tensor, kv_dtype: torch.dtype, options: Options) ->
     softcap = scalars.real("softcap", options.softcap)
     if softcap < 0:
         raise ValueError(f"softcap: expected >= 0 (0 = off), got {softcap}")
-    scale_of_q = (
-        dims["head_dim"] ** -0.5 if options.softmax_scale is None else options.softmax_scale
-    )
+    scale_of_q = dims["head_dim"] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     m = Modifiers(
         scalars.real("softmax_scale", scale_of_q), scalars.flag("causal", options.causal),
         *scalars.window(options.window_size), softcap, options.alibi_slopes, options.sinks,
@@ -199,34 +183,19 @@ def modifiers(dims: Dims, q: Tensor, kv_dtype: torch.dtype, options: Options) ->
     )  # fmt: skip
     if m.alibi_slopes is not None:
         one = isinstance(m.alibi_slopes, Tensor) and m.alibi_slopes.dim() == 1
-        dims.check(
-            "alibi_slopes", m.alibi_slopes, "num_qo_heads" if one else "batch_size num_qo_heads"
-        )
+        dims.check("alibi_slopes", m.alibi_slopes, "num_qo_heads" if one else "batch_size num_qo_heads")
         dtype("alibi_slopes", m.alibi_slopes, (torch.float32,))
     if m.sinks is not None:
         dims.check("sinks", m.sinks, "num_qo_heads")
         dtype("sinks", m.sinks, (torch.float32,))
     scale(dims, "k_scale", m.k_scale, kv_dtype, per_request=True)
     scale(dims, "v_scale", m.v_scale, kv_dtype, per_request=True)
-    device(
-        "q",
-        q.device,
-        alibi_slopes=m.alibi_slopes,
-        sinks=m.sinks,
-        k_scale=m.k_scale,
-        v_scale=m.v_scale,
-    )
+    device("q", q.device, alibi_slopes=m.alibi_slopes, sinks=m.sinks, k_scale=m.k_scale, v_scale=m.v_scale)
     return m
 
 
 def attention(
-    dims: Dims,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    layout_name: str,
+    dims: Dims, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, layout_name: str
 ) -> None:
     """Everything but q's own shape and the modifiers, which differ between decode and prefill."""
     caches(dims, k_cache, v_cache, layout_name)
@@ -237,9 +206,7 @@ def attention(
     dtype("page_table", page_table, (torch.int32,))
     dtype("seq_lens", seq_lens, (torch.int32,))
     last_dim_contiguous(page_table=page_table)
-    device(
-        "q", q.device, k_cache=k_cache, v_cache=v_cache, page_table=page_table, seq_lens=seq_lens
-    )
+    device("q", q.device, k_cache=k_cache, v_cache=v_cache, page_table=page_table, seq_lens=seq_lens)
     group_size(dims["num_qo_heads"], dims["num_kv_heads"])
 
 
@@ -252,13 +219,7 @@ def group_size(num_qo_heads: int, num_kv_heads: int) -> None:
 
 
 def out_and_lse(
-    dims: Dims,
-    q: Tensor,
-    out: Tensor | None,
-    lse: Tensor | None,
-    rows: str,
-    *,
-    width: str = "head_dim_v",
+    dims: Dims, q: Tensor, out: Tensor | None, lse: Tensor | None, rows: str, *, width: str = "head_dim_v"
 ) -> None:
     """Results of the caller: `out [rows, num_qo_heads, width]` in q's dtype or fp32, `lse [rows, num_qo_heads]`."""
     if out is not None:
@@ -272,19 +233,13 @@ def out_and_lse(
 
 
 def memory(
-    results: Mapping[str, Tensor | None],
-    inputs: Mapping[str, Tensor | Scale],
-    in_place: Sequence[tuple[str, str]] = (),
+    results: Mapping[str, Tensor | None], inputs: Mapping[str, Tensor | Scale], in_place: Sequence[tuple[str, str]] = ()
 ) -> None:
     """Every result has memory of its own: no element twice, none of another result or an input.
 
     in_place: (result, input) that may be the very same view, since each row is read before it is written.
     """
-    written = [
-        (name, result, overlap.span(result))
-        for name, result in results.items()
-        if result is not None
-    ]
+    written = [(name, result, overlap.span(result)) for name, result in results.items() if result is not None]
     for i, (name, result, span) in enumerate(written):
         if overlap.overlaps_itself(result):
             raise ValueError(

@@ -63,18 +63,13 @@ def append_kv(
     # rows of the cache itself are read before any is written
     own = [span(w) for w in written.values()]
     k, v = (x.clone() if _lies_in(x, own, written.values()) else x for x in (k, v))
-    module.append_kv(
-        k, v, nhd(k_cache, layout), nhd(v_cache, layout), slot_mapping, k_scale, v_scale
-    )
+    module.append_kv(k, v, nhd(k_cache, layout), nhd(v_cache, layout), slot_mapping, k_scale, v_scale)
     check_after_call(k.device)
 
 
 def _lies_in(x: Tensor, spans: Sequence[Span], tensors: Iterable[Tensor]) -> bool:
     mine = span(x)
-    return any(
-        meet(mine, other) and overlap(x, tensor)
-        for other, tensor in zip(spans, tensors, strict=True)
-    )
+    return any(meet(mine, other) and overlap(x, tensor) for other, tensor in zip(spans, tensors, strict=True))
 
 
 def decode(
@@ -108,22 +103,18 @@ def prefill(
     check.out_and_lse(dims, q, out, lse, "num_tokens")
     if out is not None or lse is not None:
         _check_results(
-            q, k_cache, v_cache, m, out, lse,
-            page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q,
-        )  # fmt: skip
+            q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
+        )
     out, lse = _results(q, dims["head_dim_v"], out, lse, return_lse)
     module = registry.choose(_problem("prefill", q, dims, k_cache.dtype, m.max_q_len), backend)
-    module.prefill(
-        q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse
-    )  # fmt: skip
+    module.prefill(q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse)
     check_after_call(q.device)
     return out, lse
 
 
 def _check_results(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, m: Modifiers, out: Tensor | None, lse: Tensor | None,
-    **tables: Tensor,
-) -> None:  # fmt: skip
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, m: Modifiers, out: Tensor | None, lse: Tensor | None, **tables: Tensor
+) -> None:
     inputs = {
         "q": q, "k_cache": k_cache, "v_cache": v_cache, **tables, "alibi_slopes": m.alibi_slopes, "sinks": m.sinks,
         "k_scale": m.k_scale, "v_scale": m.v_scale,
@@ -221,9 +212,7 @@ def _results(
     return out, lse
 
 
-def _problem(
-    op: str, x: Tensor, dims: check.Dims, kv_dtype: torch.dtype, max_q_len: int | None = None
-) -> Problem:
+def _problem(op: str, x: Tensor, dims: check.Dims, kv_dtype: torch.dtype, max_q_len: int | None = None) -> Problem:
     """Only a max_q_len that makes every request short tells backends apart: keep the number of problems small."""
     group_size = x.shape[1] // max(dims["num_kv_heads"], 1)
     max_q_len = max_q_len if max_q_len is not None and max_q_len <= 16 else None

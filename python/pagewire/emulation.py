@@ -34,9 +34,7 @@ def unavailable() -> str | None:
     if not (CSRC / "emulation").is_dir():
         return f"PAGEWIRE_EMULATE_CUDA needs the sources: {CSRC / 'emulation'} does not exist"
     if shutil.which(_compiler()) is None:
-        return (
-            f"PAGEWIRE_EMULATE_CUDA needs a C++ compiler: {_compiler()!r} is not on PATH (set CXX)"
-        )
+        return f"PAGEWIRE_EMULATE_CUDA needs a C++ compiler: {_compiler()!r} is not on PATH (set CXX)"
     if importlib.util.find_spec("pybind11") is None:
         return "PAGEWIRE_EMULATE_CUDA needs pybind11 (pip install pybind11)"
     return None
@@ -72,9 +70,7 @@ def compile_objects(files: list[Path], kind: str, extra: list[str], folder: Path
 
     def build(source: Path) -> Path:
         command = [_compiler(), *flags(kind), *extra, "-x", "c++", "-c", str(source)]
-        digest = hashlib.sha256(
-            headers.digest() + source.read_bytes() + shlex.join(command).encode()
-        )
+        digest = hashlib.sha256(headers.digest() + source.read_bytes() + shlex.join(command).encode())
         target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.tmp")
@@ -101,9 +97,7 @@ def link(objects: list[Path], kind: str, target: Path, *, shared: bool) -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
-            f"building the CUDA emulation failed: {shlex.join(command)}\n{done.stderr[-4000:]}"
-        )
+        raise RuntimeError(f"building the CUDA emulation failed: {shlex.join(command)}\n{done.stderr[-4000:]}")
 
 
 def cache_dir() -> Path:

@@ -103,9 +103,7 @@ def flash_attn_with_kvcache(
     if table is None:
         table = _rows_as_pages(k_cache, cache_batch_idx, batch_size)
     elif cache_batch_idx is not None:
-        raise NotImplementedError(
-            "flash_attn_with_kvcache: cache_batch_idx together with a page table"
-        )
+        raise NotImplementedError("flash_attn_with_kvcache: cache_batch_idx together with a page table")
     if cu_seqlens_q is not None and max_seqlen_q is None:
         raise ValueError("max_seqlen_q: expected an int (cu_seqlens_q is given), got None")
     capacity = table.shape[1] * k_cache.shape[1]
@@ -131,13 +129,7 @@ def flash_attn_with_kvcache(
     else:
         cu_seqlens_q = q_len * torch.arange(batch_size + 1, dtype=torch.int32, device=q.device)
         result = ops.prefill(
-            rows,
-            *keys,
-            cu_seqlens_q,
-            causal=causal,
-            max_q_len=max(q_len, 1),
-            out=out_rows,
-            **keywords,
+            rows, *keys, cu_seqlens_q, causal=causal, max_q_len=max(q_len, 1), out=out_rows, **keywords
         )
     result_rows, lse = result if isinstance(result, tuple) else (result, None)
     if out is None:
@@ -215,12 +207,8 @@ def flash_attn_varlen_func(
     if max_seqlen_q is None:
         raise ValueError("max_seqlen_q: expected an int, got None")
     table = _one_of(page_table=page_table, block_table=block_table)
-    if (cu_seqlens_k is None) == (seqused_k is None) and (
-        table is not None or cu_seqlens_k is None
-    ):
-        raise ValueError(
-            "seqused_k, cu_seqlens_k: expected exactly one of the two to give the keys' lengths"
-        )
+    if (cu_seqlens_k is None) == (seqused_k is None) and (table is not None or cu_seqlens_k is None):
+        raise ValueError("seqused_k, cu_seqlens_k: expected exactly one of the two to give the keys' lengths")
     if table is None:
         assert cu_seqlens_k is not None
         if max_seqlen_k is None:
@@ -253,12 +241,8 @@ def _ragged(
     """out, or (out, lse [num_qo_heads, total_q])."""
     max_q_len = None if max_seqlen_q is None else max(integer("max_seqlen_q", max_seqlen_q), 1)
     if keywords["return_lse"]:
-        keywords["lse"] = torch.empty(
-            q.shape[1], q.shape[0], dtype=torch.float32, device=q.device
-        ).t()
-    result = ops.prefill(
-        q, *keys, cu_seqlens_q, causal=causal, max_q_len=max_q_len, out=out, **keywords
-    )
+        keywords["lse"] = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device).t()
+    result = ops.prefill(q, *keys, cu_seqlens_q, causal=causal, max_q_len=max_q_len, out=out, **keywords)
     return (result[0], result[1].t()) if isinstance(result, tuple) else result
 
 
@@ -281,17 +265,13 @@ def _refuse(function: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             shown = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise NotImplementedError(
-                f"pagewire.flash_attn.{function}: {name} is not supported, got {shown}"
-            )
+            raise NotImplementedError(f"pagewire.flash_attn.{function}: {name} is not supported, got {shown}")
 
 
 def _one_of(**names: Tensor | None) -> Tensor | None:
     given = {name: value for name, value in names.items() if value is not None}
     if len(given) > 1:
-        raise ValueError(
-            f"{' and '.join(given)}: two names of one argument, expected only one of them"
-        )
+        raise ValueError(f"{' and '.join(given)}: two names of one argument, expected only one of them")
     return next(iter(given.values()), None)
 
 
@@ -313,9 +293,7 @@ def _keywords(
     num_splits = integer("num_splits", num_splits, least=0)
     for name, descale in (("k_descale", k_descale), ("v_descale", v_descale)):
         if descale is None and k_cache.dtype in QUANT_MAX:
-            raise ValueError(
-                f"{name}: a {dtype_name(k_cache.dtype)} cache needs one (1.0 for none), got None"
-            )
+            raise ValueError(f"{name}: a {dtype_name(k_cache.dtype)} cache needs one (1.0 for none), got None")
     if q_descale is not None:  # (q * q_descale) . k = q . (k * q_descale)
         k_descale = q_descale if k_descale is None else q_descale * k_descale
     if window_size is None:
@@ -338,9 +316,7 @@ def _keywords(
 def _merge_rows(name: str, x: Tensor) -> Tensor:
     """[batch, len, ...] as [batch * len, ...], a view."""
     if x.dim() != 4:
-        raise ValueError(
-            f"{name}: expected [batch, len, num_heads, head_dim], got shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected [batch, len, num_heads, head_dim], got shape {tuple(x.shape)}")
     try:
         return x[:, 0] if x.shape[1] == 1 else x.view(-1, *x.shape[2:])
     except RuntimeError:
@@ -362,16 +338,12 @@ def _rows_as_pages(k_cache: Tensor, cache_batch_idx: Tensor | None, batch_size: 
     return torch.arange(batch_size, dtype=torch.int32, device=k_cache.device)[:, None]
 
 
-def _cached_lens(
-    lens: Tensor | int | None, batch_size: int, capacity: int, device: torch.device
-) -> Tensor:
+def _cached_lens(lens: Tensor | int | None, batch_size: int, capacity: int, device: torch.device) -> Tensor:
     if isinstance(lens, Tensor):
         if lens.dtype != torch.int32:
             raise TypeError(f"cache_seqlens: expected int32, got {dtype_name(lens.dtype)}")
         return lens
-    length = (
-        capacity if lens is None else integer("cache_seqlens", lens, what=" or an int32 tensor")
-    )
+    length = capacity if lens is None else integer("cache_seqlens", lens, what=" or an int32 tensor")
     if lens is not None and not torch.compiler.is_compiling() and not 0 <= length <= capacity:
         raise ValueError(f"cache_seqlens: expected a length in [0, {capacity}], got {length}")
     return torch.full((batch_size,), length, dtype=torch.int32, device=device)
@@ -397,9 +369,7 @@ def _append(
     batch_size, page_size = cached_lens.shape[0], k_cache.shape[1]
     if cu_seqlens_k_new is None:
         if k.dim() != 4 or k.shape[0] != batch_size:
-            raise ValueError(
-                f"k: expected [{batch_size}, new_len, num_kv_heads, head_dim], got {tuple(k.shape)}"
-            )
+            raise ValueError(f"k: expected [{batch_size}, new_len, num_kv_heads, head_dim], got {tuple(k.shape)}")
         new_lens: Tensor | int = k.shape[1]
         token = torch.arange(batch_size * k.shape[1], device=k.device)
         request, offset = token // max(k.shape[1], 1), token % max(k.shape[1], 1)
@@ -416,9 +386,7 @@ def _append(
         page = page_table[owner, entry.clamp(0, page_table.shape[1] - 1)].long()
         # a position outside the table, or a page that is none, becomes a slot past the end: it is reported
         fits = (entry >= 0) & (entry < page_table.shape[1]) & (page >= 0)
-        slot = torch.where(
-            fits, page * page_size + position % page_size, k_cache.shape[0] * page_size
-        )
+        slot = torch.where(fits, page * page_size + position % page_size, k_cache.shape[0] * page_size)
         slot = torch.where(request < batch_size, slot, -1)  # padding behind the last request
         ops.append_kv(k, v, k_cache, v_cache, slot)
     return cached_lens + new_lens

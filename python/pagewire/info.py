@@ -42,10 +42,7 @@ def report() -> str:
     lines += [f"{name:<10} {_version(name)}" for name in OPTIONAL]
     lines += [f"{name:<10} {_built(name)}" for name in ("_cpu", "_cuda")]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    lines.append(
-        f"devices    cpu ({torch.get_num_threads()} threads), "
-        + (", ".join(devices) or "no cuda device")
-    )
+    lines.append(f"devices    cpu ({torch.get_num_threads()} threads), " + (", ".join(devices) or "no cuda device"))
     for device in ["cpu"] + ["cuda"] * bool(devices):
         lines.append(f"backends on {device}, best first:")
         lines += [f"  {name:<10} {reason or 'runs'}" for name, reason in backends(device).items()]

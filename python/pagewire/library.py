@@ -24,20 +24,14 @@ _MODIFIERS = (
     "str layout, float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
     f"Tensor? alibi_slopes, Tensor? sinks, {_SCALES}, SymInt? split_size, SymInt? max_q_len, str? backend"
 )
-_DECODE = (
-    f"Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, {_MODIFIERS}"
-)
+_DECODE = f"Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, {_MODIFIERS}"
 _PREFILL = _DECODE.replace("Tensor seq_lens,", "Tensor seq_lens, Tensor cu_seqlens_q,")
 _RESULTS = "Tensor(a!) out, Tensor(b!) lse"
 _MERGE = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str? backend"
 _SHAPE = "SymInt num_tokens, SymInt head_dim, SymInt head_dim_v, ScalarType dtype, str scale_kind"
 _VIEWS = "Tensor[] k_caches, Tensor[] v_caches, Tensor[] k_scales, Tensor[] v_scales, Tensor slots"
-_VIEWS_MUT = _VIEWS.replace("Tensor[] k_c", "Tensor(a!)[] k_c").replace(
-    "Tensor[] v_c", "Tensor(b!)[] v_c"
-)
-_VIEWS_MUT = _VIEWS_MUT.replace("Tensor[] k_s", "Tensor(c!)[] k_s").replace(
-    "Tensor[] v_s", "Tensor(d!)[] v_s"
-)
+_VIEWS_MUT = _VIEWS.replace("Tensor[] k_c", "Tensor(a!)[] k_c").replace("Tensor[] v_c", "Tensor(b!)[] v_c")
+_VIEWS_MUT = _VIEWS_MUT.replace("Tensor[] k_s", "Tensor(c!)[] k_s").replace("Tensor[] v_s", "Tensor(d!)[] v_s")
 
 SCHEMAS = {
     # per-token-head scales are written; other scales are read, but a schema cannot tell the two apart
@@ -78,17 +72,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def packed_shape(
-    k_caches: Sequence[Tensor],
-    num_tokens: int,
-    head_dim: int,
-    head_dim_v: int,
-    dtype: torch.dtype,
-    scale_kind: str,
+    k_caches: Sequence[Tensor], num_tokens: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, scale_kind: str
 ) -> PackedShape:
     num_heads = k_caches[0].shape[2]
-    return PackedShape(
-        len(k_caches), num_heads, num_tokens, head_dim, head_dim_v, dtype, scale_kind
-    )
+    return PackedShape(len(k_caches), num_heads, num_tokens, head_dim, head_dim_v, dtype, scale_kind)
 
 
 def _fake_pack(k_caches, v_caches, k_scales, v_scales, slots, *shape_and_backend) -> Tensor:  # type: ignore[no-untyped-def]
@@ -104,10 +91,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "prefill.out": _nothing,
     "merge_state": lambda out_a, *rest: _state_like(out_a, out_a.shape[-1]),
     "merge_state.out": _nothing,
-    "merge_states": lambda outs, lses, backend: (
-        outs.new_empty(outs.shape[1:]),
-        lses.new_empty(lses.shape[1:]),
-    ),
+    "merge_states": lambda outs, lses, backend: (outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])),
     "merge_states.out": _nothing,
     "pack_kv": _fake_pack,
     "pack_kv.out": _nothing,
@@ -143,21 +127,11 @@ def flatten(layout: str, o: Options, backend: str | None) -> tuple[Any, ...]:
 
 def append_kv(k, v, k_cache, v_cache, slot_mapping, layout, k_scale, v_scale, backend) -> None:  # type: ignore[no-untyped-def]
     torch.ops.pagewire.append_kv(
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        layout,
-        *split_scale(k_scale),
-        *split_scale(v_scale),
-        backend,
+        k, v, k_cache, v_cache, slot_mapping, layout, *split_scale(k_scale), *split_scale(v_scale), backend
     )
 
 
-def _state(
-    op: Any, args: tuple[Any, ...], out: Tensor | None, lse: Tensor | None, new: Any
-) -> tuple[Tensor, Tensor]:
+def _state(op: Any, args: tuple[Any, ...], out: Tensor | None, lse: Tensor | None, new: Any) -> tuple[Tensor, Tensor]:
     """The functional form, or the out-variant when either result was given."""
     if out is None and lse is None:
         return op.default(*args)
@@ -173,34 +147,20 @@ def decode(
     backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     args = (q, k_cache, v_cache, page_table, seq_lens, *flatten(layout, options, backend))
-    return _state(
-        torch.ops.pagewire.decode, args, out, lse, lambda: _state_like(q, v_cache.shape[-1])
-    )
+    return _state(torch.ops.pagewire.decode, args, out, lse, lambda: _state_like(q, v_cache.shape[-1]))
 
 
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
     layout: str, options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
-        cu_seqlens_q,
-        *flatten(layout, options, backend),
-    )
-    return _state(
-        torch.ops.pagewire.prefill, args, out, lse, lambda: _state_like(q, v_cache.shape[-1])
-    )
+    args = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, *flatten(layout, options, backend))
+    return _state(torch.ops.pagewire.prefill, args, out, lse, lambda: _state_like(q, v_cache.shape[-1]))
 
 
 def merge_state(out_a, lse_a, out_b, lse_b, out, lse, backend) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     args = (out_a, lse_a, out_b, lse_b, backend)
-    return _state(
-        torch.ops.pagewire.merge_state, args, out, lse, lambda: _state_like(out_a, out_a.shape[-1])
-    )
+    return _state(torch.ops.pagewire.merge_state, args, out, lse, lambda: _state_like(out_a, out_a.shape[-1]))
 
 
 def merge_states(outs, lses, out, lse, backend) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
@@ -215,14 +175,10 @@ def _flat_shape(shape: PackedShape) -> tuple[Any, ...]:
 
 
 def pack_kv(part: CachePart, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
-    torch.ops.pagewire.pack_kv.out(
-        *part.views, slots, *_flat_shape(packed.shape), backend, buffer=packed.buffer
-    )
+    torch.ops.pagewire.pack_kv.out(*part.views, slots, *_flat_shape(packed.shape), backend, buffer=packed.buffer)
 
 
 def unpack_kv(packed: PackedKV, part: CachePart, slots: Tensor, backend: str | None) -> None:
     for views in (part.views, part.second_scales()):
         if views is not None:
-            torch.ops.pagewire.unpack_kv(
-                packed.buffer, *views, slots, *_flat_shape(packed.shape), backend
-            )
+            torch.ops.pagewire.unpack_kv(packed.buffer, *views, slots, *_flat_shape(packed.shape), backend)

@@ -95,10 +95,8 @@ def decode(
     """
     options = Options(
         softmax_scale, False, window_size, softcap, alibi_slopes, sinks, k_scale, v_scale, split_size, None
-    )  # fmt: skip
-    result = _route(q).decode(
-        q, k_cache, v_cache, page_table, seq_lens, layout, options, backend, out, lse, return_lse
     )
+    result = _route(q).decode(q, k_cache, v_cache, page_table, seq_lens, layout, options, backend, out, lse, return_lse)
     return result if return_lse else result[0]  # type: ignore[return-value]
 
 
@@ -142,10 +140,10 @@ def prefill(
     """
     options = Options(
         softmax_scale, causal, window_size, softcap, alibi_slopes, sinks, k_scale, v_scale, split_size, max_q_len
-    )  # fmt: skip
+    )
     result = _route(q).prefill(
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, layout, options, backend, out, lse, return_lse
-    )  # fmt: skip
+    )
     return result if return_lse else result[0]  # type: ignore[return-value]
 
 
@@ -174,12 +172,7 @@ def merge_state(
 
 
 def merge_states(
-    outs: Tensor,
-    lses: Tensor,
-    *,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-    backend: str | None = None,
+    outs: Tensor, lses: Tensor, *, out: Tensor | None = None, lse: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Merge n attention states over disjoint keys in order.
 

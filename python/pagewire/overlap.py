@@ -39,12 +39,7 @@ def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether both are the very same view."""
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.dtype == b.dtype
-        and a.shape == b.shape
-        and _live(a) == _live(b)
-    )
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and _live(a) == _live(b)
 
 
 def is_prefix(part: Tensor, whole: Tensor) -> bool:

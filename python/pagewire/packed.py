@@ -125,9 +125,7 @@ class PackedKV:
                 f"packed buffer: expected 1-d contiguous, got shape {tuple(buffer.shape)} stride {buffer.stride()}"
             )
         if buffer.shape[0] < shape.num_bytes:
-            raise ValueError(
-                f"packed buffer: expected at least {shape.num_bytes} bytes, got {buffer.shape[0]}"
-            )
+            raise ValueError(f"packed buffer: expected at least {shape.num_bytes} bytes, got {buffer.shape[0]}")
         if not torch.compiler.is_compiling() and buffer.storage_offset() % _ALIGN:
             raise ValueError(
                 f"packed buffer: expected a {_ALIGN}-byte aligned start, got byte {buffer.storage_offset()}"
@@ -143,13 +141,7 @@ class PackedKV:
 
 
 def _payload_views(buffer: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor | None]:
-    L, H, T, D, Dv = (
-        shape.num_layers,
-        shape.num_heads,
-        shape.num_tokens,
-        shape.head_dim,
-        shape.head_dim_v,
-    )
+    L, H, T, D, Dv = (shape.num_layers, shape.num_heads, shape.num_tokens, shape.head_dim, shape.head_dim_v)
     layers = buffer[: shape.payload_bytes].view(shape.dtype).view(L, H * T * (D + Dv))
     k = layers[:, : H * T * D].unflatten(1, (H, T, D))
     v = layers[:, H * T * D :].unflatten(1, (H, T, Dv)) if Dv else None

@@ -41,9 +41,7 @@ def page_slots(page_table_row: Tensor, start: int, stop: int, page_size: int) ->
     return page_table_row.to(torch.int64)[token // page_size] * page_size + token % page_size
 
 
-def page_table_from_csr(
-    kv_indptr: Tensor, kv_indices: Tensor, max_pages_per_seq: int | None = None
-) -> Tensor:
+def page_table_from_csr(kv_indptr: Tensor, kv_indices: Tensor, max_pages_per_seq: int | None = None) -> Tensor:
     """A dense padded page table from CSR (`kv_indptr`, `kv_indices`), the form FlashInfer uses.
 
     Args:
@@ -63,15 +61,11 @@ def page_table_from_csr(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {show(tensor)}")
         if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"{name}: expected a 1-d int32 or int64 tensor, got {tuple(tensor.shape)} {tensor.dtype}"
-            )
+            raise ValueError(f"{name}: expected a 1-d int32 or int64 tensor, got {tuple(tensor.shape)} {tensor.dtype}")
     if kv_indptr.shape[0] < 1:
         raise ValueError("kv_indptr: expected [batch_size + 1], got an empty tensor")
     if kv_indptr.device != kv_indices.device:
-        raise ValueError(
-            f"kv_indices: expected device {kv_indptr.device} (from kv_indptr), got {kv_indices.device}"
-        )
+        raise ValueError(f"kv_indices: expected device {kv_indptr.device} (from kv_indptr), got {kv_indices.device}")
     if max_pages_per_seq is not None:
         max_pages_per_seq = integer("max_pages_per_seq", max_pages_per_seq, least=0)
     num_pages = kv_indptr[1:] - kv_indptr[:-1]  # [batch_size]
@@ -89,16 +83,12 @@ def page_table_from_csr(
     return pages.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
 
 
-def _check_csr(
-    kv_indptr: Tensor, num_pages: Tensor, num_indices: int, max_pages_per_seq: int | None
-) -> None:
+def _check_csr(kv_indptr: Tensor, num_pages: Tensor, num_indices: int, max_pages_per_seq: int | None) -> None:
     if int(kv_indptr[0]) != 0:
         raise ValueError(f"kv_indptr[0]: expected 0, got {int(kv_indptr[0])}")
     if bool((num_pages < 0).any()):
         request = int((num_pages < 0).nonzero()[0])
-        raise ValueError(
-            f"kv_indptr: expected non-decreasing values, got a decrease after entry {request}"
-        )
+        raise ValueError(f"kv_indptr: expected non-decreasing values, got a decrease after entry {request}")
     if int(kv_indptr[-1]) > num_indices:
         raise ValueError(
             f"kv_indptr[-1]: expected at most {num_indices} (the length of kv_indices), got {int(kv_indptr[-1])}"

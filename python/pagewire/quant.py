@@ -17,12 +17,7 @@ def quantise(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Ten
     if scale is not None:
         y = y / _divisor(scale, y.device)
     if dtype == torch.int8:
-        return (
-            y.nan_to_num(nan=0.0, posinf=limit, neginf=-limit)
-            .round()
-            .clamp(-limit, limit)
-            .to(torch.int8)
-        )
+        return y.nan_to_num(nan=0.0, posinf=limit, neginf=-limit).round().clamp(-limit, limit).to(torch.int8)
     # a GPU's division forgets a NaN's sign, a CPU's keeps it
     return y.clamp(-limit, limit).masked_fill(y.isnan(), torch.nan).to(dtype)
 

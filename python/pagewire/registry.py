@@ -29,12 +29,8 @@ class Backend:
     name: str
     module: str
     ops: frozenset[str]
-    unavailable: Callable[
-        [str], str | None
-    ]  # device type -> why it cannot run there on this machine, or None
-    limits: Mapping[str, frozenset] = field(
-        default_factory=dict
-    )  # Problem field -> accepted values
+    unavailable: Callable[[str], str | None]  # device type -> why it cannot run there on this machine, or None
+    limits: Mapping[str, frozenset] = field(default_factory=dict)  # Problem field -> accepted values
     max_head_dim: int | None = None
     special: Callable[[Problem], str | None] = lambda problem: None
 
@@ -236,9 +232,7 @@ def _choose(
 
 
 def _select(problem: Problem, argument: str | None, environment: str | None) -> Backend:
-    name, source = (
-        (argument, "backend=") if argument is not None else (environment, "PAGEWIRE_BACKEND=")
-    )
+    name, source = (argument, "backend=") if argument is not None else (environment, "PAGEWIRE_BACKEND=")
     if name is not None:
         if name not in _BY_NAME:
             raise BackendError(f"{source}{name!r}: expected one of {', '.join(_BY_NAME)}")
@@ -309,9 +303,7 @@ def explain(
         taken = _select(problem, None, os.environ.get("PAGEWIRE_BACKEND") or None).name
     except BackendError:
         taken = ""
-    lines = [
-        f"{op} on {device}, {dtype_name(dtype)} q, {dtype_name(problem.kv_dtype)} kv, head_dim {head_dim}:"
-    ]
+    lines = [f"{op} on {device}, {dtype_name(dtype)} q, {dtype_name(problem.kv_dtype)} kv, head_dim {head_dim}:"]
     width = max(len(b.name) for b in BACKENDS)
     for b in BACKENDS:
         mark = "->" if b.name == taken else "  "

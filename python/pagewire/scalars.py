@@ -25,9 +25,7 @@ def integer(name: str, value: Any, *, least: int | None = None, what: str = "") 
             value = operator.index(value)
         except (TypeError, ValueError):
             limit = "" if least is None else f" >= {least}"
-            raise TypeError(
-                f"{name}: expected an integer{limit}{what}, got {show(value)}"
-            ) from None
+            raise TypeError(f"{name}: expected an integer{limit}{what}, got {show(value)}") from None
     if least is not None and value < least:
         raise ValueError(f"{name}: expected >= {least}{what}, got {value}")
     return value

@@ -34,9 +34,7 @@ def one_scale(name: str, k_scale: Scale, v_scale: Scale, *, may_wait: bool) -> N
 
 
 def _differ(name: str, got: str) -> ValueError:
-    return ValueError(
-        f"{name}: expected one scale for both (v_cache is a view of k_cache), got {got}"
-    )
+    return ValueError(f"{name}: expected one scale for both (v_cache is a view of k_cache), got {got}")
 
 
 def second_scale(k_scale: Scale, v_scale: Scale) -> Scale:
@@ -75,6 +73,4 @@ def same_token_scales(k_scale: Tensor, v_scale: Tensor, slots: Tensor, layer: in
     differs = (k_scale[page, offset] != v_scale[page, offset]).any(-1) & fits
     if bool(differs.any()):
         token = int(differs.nonzero()[0])
-        raise _differ(
-            f"v_scales[{layer}]", f"others for K and V in slots[{token}] = {int(slots[token])}"
-        )
+        raise _differ(f"v_scales[{layer}]", f"others for K and V in slots[{token}] = {int(slots[token])}")

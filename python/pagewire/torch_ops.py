@@ -36,15 +36,11 @@ def _modifiers(
 
 
 def _decode(q, k_cache, v_cache, page_table, seq_lens, *flat, out=None, lse=None):  # type: ignore[no-untyped-def]
-    return eager.decode(
-        q, k_cache, v_cache, page_table, seq_lens, *_modifiers(*flat), out, lse, True
-    )
+    return eager.decode(q, k_cache, v_cache, page_table, seq_lens, *_modifiers(*flat), out, lse, True)
 
 
 def _prefill(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, *flat, out=None, lse=None):  # type: ignore[no-untyped-def]
-    return eager.prefill(
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, *_modifiers(*flat), out, lse, True
-    )
+    return eager.prefill(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, *_modifiers(*flat), out, lse, True)
 
 
 def _merge_state(out_a, lse_a, out_b, lse_b, backend, out=None, lse=None):  # type: ignore[no-untyped-def]
@@ -55,9 +51,7 @@ def _merge_states(outs, lses, backend, out=None, lse=None):  # type: ignore[no-u
     return eager.merge_states(outs, lses, out, lse, backend)
 
 
-def _pack_kv(
-    k_caches, v_caches, k_scales, v_scales, slots, *shape_and_backend, buffer=None
-) -> Tensor:  # type: ignore[no-untyped-def]
+def _pack_kv(k_caches, v_caches, k_scales, v_scales, slots, *shape_and_backend, buffer=None) -> Tensor:  # type: ignore[no-untyped-def]
     *flat, backend = shape_and_backend
     shape = library.packed_shape(k_caches, *flat)
     packed = PackedKV.empty(shape, slots.device) if buffer is None else PackedKV.wrap(buffer, shape)

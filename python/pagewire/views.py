@@ -37,9 +37,7 @@ def split(tensors: Sequence[Tensor]) -> Parts:
                 whole = torch.empty(0, dtype=torch.uint8, device=x.device)
                 storages[key] = whole.set_(storage, 0, (storage.nbytes(),), (1,))
         at = list(storages).index(key)
-        places.append(
-            Place(at, x.dtype, int(x.storage_offset()), tuple(x.shape), tuple(x.stride()))
-        )
+        places.append(Place(at, x.dtype, int(x.storage_offset()), tuple(x.shape), tuple(x.stride())))
     return Parts(tuple(storages.values()), tuple(places))
 
 

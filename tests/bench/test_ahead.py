@@ -27,9 +27,7 @@ def _environment(cache: Path) -> dict[str, str]:
 
 def _run(cache: Path, *command: str) -> subprocess.CompletedProcess:
     done = [sys.executable, *command]
-    return subprocess.run(
-        done, env=_environment(cache), capture_output=True, text=True, timeout=200
-    )
+    return subprocess.run(done, env=_environment(cache), capture_output=True, text=True, timeout=200)
 
 
 def test_what_a_case_launches_is_compiled_once(tmp_path):
@@ -123,9 +121,7 @@ def test_a_peer_that_fails_is_named_and_ours_is_compiled(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout + done.stderr
     (name,) = json.loads(done.stdout)["failed"]
-    assert name.startswith("a call of decode 2q1s40") and list(
-        (tmp_path / "cache").glob("*/_decode_kernel.cubin")
-    )
+    assert name.startswith("a call of decode 2q1s40") and list((tmp_path / "cache").glob("*/_decode_kernel.cubin"))
 
 
 _KEYS = """
@@ -166,13 +162,7 @@ def test_a_task_takes_nothing_with_it(tmp_path):
     done = forks.run_all(tasks, 2, started + 2)
     assert time.monotonic() - started < 10
     errors = [d and d.error for d in done]
-    assert errors == [
-        "",
-        "ValueError: on purpose",
-        "died of SIGKILL",
-        "cut off by the time limit",
-        "",
-    ]
+    assert errors == ["", "ValueError: on purpose", "died of SIGKILL", "cut off by the time limit", ""]
     assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
 
 

@@ -30,14 +30,7 @@ def benches():
 
 def _go(number: int, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess:
     # relative, as people write it: the steps run elsewhere
-    command = [
-        sys.executable,
-        str(BENCHES / "campaign.py"),
-        "--go",
-        str(number),
-        "--out",
-        os.path.relpath(out),
-    ]
+    command = [sys.executable, str(BENCHES / "campaign.py"), "--go", str(number), "--out", os.path.relpath(out)]
     command += ["--dry-run", "--scratch", str(out.parent / "scratch"), *more]
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**kept, **env})
@@ -109,9 +102,7 @@ def test_the_bounds_of_the_steps_fill_the_go_and_no_more(benches, tmp_path):
     goes = benches[0]
     for go, seconds in goes.SECONDS.items():
         groups = goes.steps(go, _plan(goes, tmp_path))
-        assert (
-            0.9 * seconds <= sum(max(step.seconds for step in group) for group in groups) <= seconds
-        )
+        assert 0.9 * seconds <= sum(max(step.seconds for step in group) for group in groups) <= seconds
 
 
 @pytest.fixture
@@ -119,9 +110,7 @@ def on_a_gpu(benches, monkeypatch):
     """A machine with everything; `.without(name)` takes a program or a module away."""
     goes = benches[0]
     gone: set[str] = set()
-    monkeypatch.setattr(
-        goes.shutil, "which", lambda name, path=None: None if name in gone else f"/usr/bin/{name}"
-    )
+    monkeypatch.setattr(goes.shutil, "which", lambda name, path=None: None if name in gone else f"/usr/bin/{name}")
     monkeypatch.setattr(goes, "has", lambda module: module not in gone)
     monkeypatch.setattr(goes, "_arch", lambda: "90")
     for name in ("NVCC", "CUDA_HOME"):
@@ -188,17 +177,7 @@ def test_red_tests_are_named_before_the_run_is_cut_off(benches, tmp_path):
     goes, steps, _ = benches
     text = "import os\ndef test_a():\n    assert 1 == 2\ndef test_b():\n    pass\ndef test_c():\n    os._exit(9)\n"
     (tmp_path / "test_x.py").write_text(text)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "named",
-        "test_x.py",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "named", "test_x.py"]
     env = {**os.environ, "PYTHONPATH": str(goes.ROOT / "benches")}
     ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert ran.returncode == 9 and "assert 1 == 2" in ran.stdout
@@ -246,15 +225,7 @@ def test_a_step_that_runs_over_is_cut_with_all_it_started(benches, tmp_path):
 def test_a_campaign_that_is_ended_ends_its_steps_and_says_so(tmp_path):
     """A machine that is taken back: SIGTERM, and little time."""
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        str(BENCHES / "campaign.py"),
-        "--go",
-        "1",
-        "--out",
-        str(out),
-        "--dry-run",
-    ]
+    command = [sys.executable, str(BENCHES / "campaign.py"), "--go", "1", "--out", str(out), "--dry-run"]
     command += ["--steps", "smoke,quick,tests", "--scratch", str(tmp_path / "scratch")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     stop = time.monotonic() + 60
@@ -266,9 +237,7 @@ def test_a_campaign_that_is_ended_ends_its_steps_and_says_so(tmp_path):
     printed, _ = process.communicate(timeout=30)
     assert {s["status"] for s in _states(out).values()} == {"cut"}, printed
     assert "to be continued ['smoke', 'quick', 'tests']" in printed
-    for line in subprocess.run(
-        ["ps", "-eo", "args"], capture_output=True, text=True
-    ).stdout.splitlines():
+    for line in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines():
         assert str(out) not in line
 
 
@@ -295,10 +264,7 @@ def test_steps_of_a_group_run_side_by_side(benches, tmp_path):
         "stop = time.monotonic() + 30\n"
         "while not pathlib.Path(sys.argv[2]).exists(): assert time.monotonic() < stop\n"
     )
-    pair = [
-        steps.Step(name, (sys.executable, "-c", code, name, other), 40)
-        for name, other in (("a", "b"), ("b", "a"))
-    ]
+    pair = [steps.Step(name, (sys.executable, "-c", code, name, other), 40) for name, other in (("a", "b"), ("b", "a"))]
     ended = []
     states = runner.side_by_side(pair, lambda step, state: ended.append(step.name))
     assert {s.status for s in states.values()} == {"done"} and sorted(ended) == ["a", "b"]

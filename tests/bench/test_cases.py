@@ -25,9 +25,7 @@ def test_flops_count_the_visible_pairs(text):
     visible = 0
     for q_len, seq_len in case.requests:
         visible += sum(j <= seq_len - q_len + i for i in range(q_len) for j in range(seq_len))
-    assert (
-        case.flops == 2 * 2 * 6 * 64 * visible
-    )  # q.k and p.v, a multiplication and an addition each
+    assert case.flops == 2 * 2 * 6 * 64 * visible  # q.k and p.v, a multiplication and an addition each
 
 
 def test_bytes_count_each_byte_once():
@@ -54,16 +52,7 @@ def test_the_suites_cover_what_the_table_is_made_of():
         cases = suites.cases("quick", device)
         attention = [c for c in cases if isinstance(c, Attention)]
         groups = {c.group for c in cases}
-        assert groups >= {
-            "decode",
-            "prefill",
-            "mixed",
-            "skewed",
-            "append",
-            "pack",
-            "unpack",
-            "merge",
-        }
+        assert groups >= {"decode", "prefill", "mixed", "skewed", "append", "pack", "unpack", "merge"}
         assert {c.heads for c in attention} == {(32, 8), (64, 8), (32, 32), (16, 1)}
         assert {c.head_dim for c in attention} == {64, 128, 256}
         assert {c.page_size for c in attention} == {1, 16, 64}

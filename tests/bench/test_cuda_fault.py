@@ -71,20 +71,9 @@ def folder(tmp_path) -> Path:
 
 
 def _pytest(folder: Path, *arguments: str) -> tuple[int, str]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-rA",
-        *arguments,
-        str(folder),
-    ]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments, str(folder)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -128,16 +117,12 @@ def test_without_workers_the_session_stops(folder, tmp_path):
     assert _outcomes(printed, "FAILED") == ["test_a.py::test_faults"]
     assert not _outcomes(printed, "ERROR")
     assert "1 failed, 4 passed" in printed and "the text of this test" in printed
-    assert (
-        printed.count("the session ended: its CUDA context is lost") >= 2
-    )  # in the report, and at the end
+    assert printed.count("the session ended: its CUDA context is lost") >= 2  # in the report, and at the end
     assert (tmp_path / "stopped").read_text() == "stopped "
 
 
 def test_a_context_lost_in_a_teardown_is_that_tests_fault(folder):
-    (folder / "test_a.py").write_text(
-        "def test_faults(fault):\n    fault()\ndef test_after(): pass\n"
-    )
+    (folder / "test_a.py").write_text("def test_faults(fault):\n    fault()\ndef test_after(): pass\n")
     status, printed = _pytest(folder, "-p", "no:xdist")
     assert status == 2 and _outcomes(printed, "ERROR") == ["test_a.py::test_faults"], printed
     assert "test_after" not in printed

@@ -34,8 +34,7 @@ def test_a_recorded_case_that_was_not_timed_is_lost():
 def test_rows_of_ours_are_no_ratios():
     """Two of ours: a peer's ratio is to the fastest of them, and theirs to each other are nobody's record."""
     ours = [
-        Row("quick", "decode", "a", name, True, "ok", ratio=ratio)
-        for name, ratio in (("triton", 1.0), ("cuda", 1.6))
+        Row("quick", "decode", "a", name, True, "ok", ratio=ratio) for name, ratio in (("triton", 1.0), ("cuda", 1.6))
     ]
     found = [*ours, _row("a", "sdpa", 2.0)]
     assert gate.ratios(found) == {"a": {"sdpa": 2.0}}

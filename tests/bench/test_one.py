@@ -24,7 +24,7 @@ def test_the_calls_walk_through_cold_buffers(monkeypatch, capsys):
     honest = pw.merge_state
     monkeypatch.setattr(
         pw, "merge_state", lambda *args, **keywords: seen.append(args[0].data_ptr()) or honest(*args, **keywords)
-    )  # fmt: skip
+    )
     assert _main("reference", _MERGE, "--calls", "3") == 0
     assert len(seen) == 4 and len(set(seen)) == 4
     (case,) = (c for c in suites.cases("smoke", "cpu") if c.id == _MERGE)

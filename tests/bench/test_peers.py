@@ -24,19 +24,13 @@ def test_every_peer_runs_here_or_says_why_not():
     for peer in found:
         reason = peer.missing("cpu")
         assert reason is None or len(reason) > 5, peer.name
-    assert {p.name for p in found if p.missing("cpu") is None} >= {
-        "sdpa",
-        "sdpa-dense",
-        "index-select",
-    }
+    assert {p.name for p in found if p.missing("cpu") is None} >= {"sdpa", "sdpa-dense", "index-select"}
 
 
 def test_peers_are_chosen_by_name():
     assert [p.name for p in peers.chosen("sdpa,torch", "cpu")] == ["sdpa", "torch"]
     assert peers.chosen("none", "cpu") == ()
-    assert {p.name for p in peers.chosen(None, "cuda")} > {
-        p.name for p in peers.chosen("sdpa", "cuda")
-    }
+    assert {p.name for p in peers.chosen(None, "cuda")} > {p.name for p in peers.chosen("sdpa", "cuda")}
     with pytest.raises(ValueError, match="nobody"):
         peers.chosen("nobody", "cpu")
 
@@ -83,17 +77,7 @@ def test_flash_attention_3_is_called_by_argument_name(monkeypatch):
     """Versions of the op differ in their arguments; what is unknown is None."""
     work = AttentionWork(Attention("x", "2q1s20", (4, 2), 64, 16), _arena())
     given = {}
-    names = (
-        "q",
-        "k",
-        "v",
-        "new_in_this_version",
-        "out",
-        "seqused_k",
-        "page_table",
-        "softmax_scale",
-        "is_causal",
-    )
+    names = ("q", "k", "v", "new_in_this_version", "out", "seqused_k", "page_table", "softmax_scale", "is_causal")
 
     def op(*arguments):
         given.update(zip(names, arguments, strict=True))

@@ -16,9 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def plot():
-    pytest.importorskip(
-        "matplotlib", reason="matplotlib is not installed (pip install 'pagewire[bench]')"
-    )
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'pagewire[bench]')")
     spec = importlib.util.spec_from_file_location("bench_plot", ROOT / "benches" / "plot.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -29,29 +27,10 @@ def plot():
 
 
 def _rows() -> list[Row]:
-    figures = {
-        "bytes": 1 << 20,
-        "roof_gbps": 30.0,
-        "roof_tflops": 0.2,
-        "us": 50.0,
-        "roof_pct": 70.0,
-    }
+    figures = {"bytes": 1 << 20, "roof_gbps": 30.0, "roof_tflops": 0.2, "us": 50.0, "roof_pct": 70.0}
     return [
-        Row(
-            "quick", "decode", "decode a", "cpu", True, "ok", flops=1 << 22, tflops=0.08, **figures
-        ),
-        Row(
-            "quick",
-            "decode",
-            "decode a",
-            "sdpa",
-            False,
-            "ok",
-            flops=1 << 22,
-            tflops=0.02,
-            ratio=4.0,
-            **figures,
-        ),
+        Row("quick", "decode", "decode a", "cpu", True, "ok", flops=1 << 22, tflops=0.08, **figures),
+        Row("quick", "decode", "decode a", "sdpa", False, "ok", flops=1 << 22, tflops=0.02, ratio=4.0, **figures),
         Row("quick", "decode", "decode a", "flex", False, "skipped", "no"),
         Row("quick", "pack", "pack b", "cpu", True, "ok", **figures),
         Row("quick", "pack", "pack b", "index-select", False, "ok", ratio=0.4, **figures),
@@ -109,9 +88,7 @@ def test_two_backends_of_ours_are_told_apart(plot, tmp_path, monkeypatch):
     marks = {line.get_label(): line for line in left.lines if line.get_label() in labels}
     assert len({line.get_fillstyle() for line in marks.values()}) == 2
     bars = dict(zip((x.get_text() for x in right.get_yticklabels()), right.patches, strict=True))
-    assert {name: bar.get_width() for name, bar in bars.items()} == {
-        "pack b cpu": 70.0, "pack b cuda": 90.0
-    }  # fmt: skip
+    assert {name: bar.get_width() for name, bar in bars.items()} == {"pack b cpu": 70.0, "pack b cuda": 90.0}
     plot.ratios(both, "", tmp_path / "b.png")
     texts = [text.get_text() for text in figures[1].axes[0].texts]
     assert texts == ["4.00", "0.40"]

@@ -35,9 +35,7 @@ def test_what_was_not_compiled_ahead_is_waited_for(rehearse, tmp_path):
 
 
 def test_a_step_that_waits_is_an_error(rehearse, monkeypatch, capsys):
-    compiled = {
-        "launches": 9, "compilations": 2, "cpu_seconds": 8.0, "wall_seconds": 4.0, "longest": 3.0, "failed": {}
-    }  # fmt: skip
+    compiled = {"launches": 9, "compilations": 2, "cpu_seconds": 8.0, "wall_seconds": 4.0, "longest": 3.0, "failed": {}}
     walked = {
         "launches": 20, "kernels": [], "files": 0, "failed": [], "host_us": 5.0, "seconds": 1.0, "cpu_seconds": 1.0,
         "timing_seconds": 4.0,
@@ -56,10 +54,7 @@ def test_a_step_that_waits_is_an_error(rehearse, monkeypatch, capsys):
     assert ahead.split()[:4] == ["ahead", "quick", "9", "2"] and "3.0" in ahead  # 8 / 4 is less
     assert quick.split() == ["quick", "20", "0", "5.0", "1.0", "5.0", "3", "OVER"]
     first = summary[0]  # setting up is bound by what is not known, the suite takes its seconds
-    assert (
-        first.startswith("go 1: 190 of 290 s: peers <30 | build <30 | ahead 3, ")
-        and "quick 5, tests <85" in first
-    )
+    assert first.startswith("go 1: 190 of 290 s: peers <30 | build <30 | ahead 3, ") and "quick 5, tests <85" in first
     assert [line.split(":")[0] for line in summary] == ["go 1", "go 2", "go 3"]
     told.update(kernels=["_k of case"], files=2, failed=["case: why"])
     assert rehearse.rehearse(["quick"], 2, 4, 10) == 3
@@ -75,15 +70,8 @@ def test_the_quick_suite_waits_for_nothing(rehearse):
 
 
 def test_the_limits_are_those_of_the_campaign(rehearse):
-    steps = {
-        s.name: s for go in (2, 1) for g in rehearse.goes.steps(go, _plan(rehearse)) for s in g
-    }
-    for step, named in (
-        ("contact", "smoke"),
-        ("quick", "quick"),
-        ("tune", "tune"),
-        ("tests", "tests"),
-    ):
+    steps = {s.name: s for go in (2, 1) for g in rehearse.goes.steps(go, _plan(rehearse)) for s in g}
+    for step, named in (("contact", "smoke"), ("quick", "quick"), ("tune", "tune"), ("tests", "tests")):
         assert rehearse._limit(step) == steps[named].seconds
     assert rehearse._limit("full") == 480
 

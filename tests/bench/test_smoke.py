@@ -95,10 +95,7 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_rest_goes_on(smoke, capsy
 
 
 def test_what_is_not_started_in_time_is_red(smoke, capsys):
-    assert (
-        smoke.main(["--device", "cpu", "--backends", "cpu", "--ops", "merge", "--seconds", "-1"])
-        == 1
-    )
+    assert smoke.main(["--device", "cpu", "--backends", "cpu", "--ops", "merge", "--seconds", "-1"]) == 1
     assert "RED cpu" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         smoke.main(["--ops", "merge,nothing"])

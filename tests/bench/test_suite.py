@@ -339,9 +339,7 @@ class Device:
 
 
 @pytest.mark.parametrize("when", ["checked", "timed"])
-def test_a_cuda_fault_ends_the_process_and_the_next_one_goes_on(
-    two, when, monkeypatch, tmp_path, capsys
-):
+def test_a_cuda_fault_ends_the_process_and_the_next_one_goes_on(two, when, monkeypatch, tmp_path, capsys):
     device = Device(monkeypatch)
     _spoil(monkeypatch, "reference", device.faults(when), group="prefill")
     path = tmp_path / "x.csv"
@@ -369,9 +367,7 @@ def test_a_cuda_fault_ends_the_process_and_the_next_one_goes_on(
     again = [row for row, _ in rows.read(path)]
     assert {r.contender for r in again if r.case == last and r.status == "ok"} >= {"cpu", "sdpa"}
     statuses = [(r.contender, r.status) for r in again if r.case == faulty]
-    assert statuses == [
-        ("reference", "failed"), ("reference", "skipped"), ("cpu", "ok"), ("sdpa", "ok")
-    ]  # fmt: skip
+    assert statuses == [("reference", "failed"), ("reference", "skipped"), ("cpu", "ok"), ("sdpa", "ok")]
 
     assert _run(*only) == 0  # nothing is left to do
     assert len(list(rows.read(path))) == len(again)
@@ -395,9 +391,7 @@ def test_a_peers_fault_ends_the_process_too(monkeypatch, tmp_path, capsys):
     device.lost = False
     assert _run(*only) == 0  # nothing of ours is red
     statuses = [(r.contender, r.status) for r, _ in rows.read(path)]
-    assert statuses == [
-        ("sdpa", "failed"), ("picky", "skipped"), ("sdpa", "skipped"), ("reference", "ok")
-    ]  # fmt: skip
+    assert statuses == [("sdpa", "failed"), ("picky", "skipped"), ("sdpa", "skipped"), ("reference", "ok")]
 
 
 def test_a_case_in_which_everybody_faulted_is_done(monkeypatch, tmp_path):

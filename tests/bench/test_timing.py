@@ -33,9 +33,7 @@ def test_contenders_take_turns_on_the_coldest_buffers():
     rounds = [name for name, _ in calls][9:]  # three warm calls each come first
     for at in range(0, 3 * timing.MIN_ROUNDS, 3):
         assert set(rounds[at : at + 3]) == set("abc")
-    assert (
-        len({tuple(rounds[at : at + 3]) for at in (0, 3, 6)}) == 3
-    )  # another one is first each time
+    assert len({tuple(rounds[at : at + 3]) for at in (0, 3, 6)}) == 3  # another one is first each time
     assert all(t.median == 5.0 and len(t.device_us) >= timing.MIN_ROUNDS for t in times.values())
 
 

@@ -60,9 +60,7 @@ def test_search_prepares_a_field_before_it_asks_for_it():
         asked.append(config)
         return 1.0 + (config.BLOCK_N == 32)
 
-    found, _ = tune.search(
-        start, tune._CHOICES["decode"], speedup, together=together, prepare=prepared.append
-    )
+    found, _ = tune.search(start, tune._CHOICES["decode"], speedup, together=together, prepare=prepared.append)
     assert prepared[0] == [start._replace(num_stages=4)] and all(prepared)
     assert [c for group in prepared for c in group] == asked
     assert found == start._replace(BLOCK_N=32)

@@ -5,15 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    multiple,
-    rule,
-)
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 import pagewire as pw
 from pagewire.allocator import STATES
@@ -96,19 +88,12 @@ class Allocator(RuleBasedStateMachine):
         self.pages.end_lease(form(chosen))
         self.where["leased"].difference_update(chosen)
 
-    @rule(
-        data=st.data(),
-        verb=st.sampled_from(["share", "free", "revive", "evict", "end_lease"]),
-        form=forms,
-    )
+    @rule(data=st.data(), verb=st.sampled_from(["share", "free", "revive", "evict", "end_lease"]), form=forms)
     def one_wrong_page_changes_nothing(self, data, verb: str, form) -> None:
         """All or nothing: a call that names one page it may not touch leaves the others alone too."""
         needed = {"revive": "cached", "evict": "cached", "end_lease": "leased"}.get(verb, "active")
         states = {page: self.pages.state(page) for page in range(self.pages.num_pages)}
-        wrong = [page for page, state in states.items() if state != needed] + [
-            -1,
-            self.pages.num_pages,
-        ]
+        wrong = [page for page, state in states.items() if state != needed] + [-1, self.pages.num_pages]
         right = [page for page, state in states.items() if state == needed]
         with pytest.raises(ValueError, match=f"{verb}: "):
             getattr(self.pages, verb)(form([*right, data.draw(st.sampled_from(wrong))]))
@@ -131,11 +116,7 @@ class Allocator(RuleBasedStateMachine):
         assert counts["free"] == self.pages.num_free == len(self.free)
         for page, refs in enumerate(self.refs):
             assert self.pages.ref_count(page) == refs
-            state = (
-                "active"
-                if refs
-                else next((s for s, held in self.where.items() if page in held), "free")
-            )
+            state = "active" if refs else next((s for s, held in self.where.items() if page in held), "free")
             assert self.pages.state(page) == state
 
 
@@ -160,24 +141,18 @@ def test_free_to_an_unknown_state(to):
         pages.free([0], to=to)
 
 
-@pytest.mark.parametrize(
-    "call", [lambda: pw.PageAllocator(-1), lambda: pw.PageAllocator(1).alloc(-1)]
-)
+@pytest.mark.parametrize("call", [lambda: pw.PageAllocator(-1), lambda: pw.PageAllocator(1).alloc(-1)])
 def test_negative_counts(call):
     with pytest.raises(ValueError, match=">= 0"):
         call()
 
 
-@pytest.mark.parametrize(
-    "pages", [3, 1.0, [1.5], "0", ["0"], None, torch.tensor([0.0]), torch.tensor([[0]])]
-)
+@pytest.mark.parametrize("pages", [3, 1.0, [1.5], "0", ["0"], None, torch.tensor([0.0]), torch.tensor([[0]])])
 @pytest.mark.parametrize("verb", ["share", "free", "revive", "evict", "end_lease"])
 def test_what_is_no_page_id_is_refused_in_a_sentence(verb, pages):
     allocator = pw.PageAllocator(4)
     allocator.alloc(4)
-    with pytest.raises(
-        TypeError, match=f"^{verb}: (a page id: expected an integer|expected page ids), got"
-    ):
+    with pytest.raises(TypeError, match=f"^{verb}: (a page id: expected an integer|expected page ids), got"):
         getattr(allocator, verb)(pages)
     assert allocator.counts()["active"] == 4
 

@@ -41,12 +41,10 @@ REFUSED = [
     ("cu of batch_size", CU, lambda c: c[:-1], ValueError, "cu_seqlens_q: expected [batch_size + 1] = [3]"),
     ("cu is int64", CU, lambda c: c.long(), TypeError, "cu_seqlens_q: expected int32, got int64"),
     ("on another device", LENS, lambda s: s.to("meta"), ValueError, "seq_lens: expected device cpu (from q), got meta"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(
-    "position, value, error, words", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
-)
+@pytest.mark.parametrize("position, value, error, words", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_tensor_refused(position, value, error, words):
     with pytest.raises(error, match=re.escape(words)):
         call_with(CASE, position, value)
@@ -66,16 +64,12 @@ KEYWORDS = [
     ("out shape", dict(out=torch.empty(15, 4, 8)), ValueError, "head_dim_v=32 from v_cache"),
     ("out dtype", dict(out=torch.empty(15, 4, 32, dtype=torch.bfloat16)), TypeError, "out: expected float32"),
     ("lse shape", dict(lse=torch.empty(15, 3)), ValueError, "lse: expected [num_tokens, num_qo_heads]"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(
-    "kwargs, error, words", [k[1:] for k in KEYWORDS], ids=[k[0] for k in KEYWORDS]
-)
+@pytest.mark.parametrize("kwargs, error, words", [k[1:] for k in KEYWORDS], ids=[k[0] for k in KEYWORDS])
 def test_keyword_refused(kwargs, error, words):
-    if (
-        error is None
-    ):  # with as many heads as slots the two layouts cannot be told apart: here they can
+    if error is None:  # with as many heads as slots the two layouts cannot be told apart: here they can
         error, words = IndexError, "prefill: "
     with pytest.raises(error, match=re.escape(words)):
         call_with(CASE, **kwargs)
@@ -83,17 +77,11 @@ def test_keyword_refused(kwargs, error, words):
 
 def test_quantised_cache_needs_scales():
     case = cases.Attention((20,), kv_dtype=torch.int8, scale="float")
-    with pytest.raises(
-        ValueError, match="k_scale: a int8 cache needs a scale \\(pass 1.0 for none\\), got None"
-    ):
+    with pytest.raises(ValueError, match="k_scale: a int8 cache needs a scale \\(pass 1.0 for none\\), got None"):
         call_with(case, k_scale=None)
-    with pytest.raises(
-        ValueError, match="k_scale: a float32 cache stores real values, expected None"
-    ):
+    with pytest.raises(ValueError, match="k_scale: a float32 cache stores real values, expected None"):
         cache = torch.zeros(1, 4, 1, 8)
-        pw.append_kv(
-            torch.ones(1, 1, 8), torch.ones(1, 1, 8), cache, cache, torch.tensor([0]), k_scale=2.0
-        )
+        pw.append_kv(torch.ones(1, 1, 8), torch.ones(1, 1, 8), cache, cache, torch.tensor([0]), k_scale=2.0)
 
 
 def entry(row, column, page):
@@ -110,13 +98,11 @@ INDICES = [
     ("negative page", TABLE, entry(0, 1, -1), "page_table[0, 1]"),
     ("long", LENS, lambda s: s + 100, "seq_lens[0]: expected a value in [0, 64]"),
     ("negative length", LENS, lambda s: -s, "seq_lens[0]"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", [DECODE, CASE], ids=["decode", "prefill"])
-@pytest.mark.parametrize(
-    "position, value, words", [i[1:] for i in INDICES], ids=[i[0] for i in INDICES]
-)
+@pytest.mark.parametrize("position, value, words", [i[1:] for i in INDICES], ids=[i[0] for i in INDICES])
 def test_index_refused_before_anything_is_written(case, position, value, words):
     call = cases.build(case)
     args = list(call.args)
@@ -158,13 +144,7 @@ def test_pages_nobody_can_see_are_not_read():
 
 def cache_of(**kwargs):
     keywords = dict(
-        num_layers=2,
-        num_pages=3,
-        page_size=4,
-        num_kv_heads=2,
-        head_dim=8,
-        dtype=torch.float32,
-        device="cpu",
+        num_layers=2, num_pages=3, page_size=4, num_kv_heads=2, head_dim=8, dtype=torch.float32, device="cpu"
     )
     return pw.PagedKVCache.allocate(**{**keywords, **kwargs})
 
@@ -172,22 +152,13 @@ def cache_of(**kwargs):
 def test_append_slots():
     cache = cache_of()
     k = torch.ones(2, 2, 8)
-    with pytest.raises(
-        pw.BadIndexError, match=re.escape("slot_mapping[1]: expected a slot in [0, 12)")
-    ):
+    with pytest.raises(pw.BadIndexError, match=re.escape("slot_mapping[1]: expected a slot in [0, 12)")):
         pw.append_kv(k, k, cache.k[0], cache.v[0], torch.tensor([0, 12]), backend="reference")
     assert not cache.k[0].any()
     with pytest.raises(ValueError, match="slot_mapping: expected \\[<=num_tokens\\]"):
         pw.append_kv(k, k, cache.k[0], cache.v[0], torch.tensor([0, 1, 2]), backend="reference")
     with pytest.raises(TypeError, match="slot_mapping: expected int32 or int64, got int16"):
-        pw.append_kv(
-            k,
-            k,
-            cache.k[0],
-            cache.v[0],
-            torch.tensor([0, 1], dtype=torch.int16),
-            backend="reference",
-        )
+        pw.append_kv(k, k, cache.k[0], cache.v[0], torch.tensor([0, 1], dtype=torch.int16), backend="reference")
 
 
 @pytest.mark.parametrize("slot", [-1, 12])
@@ -195,10 +166,7 @@ def test_pack_slots(slot):
     cache = cache_of()
     slots = torch.tensor([3, slot])
     with pytest.raises(
-        pw.BadIndexError,
-        match=re.escape(
-            f"slots[1]: expected a slot in [0, 12) (num_pages * page_size), got {slot}"
-        ),
+        pw.BadIndexError, match=re.escape(f"slots[1]: expected a slot in [0, 12) (num_pages * page_size), got {slot}")
     ):
         pw.pack_kv(cache, slots, backend="reference")
     packed = pw.pack_kv(cache, torch.tensor([0, 1]), backend="reference")
@@ -212,8 +180,7 @@ def test_pack_arguments():
     cache = cache_of()
     slots = torch.tensor([0, 1])
     with pytest.raises(
-        ValueError,
-        match="heads: expected \\(start, stop\\) with 0 <= start < stop <= 2, got \\(1, 3\\)",
+        ValueError, match="heads: expected \\(start, stop\\) with 0 <= start < stop <= 2, got \\(1, 3\\)"
     ):
         pw.pack_kv(cache, slots, heads=(1, 3))
     with pytest.raises(ValueError, match="slots: expected \\[num_tokens\\] int64"):
@@ -223,13 +190,9 @@ def test_pack_arguments():
     with pytest.raises(ValueError, match="16-byte aligned start, got byte 4"):
         pw.pack_kv(cache, slots, out=torch.empty(600, dtype=torch.uint8)[4:])
     packed = pw.pack_kv(cache, slots, backend="reference")
-    with pytest.raises(
-        ValueError, match="packed: expected num_heads=1 \\(from heads=\\(0, 1\\)\\), got 2"
-    ):
+    with pytest.raises(ValueError, match="packed: expected num_heads=1 \\(from heads=\\(0, 1\\)\\), got 2"):
         pw.unpack_kv(packed, cache, slots, heads=(0, 1))
-    with pytest.raises(
-        ValueError, match="packed: expected head_dim=16 \\(from the cache\\), got 8"
-    ):
+    with pytest.raises(ValueError, match="packed: expected head_dim=16 \\(from the cache\\), got 8"):
         pw.unpack_kv(packed, cache_of(head_dim=16, head_dim_v=8), slots)
 
 

@@ -52,11 +52,7 @@ def test_every_architecture_by_default_and_those_that_are_named(recipe, tmp_path
     recipe.build(tmp_path / "all", (), tmp_path / "all.so")
     compiled = [call for call in calls(tmp_path) if " -c " in call]
     assert len(compiled) == len(recipe.SOURCES)
-    for flag in (
-        "arch=compute_80,code=sm_80",
-        "arch=compute_90a,code=sm_90a",
-        "arch=compute_90,code=compute_90",
-    ):
+    for flag in ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"):
         assert all(flag in call for call in compiled)
     monkeypatch.setenv("PAGEWIRE_CUDA_ARCH", "90a")
     recipe.build(tmp_path / "one", (), tmp_path / "one.so")
@@ -67,15 +63,12 @@ def test_every_architecture_by_default_and_those_that_are_named(recipe, tmp_path
 @pytest.mark.parametrize("name", ["abc", "9", "sm_90", "90a+ptx"])
 def test_a_bad_architecture_is_one_sentence(name, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PAGEWIRE_CUDA_ARCH", name)
-    with pytest.raises(
-        recipe.CannotBuild, match=r"PAGEWIRE_CUDA_ARCH: expected 80, 90a or 90\+PTX, got "
-    ):
+    with pytest.raises(recipe.CannotBuild, match=r"PAGEWIRE_CUDA_ARCH: expected 80, 90a or 90\+PTX, got "):
         recipe.build(tmp_path / "b", (), tmp_path / "b.so")
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [("9.0", ("90a",)), ("8.6\n8.0\n8.6", ("80", "86")), ("12.0", ("120",))],
+    ("capabilities", "expected"), [("9.0", ("90a",)), ("8.6\n8.0\n8.6", ("80", "86")), ("12.0", ("120",))]
 )
 def test_native_is_what_nvidia_smi_names(capabilities, expected, recipe, tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"

@@ -34,9 +34,7 @@ def captured(request, monkeypatch) -> torch.device:
     current = Current(request.param)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current.index)
     monkeypatch.setattr(torch.cuda, "device", current.device)
-    monkeypatch.setattr(
-        torch.cuda, "is_current_stream_capturing", lambda: current.index == current.captured
-    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current.index == current.captured)
     yield request.param
     assert current.index == 0, "the current device is as it was"
 

@@ -7,9 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import pagewire as pw
 from pagewire.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
-SIZES = range(
-    17, 29
-)  # more than the limit of eight, and no dim of the fixed tensors: equal ones are taken for one
+SIZES = range(17, 29)  # more than the limit of eight, and no dim of the fixed tensors: equal ones are taken for one
 CACHE = torch.randn(8, 4, 2, 16)
 WRITTEN = CACHE.clone(), CACHE.clone()
 TABLE = torch.arange(6, dtype=torch.int32).view(1, 6)
@@ -58,19 +56,14 @@ CALLS = {
         lambda k, s: pw.append_kv(k, k, *WRITTEN, s, backend="cpu"),
         lambda m: (torch.randn(m, 2, 16), torch.arange(m)),
     ),
-    "merge_state": (
-        lambda o, s: pw.merge_state(o, s, o, s, backend="cpu")[0],
-        lambda m: (rows(m), torch.zeros(m, 4)),
-    ),
+    "merge_state": (lambda o, s: pw.merge_state(o, s, o, s, backend="cpu")[0], lambda m: (rows(m), torch.zeros(m, 4))),
     "merge_states": (
         lambda o, s: pw.merge_states(o, s, backend="cpu")[0],
         lambda m: (torch.randn(m, 3, 4, 16), torch.zeros(m, 3, 4)),
     ),
     "pack_kv, unpack_kv": (pack, lambda m: (torch.arange(m),)),
     "flash_attn_with_kvcache": (
-        lambda q: flash_attn_with_kvcache(
-            q, CACHE, CACHE, cache_seqlens=LENS, block_table=TABLE, causal=True
-        ),
+        lambda q: flash_attn_with_kvcache(q, CACHE, CACHE, cache_seqlens=LENS, block_table=TABLE, causal=True),
         lambda m: (rows(m)[None],),
     ),
     "flash_attn_varlen_func": (
@@ -118,9 +111,7 @@ def test_unbounded_sizes_pass_through_a_torch_op():
     torch._dynamo.reset()
 
     def call(q):
-        return pw.decode(
-            q, *TABLES, window_size=(2**63, 2**70), split_size=2**64, softmax_scale=None, backend="cpu"
-        )  # fmt: skip
+        return pw.decode(q, *TABLES, window_size=(2**63, 2**70), split_size=2**64, softmax_scale=None, backend="cpu")
 
     q = rows(1)
     expected = pw.decode(q, *TABLES, backend="cpu")

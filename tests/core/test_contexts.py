@@ -71,12 +71,8 @@ def every_op(x: dict[str, torch.Tensor], backend: str, bodies=contextlib.nullcon
     pair = pw.PagedKVCache(caches[:1], caches[1:2], k_scales=scales[:1], v_scales=scales[1:])
     with bodies():
         r = {}
-        pw.append_kv(
-            x["k"], x["v"], *caches[:2], x["slots"], k_scale=scales[0], v_scale=scales[1], backend=backend
-        )  # fmt: skip
-        pw.append_kv(
-            x["k"], x["v"], *caches[2:], x["slots"], k_scale=0.0123, v_scale=0.02, backend=backend
-        )
+        pw.append_kv(x["k"], x["v"], *caches[:2], x["slots"], k_scale=scales[0], v_scale=scales[1], backend=backend)
+        pw.append_kv(x["k"], x["v"], *caches[2:], x["slots"], k_scale=0.0123, v_scale=0.02, backend=backend)
         pw.append_kv(x["k"], x["v"], *float_cache, x["slots"], backend=backend)
         kw = {"sinks": x["sinks"], "alibi_slopes": x["alibi"], "softcap": 20.0, "return_lse": True}
         keys = (half["k_cache"], half["v_cache"], x["table"], x["lens"])
@@ -103,9 +99,7 @@ def test_every_op_in_every_context(name, backend, device):
     for op, tensors in expected.items():
         for i, (a, b) in enumerate(zip(got[op], tensors, strict=True)):
             assert a.dtype == b.dtype and a.device == b.device, (op, i)
-            assert torch.equal(
-                a.detach().contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-            ), (op, i)
+            assert torch.equal(a.detach().contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), (op, i)
             assert a.grad_fn is None, f"{op} joined the graph of gradients"
 
 

@@ -37,12 +37,7 @@ def test_docstring_examples(name):
 
 def test_quickstart_is_the_readme_snippet():
     """The example file and the README show the same code."""
-    example = (
-        (ROOT / "examples" / "quickstart.py")
-        .read_text()
-        .split("import pagewire as pw\n", 1)[1]
-        .strip()
-    )
+    example = (ROOT / "examples" / "quickstart.py").read_text().split("import pagewire as pw\n", 1)[1].strip()
     assert example in (ROOT / "README.md").read_text()
 
 

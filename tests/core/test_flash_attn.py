@@ -50,9 +50,7 @@ class Cache:
         return torch.randn(shape, generator=self.g).to(self.device, self.dtype)
 
 
-def dense(
-    q, k, v, *, causal=False, window=(-1, -1), scale=None, softcap=0.0, slopes=None, sinks=None
-):
+def dense(q, k, v, *, causal=False, window=(-1, -1), scale=None, softcap=0.0, slopes=None, sinks=None):
     """q [q_len, H, D], k and v [k_len, KV_HEADS, D] -> out [q_len, H, D], lse [H, q_len], in fp64."""
     q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -133,9 +131,7 @@ def test_varlen(name, reference):
     )  # fmt: skip
     assert lse.shape == (HEADS, sum(rows)) and lse.is_contiguous()
     for b, (start, stop) in enumerate(zip(cu[:-1], cu[1:], strict=True)):
-        want, want_lse = dense(
-            q[start:stop], cache.keys[b], cache.values[b], **formula(MODIFIERS[name])
-        )
+        want, want_lse = dense(q[start:stop], cache.keys[b], cache.values[b], **formula(MODIFIERS[name]))
         close(out[start:stop], want)
         close(lse[:, start:stop], want_lse)
 
@@ -145,9 +141,7 @@ def test_causal_is_off_by_default_and_aligned_to_the_last_key(chosen, device):
     q = cache.rand(len(LENS), 2, HEADS, DIM)
     for causal in (False, True):
         keyword = {"causal": True} if causal else {}
-        out = flash_attn_with_kvcache(
-            q, cache.k, cache.v, cache_seqlens=cache.lens, block_table=cache.table, **keyword
-        )
+        out = flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=cache.lens, block_table=cache.table, **keyword)
         for b in range(len(LENS)):
             close(out[b], dense(q[b], cache.keys[b], cache.values[b], causal=causal)[0])
 
@@ -160,21 +154,11 @@ def test_new_keys_are_appended_first(ragged, chosen, device):
     total = sum(news)
     k, v, q = (cache.rand(total, h, DIM) for h in (KV_HEADS, KV_HEADS, HEADS))
     cu = torch.tensor([0, *torch.tensor(news).cumsum(0)], dtype=torch.int32, device=device)
-    keywords = dict(
-        cache_seqlens=cache.lens, page_table=cache.table, causal=True, return_softmax_lse=True
-    )
+    keywords = dict(cache_seqlens=cache.lens, page_table=cache.table, causal=True, return_softmax_lse=True)
     if ragged:
         padded_k, padded_v = (torch.cat([x, torch.full_like(x[:2], 77.0)]) for x in (k, v))
         out, lse = flash_attn_with_kvcache(
-            q,
-            cache.k,
-            cache.v,
-            padded_k,
-            padded_v,
-            cu_seqlens_q=cu,
-            cu_seqlens_k_new=cu,
-            max_seqlen_q=4,
-            **keywords,
+            q, cache.k, cache.v, padded_k, padded_v, cu_seqlens_q=cu, cu_seqlens_k_new=cu, max_seqlen_q=4, **keywords
         )
         assert lse.shape == (HEADS, total)
         assert not (cache.k == 77).any()  # rows behind cu_seqlens_k_new[-1] are padding
@@ -205,13 +189,7 @@ def test_new_keys_that_have_no_slot_are_an_error(where, chosen, device):
     k = cache.rand(len(LENS), 1, KV_HEADS, DIM)
     with pytest.raises(pw.BadIndexError, match=r"append_kv: slot_mapping\[0\]"):
         flash_attn_with_kvcache(
-            cache.rand(len(LENS), 1, HEADS, DIM),
-            cache.k,
-            cache.v,
-            k,
-            k,
-            cache_seqlens=lens,
-            page_table=cache.table,
+            cache.rand(len(LENS), 1, HEADS, DIM), cache.k, cache.v, k, k, cache_seqlens=lens, page_table=cache.table
         )
         pw.check_errors()
 
@@ -223,17 +201,13 @@ def test_unpaged_cache(reference):
     q = cache.rand(2, 3, HEADS, DIM)
     rows = torch.tensor([4, 1], dtype=torch.int32)
     for lens, n in ((None, 11), (7, 7), (torch.tensor([7, 7], dtype=torch.int32), 7)):
-        out = flash_attn_with_kvcache(
-            q, k, v, cache_seqlens=lens, cache_batch_idx=rows, causal=True
-        )
+        out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, cache_batch_idx=rows, causal=True)
         for b, row in enumerate(rows):
             close(out[b], dense(q[b], k[row, :n], v[row, :n], causal=True)[0])
     with pytest.raises(ValueError, match=r"k_cache: expected \[2, max_len"):
         flash_attn_with_kvcache(q, k, v)
     with pytest.raises(NotImplementedError, match="cache_batch_idx"):
-        flash_attn_with_kvcache(
-            q, cache.k, cache.v, cache_batch_idx=rows, page_table=cache.table[:2]
-        )
+        flash_attn_with_kvcache(q, cache.k, cache.v, cache_batch_idx=rows, page_table=cache.table[:2])
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["cu_seqlens_k", "seqused_k"])
@@ -244,15 +218,10 @@ def test_varlen_over_contiguous_keys(used, chosen, device):
     cu_q = torch.tensor([0, 2, 2, 7], dtype=torch.int32, device=device)
     lens = torch.tensor([5, 1, 17], dtype=torch.int32, device=device) if used else cache.lens
     q = cache.rand(7, HEADS, DIM)
-    out = flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, 5, max(LENS), causal=True, seqused_k=lens if used else None
-    )
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, max(LENS), causal=True, seqused_k=lens if used else None)
     for b in range(len(LENS)):
         mine = slice(cu_q[b], cu_q[b + 1])
-        close(
-            out[mine],
-            dense(q[mine], cache.keys[b][: lens[b]], cache.values[b][: lens[b]], causal=True)[0],
-        )
+        close(out[mine], dense(q[mine], cache.keys[b][: lens[b]], cache.values[b][: lens[b]], causal=True)[0])
 
 
 def test_rows_without_keys(chosen, device):
@@ -261,19 +230,11 @@ def test_rows_without_keys(chosen, device):
     lens = torch.tensor([0, 1, 17], dtype=torch.int32, device=device)
     q = cache.rand(len(LENS), 3, HEADS, DIM)
     out, lse = flash_attn_with_kvcache(
-        q,
-        cache.k,
-        cache.v,
-        cache_seqlens=lens,
-        page_table=cache.table,
-        causal=True,
-        return_softmax_lse=True,
+        q, cache.k, cache.v, cache_seqlens=lens, page_table=cache.table, causal=True, return_softmax_lse=True
     )
     empty = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]], dtype=torch.bool, device=device)
     assert not out[empty].any()
-    assert torch.equal((lse == -torch.inf).all(1), empty) and torch.equal(
-        (lse == -torch.inf).any(1), empty
-    )
+    assert torch.equal((lse == -torch.inf).all(1), empty) and torch.equal((lse == -torch.inf).any(1), empty)
 
 
 def test_descales(reference):
@@ -283,9 +244,7 @@ def test_descales(reference):
     k8, v8 = (x.nan_to_num(9.0).to(torch.float8_e4m3fn) for x in (cache.k, cache.v))
     q_descale, k_descale, v_descale = (torch.rand(len(LENS), KV_HEADS) + 0.5 for _ in range(3))
     keywords = dict(cache_seqlens=cache.lens, page_table=cache.table)
-    out = flash_attn_with_kvcache(
-        q, k8, v8, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, **keywords
-    )
+    out = flash_attn_with_kvcache(q, k8, v8, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, **keywords)
     for b, n in enumerate(LENS):
         slots = pw.page_slots(cache.table[b], 0, n, PAGE)
         k, v = (x.float().flatten(0, 1)[slots] for x in (k8, v8))
@@ -294,12 +253,8 @@ def test_descales(reference):
     with pytest.raises(ValueError, match="v_descale: a float8_e4m3fn cache needs one"):
         flash_attn_with_kvcache(q, k8, v8, k_descale=k_descale, **keywords)
     new = cache.rand(len(LENS), 1, KV_HEADS, DIM)
-    with pytest.raises(
-        NotImplementedError, match="k and v are not supported with a float8_e4m3fn cache"
-    ):
-        flash_attn_with_kvcache(
-            q, k8, v8, new, new, k_descale=k_descale, v_descale=v_descale, **keywords
-        )
+    with pytest.raises(NotImplementedError, match="k and v are not supported with a float8_e4m3fn cache"):
+        flash_attn_with_kvcache(q, k8, v8, new, new, k_descale=k_descale, v_descale=v_descale, **keywords)
 
 
 def test_results_in_given_tensors(reference):
@@ -325,17 +280,10 @@ def test_one_split_is_independent_of_the_batch(chosen, device):
     cache = Cache(device)
     q = cache.rand(len(LENS), 1, HEADS, DIM)
     kw = dict(num_splits=1, return_softmax_lse=True)
-    together = flash_attn_with_kvcache(
-        q, cache.k, cache.v, cache_seqlens=cache.lens, page_table=cache.table, **kw
-    )
+    together = flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=cache.lens, page_table=cache.table, **kw)
     for b in range(len(LENS)):
         alone = flash_attn_with_kvcache(
-            q[b : b + 1],
-            cache.k,
-            cache.v,
-            cache_seqlens=cache.lens[b : b + 1],
-            page_table=cache.table[b : b + 1],
-            **kw,
+            q[b : b + 1], cache.k, cache.v, cache_seqlens=cache.lens[b : b + 1], page_table=cache.table[b : b + 1], **kw
         )
         for x, y in zip(alone, together, strict=True):
             assert torch.equal(x[0], y[b])
@@ -358,9 +306,7 @@ def test_with_kvcache_refuses(name):
     cache = Cache("cpu")
     before = cache.k.clone()
     new = cache.rand(len(LENS), 1, KV_HEADS, DIM)
-    with pytest.raises(
-        NotImplementedError, match=f"flash_attn_with_kvcache: {name} is not supported"
-    ):
+    with pytest.raises(NotImplementedError, match=f"flash_attn_with_kvcache: {name} is not supported"):
         flash_attn_with_kvcache(
             cache.rand(len(LENS), 1, HEADS, DIM), cache.k, cache.v, new, new, cache_seqlens=cache.lens,
             page_table=cache.table, **{name: REFUSED_WITH_KVCACHE[name]},
@@ -371,9 +317,7 @@ def test_with_kvcache_refuses(name):
 @pytest.mark.parametrize("name", REFUSED_VARLEN)
 def test_varlen_refuses(name):
     cache = Cache("cpu")
-    with pytest.raises(
-        NotImplementedError, match=f"flash_attn_varlen_func: {name} is not supported"
-    ):
+    with pytest.raises(NotImplementedError, match=f"flash_attn_varlen_func: {name} is not supported"):
         flash_attn_varlen_func(
             cache.rand(1, HEADS, DIM), cache.k, cache.v, torch.tensor([0, 1, 1, 1]), None, 1,
             seqused_k=cache.lens, block_table=cache.table, **{name: REFUSED_VARLEN[name]},
@@ -386,14 +330,7 @@ def test_harmless_arguments_change_nothing(reference):
     kw = dict(cache_seqlens=cache.lens, page_table=cache.table)
     plain = flash_attn_with_kvcache(q, cache.k, cache.v, **kw)
     same = flash_attn_with_kvcache(
-        q,
-        cache.k,
-        cache.v,
-        rotary_interleaved=False,
-        fa_version=3,
-        attention_chunk=0,
-        pack_gqa=None,
-        **kw,
+        q, cache.k, cache.v, rotary_interleaved=False, fa_version=3, attention_chunk=0, pack_gqa=None, **kw
     )
     assert torch.equal(plain, same)
 
@@ -414,15 +351,10 @@ def test_harmless_arguments_change_nothing(reference):
 def test_with_kvcache_bad_values(keywords, words):
     cache = Cache("cpu")
     new = cache.rand(len(LENS), 1, KV_HEADS, DIM)
-    keywords = {
-        n: {"block_table": cache.table, "k": new}[n] if x is True else x
-        for n, x in keywords.items()
-    }
+    keywords = {n: {"block_table": cache.table, "k": new}[n] if x is True else x for n, x in keywords.items()}
     base = {"cache_seqlens": cache.lens, "page_table": cache.table}
     with pytest.raises((ValueError, TypeError), match=words):
-        flash_attn_with_kvcache(
-            cache.rand(len(LENS), 1, HEADS, DIM), cache.k, cache.v, **{**base, **keywords}
-        )
+        flash_attn_with_kvcache(cache.rand(len(LENS), 1, HEADS, DIM), cache.k, cache.v, **{**base, **keywords})
 
 
 @pytest.mark.parametrize(
@@ -431,10 +363,7 @@ def test_with_kvcache_bad_values(keywords, words):
         ({"seqused_k": None}, "expected exactly one of the two"),
         ({"cu_seqlens_k": SOME}, "expected exactly one of the two"),
         ({"block_table": None, "seqused_k": None}, "expected exactly one of the two"),
-        (
-            {"block_table": None, "seqused_k": None, "cu_seqlens_k": SOME},
-            "max_seqlen_k: expected an int",
-        ),
+        ({"block_table": None, "seqused_k": None, "cu_seqlens_k": SOME}, "max_seqlen_k: expected an int"),
         ({"max_seqlen_q": None}, "max_seqlen_q: expected an int"),
         ({"cu_seqlens_q": 5}, "cu_seqlens_q: expected an int32 tensor"),
     ],

@@ -11,18 +11,14 @@ quick = settings(max_examples=60, deadline=None)
 
 
 @quick
-@given(
-    data=st.data(), page_size=st.integers(1, 20), dtype=st.sampled_from([torch.int32, torch.int64])
-)
+@given(data=st.data(), page_size=st.integers(1, 20), dtype=st.sampled_from([torch.int32, torch.int64]))
 def test_page_slots(data, page_size, dtype):
     row = data.draw(st.lists(st.integers(0, 2**31 - 1), min_size=0, max_size=6))
     stop = data.draw(st.integers(0, len(row) * page_size))
     start = data.draw(st.integers(0, stop))
     slots = pw.page_slots(torch.tensor(row, dtype=dtype), start, stop, page_size)
     assert slots.dtype == torch.int64
-    assert slots.tolist() == [
-        row[t // page_size] * page_size + t % page_size for t in range(start, stop)
-    ]
+    assert slots.tolist() == [row[t // page_size] * page_size + t % page_size for t in range(start, stop)]
 
 
 @pytest.mark.parametrize("start, stop", [(-1, 2), (3, 2), (0, 9)])
@@ -31,9 +27,7 @@ def test_page_slots_outside_the_row(start, stop):
         pw.page_slots(torch.tensor([0, 1], dtype=torch.int32), start, stop, 4)
 
 
-@pytest.mark.parametrize(
-    "row", [torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2)], ids=["two dims", "float"]
-)
+@pytest.mark.parametrize("row", [torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2)], ids=["two dims", "float"])
 def test_page_slots_of_something_else(row):
     with pytest.raises(ValueError, match="page_table_row: expected"):
         pw.page_slots(row, 0, 1, 4)
@@ -52,9 +46,7 @@ def test_page_slots_needs_a_page_size():
     dtype=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_table_from_csr(rows, spare, given_width, dtype):
-    indptr = torch.tensor(
-        [0, *torch.tensor([len(r) for r in rows]).cumsum(0).tolist()], dtype=dtype
-    )
+    indptr = torch.tensor([0, *torch.tensor([len(r) for r in rows]).cumsum(0).tolist()], dtype=dtype)
     indices = torch.tensor([page for r in rows for page in r] + [7] * spare, dtype=dtype)
     longest = max(map(len, rows), default=0)
     width = longest + spare if given_width else None
@@ -78,9 +70,7 @@ def test_table_from_csr(rows, spare, given_width, dtype):
 def test_table_from_bad_csr(indptr, width, words):
     with pytest.raises(ValueError, match=words):
         pw.page_table_from_csr(
-            torch.tensor(indptr, dtype=torch.int32),
-            torch.tensor([5, 6, 7], dtype=torch.int32),
-            width,
+            torch.tensor(indptr, dtype=torch.int32), torch.tensor([5, 6, 7], dtype=torch.int32), width
         )
 
 

@@ -39,9 +39,7 @@ def test_agrees_with_dense_sdpa(causal, layout):
         mask = torch.ones(q_len, seq_len, dtype=torch.bool)
         if causal:
             mask = mask.tril(seq_len - q_len)
-        expected = scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=mask, enable_gqa=True
-        )
+        expected = scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
         torch.testing.assert_close(out[row : row + q_len], expected[0].transpose(0, 1))
         row += q_len
 
@@ -63,10 +61,7 @@ def by_hand(q, k, v, position, *, scale, causal, window, softcap, slope, sink):
     if not terms:
         return torch.zeros(v.shape[1], dtype=torch.float64), -math.inf
     lse = max(terms) + math.log(sum(math.exp(t - max(terms)) for t in terms))
-    return sum(
-        (math.exp(x - lse) * v[j] for j, x in logits.items()),
-        torch.zeros(v.shape[1], dtype=torch.float64),
-    ), lse
+    return sum((math.exp(x - lse) * v[j] for j, x in logits.items()), torch.zeros(v.shape[1], dtype=torch.float64)), lse
 
 
 @pytest.mark.parametrize(
@@ -89,28 +84,18 @@ def test_agrees_with_the_contract_written_out(case):
         if case.seq_lens[b]:
             k, v = dense(call, b)
         else:
-            k, v = (
-                torch.zeros(case.heads[1], 0, w, dtype=torch.float64)
-                for w in (8, case.head_dim_v or 8)
-            )
+            k, v = (torch.zeros(case.heads[1], 0, w, dtype=torch.float64) for w in (8, case.head_dim_v or 8))
         for i in range(q_len):
             for h in range(case.heads[0]):
                 slopes = kw.get("alibi_slopes")
-                slope = (
-                    0.0
-                    if slopes is None
-                    else float(slopes[h] if slopes.dim() == 1 else slopes[b, h])
-                )
+                slope = 0.0 if slopes is None else float(slopes[h] if slopes.dim() == 1 else slopes[b, h])
                 expected, expected_lse = by_hand(
                     call.args[0][row, h].double(), k[h // group], v[h // group], case.seq_lens[b] - q_len + i,
                     scale=8**-0.5, causal=case.causal and case.q_lens is not None, window=case.window,
                     softcap=case.softcap, slope=slope, sink=float(kw["sinks"][h]) if case.sinks else None,
                 )  # fmt: skip
                 torch.testing.assert_close(out[row, h], expected, rtol=1e-9, atol=1e-12)
-                assert (
-                    math.isclose(float(lse[row, h]), expected_lse, rel_tol=1e-9)
-                    or expected_lse == lse[row, h]
-                )
+                assert math.isclose(float(lse[row, h]), expected_lse, rel_tol=1e-9) or expected_lse == lse[row, h]
             row += 1
 
 
@@ -123,13 +108,9 @@ def test_scales_equal_attention_over_real_values(scale, kv_dtype):
     out, lse = tolerance.evaluate(call, torch.float64)
     for b, rows in enumerate((slice(0, 5), slice(5, 14))):
         real = []
-        for cache, s in zip(
-            call.args[1:3], (call.kwargs["k_scale"], call.kwargs["v_scale"]), strict=True
-        ):
+        for cache, s in zip(call.args[1:3], (call.kwargs["k_scale"], call.kwargs["v_scale"]), strict=True):
             s = torch.as_tensor(s, dtype=torch.float64)
-            s = {0: s, 1: s[..., None], 2: s[b][:, None] if s.dim() == 2 else s, 3: s[..., None]}[
-                s.dim()
-            ]
+            s = {0: s, 1: s[..., None], 2: s[b][:, None] if s.dim() == 2 else s, 3: s[..., None]}[s.dim()]
             real.append(cache.double() * s)
         q, _, _, table, seq_lens, _ = call.args
         n = rows.stop - rows.start
@@ -156,11 +137,7 @@ def test_token_head_scale(dtype):
     x = torch.tensor([[3.0, -6.0], [0.0, 0.0], [torch.inf, 2.0], [torch.nan, 1e-45]])
     limit = QUANT_MAX[dtype]
     scale = token_head_scale(x, dtype)
-    assert scale.tolist()[:3] == [
-        float(torch.tensor(6.0) / limit),
-        1.0,
-        float(torch.tensor(2.0) / limit),
-    ]
+    assert scale.tolist()[:3] == [float(torch.tensor(6.0) / limit), 1.0, float(torch.tensor(2.0) / limit)]
     assert scale[3] == 1.0  # 1e-45 / limit is 0 in fp32
     back = dequantise(quantise(x[0], scale[0], dtype), scale[0])
     assert abs(float(back[1]) + 6.0) < 1e-5

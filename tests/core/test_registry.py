@@ -30,9 +30,7 @@ def test_environment_chooses(monkeypatch):
 
 def test_explicit_name_is_refused_with_its_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(
-        pw.BackendError, match="backend='triton' refuses this decode: .*TRITON_INTERPRET=1"
-    ):
+    with pytest.raises(pw.BackendError, match="backend='triton' refuses this decode: .*TRITON_INTERPRET=1"):
         cases.build(cases.Attention((3,))).run("triton")
 
 
@@ -44,9 +42,7 @@ def test_head_dim_limit():
 def test_explain_marks_the_choice(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     text = pw.explain("pack_kv", device="cpu", dtype=torch.int8)
-    lines = {
-        line.split()[0 if not line.startswith("->") else 1]: line for line in text.splitlines()[1:]
-    }
+    lines = {line.split()[0 if not line.startswith("->") else 1]: line for line in text.splitlines()[1:]}
     assert set(lines) == {b.name for b in registry.BACKENDS}
     assert "runs on CPU tensors only under TRITON_INTERPRET=1" in lines["triton"]
     assert sum(line.startswith("->") for line in lines.values()) == 1
@@ -84,9 +80,7 @@ def test_import_is_quick():
 
 def test_server_package_needs_no_torch():
     pytest.importorskip("msgspec", reason="pagewire[serve] is not installed")
-    assert (
-        run("import sys, pagewire.serve.messages; print('torch' in sys.modules)").strip() == "False"
-    )
+    assert run("import sys, pagewire.serve.messages; print('torch' in sys.modules)").strip() == "False"
 
 
 def test_slow_path_warns_once(monkeypatch):
@@ -98,9 +92,7 @@ def test_slow_path_warns_once(monkeypatch):
         "    for _ in range(3): pw.merge_state(o, s, o, s)\n"
         "print(len([w for w in caught if 'reference backend' in str(w.message)]))"
     )
-    expected = (
-        "1" if "-> reference" in pw.explain("merge_state", device="cpu", head_dim=2048) else "0"
-    )
+    expected = "1" if "-> reference" in pw.explain("merge_state", device="cpu", head_dim=2048) else "0"
     assert run(code).strip() == expected
 
 

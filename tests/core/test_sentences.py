@@ -64,18 +64,14 @@ def test_an_integer_is_an_integer_wherever_it_comes_from(kind, backend):
     plain = {"window_size": (5, 2), "split_size": 8, "max_q_len": 9}
     expected = call.run(backend, **plain)
     for window in ((n(5), n(2)), [n(5), 2], np.array([5, 2]), torch.tensor([5, 2])):
-        got = call.run(
-            backend, window_size=window, split_size=n(8), max_q_len=n(9), causal=np.bool_(True)
-        )
+        got = call.run(backend, window_size=window, split_size=n(8), max_q_len=n(9), causal=np.bool_(True))
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     cache = pw.PagedKVCache.allocate(
         num_layers=n(2), num_pages=n(3), page_size=n(4), num_kv_heads=n(2), head_dim=n(8), dtype=torch.float32,
         device="cpu",
     )  # fmt: skip
     assert cache.geometry.num_slots == 12 and type(cache.geometry.page_size) is int
-    packed = pw.pack_kv(
-        cache, torch.tensor([1]), layers=(n(0), n(1)), heads=[n(1), n(2)], backend=backend
-    )
+    packed = pw.pack_kv(cache, torch.tensor([1]), layers=(n(0), n(1)), heads=[n(1), n(2)], backend=backend)
     assert packed.k.shape == (1, 1, 1, 8)
     assert pw.packed_shape(cache, n(5)).num_tokens == 5
     assert pw.page_slots(torch.tensor([1, 2]), n(1), n(3), page_size=n(4)).tolist() == [5, 6]
@@ -84,18 +80,7 @@ def test_an_integer_is_an_integer_wherever_it_comes_from(kind, backend):
 WRONG = {
     "softmax_scale": ["0.5", [0.5], torch.ones(2), 1j, float("inf"), 1e39, object()],
     "softcap": ["1", [1.0], None, torch.ones(2), float("nan"), -1.0, 1e39],
-    "window_size": [
-        3,
-        None,
-        (1,),
-        (1, 2, 3),
-        (1.5, 0),
-        ("1", 2),
-        (None, 0),
-        slice(0, 2),
-        {1, 2},
-        torch.ones(2),
-    ],
+    "window_size": [3, None, (1,), (1, 2, 3), (1.5, 0), ("1", 2), (None, 0), slice(0, 2), {1, 2}, torch.ones(2)],
     "split_size": [8.0, "8", [8], 0, -(2**70), torch.tensor(8.0), (8,)],
     "max_q_len": [9.0, "9", [9], 0, np.float32(9)],
     "causal": ["yes", None, 2, [True], torch.tensor([1, 0])],
@@ -109,9 +94,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, value", [(n, v) for n, values in WRONG.items() for v in values], ids=kind_of
-)
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in WRONG.items() for v in values], ids=kind_of)
 def test_keyword(name, value):
     call = cases.build(INT8)
     with pytest.raises((TypeError, ValueError)) as error:
@@ -121,9 +104,7 @@ def test_keyword(name, value):
 
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 @pytest.mark.parametrize("position", range(6))
-@pytest.mark.parametrize(
-    "value", [None, 1, [[1.0]], "q", np.ones((2, 4, 16)), torch.tensor(1.0)], ids=kind_of
-)
+@pytest.mark.parametrize("value", [None, 1, [[1.0]], "q", np.ones((2, 4, 16)), torch.tensor(1.0)], ids=kind_of)
 def test_tensor_of_attention(op, position, value):
     call = cases.build(DECODE if op == "decode" else PREFILL)
     if position >= len(call.args):
@@ -178,12 +159,10 @@ PACK = {
     "heads": [slice(0, 2), range(0, 2), 2, (0, 3), (None, 1), [0, "1"]],
     "dtype": [8, "float32", torch.int32, torch.complex64, float],
     "out": [3, [1, 2], np.zeros(64, dtype=np.uint8)],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(
-    "name, value", [(n, v) for n, values in PACK.items() for v in values], ids=kind_of
-)
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in PACK.items() for v in values], ids=kind_of)
 def test_pack(name, value):
     keywords = {"cache": small(), "slots": torch.tensor([1, 2]), name: value}
     with pytest.raises((TypeError, ValueError)) as error:
@@ -205,53 +184,33 @@ def test_unpack_of_what_was_not_packed(value):
 
 def test_a_buffer_that_is_none():
     shape = pw.packed_shape(small(), 2)
-    for buffer, said in (
-        (None, shape),
-        (torch.zeros(512, dtype=torch.uint8), (1, 2)),
-        ([1], shape),
-    ):
-        with pytest.raises(
-            TypeError, match="packed buffer: expected a uint8 tensor and a PackedShape, got"
-        ):
+    for buffer, said in ((None, shape), (torch.zeros(512, dtype=torch.uint8), (1, 2)), ([1], shape)):
+        with pytest.raises(TypeError, match="packed buffer: expected a uint8 tensor and a PackedShape, got"):
             pw.PackedKV.wrap(buffer, said)
 
 
 @pytest.mark.parametrize("name", ["k_caches", "v_caches", "k_scales", "v_scales"])
-@pytest.mark.parametrize(
-    "value", [3, [1, 2], [], "ab", [np.zeros((2, 4, 2, 8))], [None, 1]], ids=kind_of
-)
+@pytest.mark.parametrize("value", [3, [1, 2], [], "ab", [np.zeros((2, 4, 2, 8))], [None, 1]], ids=kind_of)
 def test_cache_of_no_tensors(name, value):
     t = [torch.zeros(2, 4, 2, 8, dtype=torch.int8) for _ in range(2)]
     s = [torch.ones(2) for _ in range(2)]
-    keywords = {
-        "k_caches": t[:1],
-        "v_caches": t[1:],
-        "k_scales": s[:1],
-        "v_scales": s[1:],
-        name: value,
-    }
+    keywords = {"k_caches": t[:1], "v_caches": t[1:], "k_scales": s[:1], "v_scales": s[1:], name: value}
     with pytest.raises(TypeError) as error:
         pw.PagedKVCache(**keywords)
     sentence(error, name)
 
 
-@pytest.mark.parametrize(
-    "name", ["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_dim_v"]
-)
+@pytest.mark.parametrize("name", ["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_dim_v"])
 @pytest.mark.parametrize("value", [2.0, "2", [2], 0, -1], ids=kind_of)
 def test_allocate(name, value):
-    keywords = dict.fromkeys(
-        ["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim"], 2
-    )
+    keywords = dict.fromkeys(["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim"], 2)
     with pytest.raises((TypeError, ValueError), match=re.escape(f"{name}: expected")):
         pw.PagedKVCache.allocate(**{**keywords, name: value}, dtype=torch.float32, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float16", 5, torch.int64, None], ids=kind_of)
 def test_allocate_dtype(dtype):
-    keywords = dict.fromkeys(
-        ["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim"], 2
-    )
+    keywords = dict.fromkeys(["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim"], 2)
     with pytest.raises(TypeError) as error:
         pw.PagedKVCache.allocate(**keywords, dtype=dtype, device="cpu")
     sentence(error, "dtype")
@@ -281,9 +240,7 @@ DROP_IN = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, value", [(n, v) for n, values in DROP_IN.items() for v in values], ids=kind_of
-)
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in DROP_IN.items() for v in values], ids=kind_of)
 def test_drop_in(name, value):
     keywords = {
         "q": torch.randn(2, 4, 16), "k_cache": torch.randn(4, 4, 2, 16), "v_cache": torch.randn(4, 4, 2, 16),
@@ -299,9 +256,7 @@ def test_drop_in_takes_numbers_from_anywhere():
     q, k = torch.randn(5, 4, 16), torch.randn(4, 4, 2, 16)
     table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     cu, lens = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([8, 5], dtype=torch.int32)
-    expected = flash_attn_varlen_func(
-        q, k, k, cu, max_seqlen_q=3, seqused_k=lens, block_table=table, causal=True
-    )
+    expected = flash_attn_varlen_func(q, k, k, cu, max_seqlen_q=3, seqused_k=lens, block_table=table, causal=True)
     for n in (torch.tensor, np.int64, np.int32):
         got = flash_attn_varlen_func(
             q, k, k, cu, max_seqlen_q=n(3), seqused_k=lens, block_table=table, causal=True, num_splits=n(0),
@@ -310,9 +265,7 @@ def test_drop_in_takes_numbers_from_anywhere():
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize(
-    "name, value", [("q", [1.0]), ("k", None), ("seqused_k", [5]), ("max_seqlen_k", 2.5)]
-)
+@pytest.mark.parametrize("name, value", [("q", [1.0]), ("k", None), ("seqused_k", [5]), ("max_seqlen_k", 2.5)])
 def test_varlen(name, value):
     k = torch.randn(9, 2, 16)
     keywords = {

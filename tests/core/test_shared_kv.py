@@ -29,7 +29,7 @@ def mla(dtype, kind, device, own=True):
 def append(cache, k, v, slots, backend):
     pw.append_kv(
         k, v, cache.k[0], cache.v[0], slots, k_scale=cache.k_scale[0], v_scale=cache.v_scale[0], backend=backend
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dtype", [int8, e4m3, e5m2, fp32], ids=SHORT.get)
@@ -87,9 +87,7 @@ def test_two_scales_are_refused(backend, device):
         (torch.ones(2, 4, 1, device=device), 1.0),
     ]:
         with pytest.raises(ValueError, match="v_scale: expected one scale for both"):
-            pw.append_kv(
-                k, k[..., :DV], t, t[..., :DV], slots, k_scale=k_scale, v_scale=v_scale, backend=backend
-            )  # fmt: skip
+            pw.append_kv(k, k[..., :DV], t, t[..., :DV], slots, k_scale=k_scale, v_scale=v_scale, backend=backend)
     for k_scale, v_scale in [(1.0, 2.0), ([1.0], [2.0])]:
         scales = [torch.tensor(s, device=device) for s in (k_scale, v_scale)]
         with pytest.raises(ValueError, match=r"v_scales\[0\]: expected one scale for both"):
@@ -105,9 +103,7 @@ def test_equal_scales_are_one(backend, device):
     if one.device.type == "cpu":  # elsewhere values are not fetched to be compared
         pairs += [(one, one.clone()), (one, 0.5), (torch.tensor(0.5), 0.5)]
     for k_scale, v_scale in pairs:
-        pw.append_kv(
-            k, k[..., :DV], t, t[..., :DV], slots, k_scale=k_scale, v_scale=v_scale, backend=backend
-        )  # fmt: skip
+        pw.append_kv(k, k[..., :DV], t, t[..., :DV], slots, k_scale=k_scale, v_scale=v_scale, backend=backend)
 
 
 def test_scales_that_differ_do_not_travel(backend):
@@ -131,12 +127,8 @@ def test_one_scale_for_two_storages_is_refused(backend, device):
     k = rows(device)
     a, b = (torch.zeros(2, 4, 1, D, dtype=int8, device=device) for _ in range(2))
     scale = torch.ones(2, 4, 1, device=device)
-    with pytest.raises(
-        ValueError, match="v_scale: expected memory of its own, .* overlaps k_scale"
-    ):
-        pw.append_kv(
-            k, k, a, b, torch.tensor(SLOTS, device=device), k_scale=scale, v_scale=scale, backend=backend
-        )  # fmt: skip
+    with pytest.raises(ValueError, match="v_scale: expected memory of its own, .* overlaps k_scale"):
+        pw.append_kv(k, k, a, b, torch.tensor(SLOTS, device=device), k_scale=scale, v_scale=scale, backend=backend)
 
 
 def test_a_cache_that_does_not_share_cannot_be_said_to():

@@ -11,9 +11,7 @@ from pagewire.types import Options
 
 ATTENTION = [
     cases.Attention((20, 9), head_dim=16),
-    cases.Attention(
-        (20, 9), head_dim=16, layout="HND", sinks=True, alibi=1, kv_dtype=torch.int8, scale="head"
-    ),
+    cases.Attention((20, 9), head_dim=16, layout="HND", sinks=True, alibi=1, kv_dtype=torch.int8, scale="head"),
     cases.Attention((20, 9), (4, 9), head_dim=16, head_dim_v=8, dtype=torch.bfloat16),
     cases.Attention((20, 9), (4, 9), head_dim=16, kv_dtype=torch.int8, scale="float", split_size=8),
 ]
@@ -36,10 +34,7 @@ def test_attention_opcheck(case):
     packet = getattr(torch.ops.pagewire, call.op)
     torch.library.opcheck(packet.default, flat(call), test_utils=CHECKS)
     q, _, v_cache = call.args[:3]
-    results = {
-        "out": q.new_zeros(*q.shape[:-1], v_cache.shape[-1]),
-        "lse": torch.zeros(q.shape[:-1]),
-    }
+    results = {"out": q.new_zeros(*q.shape[:-1], v_cache.shape[-1]), "lse": torch.zeros(q.shape[:-1])}
     torch.library.opcheck(packet.out, flat(call), results, test_utils=CHECKS)
 
 
@@ -49,19 +44,7 @@ def test_append_opcheck():
     args = (k, k + 1, cache, cache.clone(), slots, "NHD", None, None, None, None, "reference")
     torch.library.opcheck(torch.ops.pagewire.append_kv.default, args, test_utils=CHECKS)
     cache8, scale = torch.zeros(2, 4, 2, 8, dtype=torch.int8), torch.ones(2, 4, 2)
-    args = (
-        k,
-        k + 1,
-        cache8,
-        cache8.clone(),
-        slots,
-        "NHD",
-        scale,
-        None,
-        scale.clone(),
-        None,
-        "reference",
-    )
+    args = (k, k + 1, cache8, cache8.clone(), slots, "NHD", scale, None, scale.clone(), None, "reference")
     torch.library.opcheck(torch.ops.pagewire.append_kv.default, args, test_utils=CHECKS)
 
 
@@ -71,24 +54,13 @@ def test_merge_opcheck():
     results = {"out": torch.zeros(5, 2, 8), "lse": torch.zeros(5, 2)}
     torch.library.opcheck(torch.ops.pagewire.merge_state.default, pair, test_utils=CHECKS)
     torch.library.opcheck(torch.ops.pagewire.merge_state.out, pair, results, test_utils=CHECKS)
-    torch.library.opcheck(
-        torch.ops.pagewire.merge_states.default, (outs, lses, "reference"), test_utils=CHECKS
-    )
-    torch.library.opcheck(
-        torch.ops.pagewire.merge_states.out, (outs, lses, "reference"), results, test_utils=CHECKS
-    )
+    torch.library.opcheck(torch.ops.pagewire.merge_states.default, (outs, lses, "reference"), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.pagewire.merge_states.out, (outs, lses, "reference"), results, test_utils=CHECKS)
 
 
 def test_pack_opcheck():
     cache = pw.PagedKVCache.allocate(
-        num_layers=2,
-        num_pages=3,
-        page_size=4,
-        num_kv_heads=2,
-        head_dim=8,
-        dtype=torch.int8,
-        device="cpu",
-        scale="head",
+        num_layers=2, num_pages=3, page_size=4, num_kv_heads=2, head_dim=8, dtype=torch.int8, device="cpu", scale="head"
     )
     slots = torch.tensor([3, 9, 0])
     views = CachePart.of(cache, None, None).views
@@ -97,20 +69,13 @@ def test_pack_opcheck():
     packet = torch.ops.pagewire.pack_kv
     packed.buffer.zero_()
     torch.library.opcheck(
-        packet.default,
-        (*views, slots, *shape, "reference"),
-        test_utils=("test_schema", "test_faketensor"),
+        packet.default, (*views, slots, *shape, "reference"), test_utils=("test_schema", "test_faketensor")
     )
     torch.library.opcheck(
-        packet.out,
-        (*views, slots, *shape, "reference"),
-        {"buffer": packed.buffer},
-        test_utils=CHECKS,
+        packet.out, (*views, slots, *shape, "reference"), {"buffer": packed.buffer}, test_utils=CHECKS
     )
     unpack = torch.ops.pagewire.unpack_kv.default
-    torch.library.opcheck(
-        unpack, (packed.buffer, *views, slots, *shape, "reference"), test_utils=CHECKS
-    )
+    torch.library.opcheck(unpack, (packed.buffer, *views, slots, *shape, "reference"), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -119,25 +84,15 @@ def test_compiled_step_equals_eager(compiler):
     call = cases.build(cases.Attention((9, 16), head_dim=16, page_size=4))
     q, k_cache, v_cache, table, lens = call.args
     k, v = torch.randn(2, 2, 16), torch.randn(2, 2, 16)
-    slots = torch.stack(
-        [pw.page_slots(table[b], int(lens[b]) - 1, int(lens[b]), 4)[0] for b in range(2)]
-    )
+    slots = torch.stack([pw.page_slots(table[b], int(lens[b]) - 1, int(lens[b]), 4)[0] for b in range(2)])
 
     def step(k_cache, v_cache):
         before = pw.decode(q, k_cache, v_cache, table, lens, backend="reference")
         pw.append_kv(k, v, k_cache, v_cache, slots, backend="reference")
-        after, lse = pw.decode(
-            q, k_cache, v_cache, table, lens, return_lse=True, backend="reference"
-        )
+        after, lse = pw.decode(q, k_cache, v_cache, table, lens, return_lse=True, backend="reference")
         out = torch.zeros_like(after)
         pw.decode(q, k_cache, v_cache, table, lens, out=out, backend="reference")
-        return (
-            before,
-            after,
-            lse,
-            out,
-            pw.merge_state(before, lse, after, lse, backend="reference")[0],
-        )
+        return (before, after, lse, out, pw.merge_state(before, lse, after, lse, backend="reference")[0])
 
     eager_caches = (k_cache.clone(), v_cache.clone())
     expected = step(*eager_caches)

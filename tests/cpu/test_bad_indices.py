@@ -63,9 +63,8 @@ def test_slots(op, slot):
     messages = []
     for backend in ("reference", "cpu"):
         cache = pw.PagedKVCache.allocate(
-            num_layers=1, num_pages=2, page_size=4, num_kv_heads=1, head_dim=8,
-            dtype=torch.float32, device="cpu",
-        )  # fmt: skip
+            num_layers=1, num_pages=2, page_size=4, num_kv_heads=1, head_dim=8, dtype=torch.float32, device="cpu"
+        )
         cache.k[0].fill_(7)
         packed = pw.pack_kv(cache, torch.tensor([0, 1, 2]), backend=backend)
         packed.k.fill_(5)

@@ -90,19 +90,14 @@ def weights(call: cases.Call) -> list[Tensor]:
     q, k = call.args[0].double(), dequantised(call, "k")
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = torch.einsum("qhd,khd->qhk", q, k) * q.shape[2] ** -0.5
-    return [
-        logits[row, :, begin:end].softmax(-1) for row, (begin, end) in enumerate(ranges(call.case))
-    ]
+    return [logits[row, :, begin:end].softmax(-1) for row, (begin, end) in enumerate(ranges(call.case))]
 
 
 def outputs(call: cases.Call, rows: list[Tensor]) -> Tensor:
     v = dequantised(call, "v")
     v = v.repeat_interleave(call.args[0].shape[1] // v.shape[1], 1).transpose(0, 1)
     return torch.stack(
-        [
-            (w[:, None] @ v[:, begin:end])[:, 0]
-            for w, (begin, end) in zip(rows, ranges(call.case), strict=True)
-        ]
+        [(w[:, None] @ v[:, begin:end])[:, 0] for w, (begin, end) in zip(rows, ranges(call.case), strict=True)]
     )
 
 

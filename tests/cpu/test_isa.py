@@ -32,13 +32,9 @@ FEW = (
     Attention((96, 200), (4, 3), heads=(8, 2), dtype=bf16, causal=False, window=(50, 2)),
     Attention((130,), heads=(16, 1), head_dim=96, head_dim_v=136, dtype=bf16, softcap=4.0, alibi=2),
     Attention((77, 0, 64), heads=(3, 3), dtype=bf16, window=(40, -1), sinks=True, layout="HND"),
-    Attention(
-        (100, 64), heads=(12, 2), head_dim=128, dtype=bf16, kv_dtype=e4m3, scale="token_head"
-    ),
+    Attention((100, 64), heads=(12, 2), head_dim=128, dtype=bf16, kv_dtype=e4m3, scale="token_head"),
     Attention((45, 1), (3, 1), dtype=bf16, kv_dtype=int8, scale="token_head", alibi=1),
-    Attention(
-        (70,), heads=(5, 1), head_dim=72, head_dim_v=17, dtype=bf16, kv_dtype=e5m2, scale="head"
-    ),
+    Attention((70,), heads=(5, 1), head_dim=72, head_dim_v=17, dtype=bf16, kv_dtype=e5m2, scale="head"),
     Attention((700, 90), heads=(8, 2), dtype=bf16, kv_dtype=int8, scale="head", split_size=64),
 )
 
@@ -132,13 +128,8 @@ def test_reading_every_stored_byte(kv_dtype, dtype, isa):
     table = torch.arange(256, dtype=torch.int32)[:, None]
     k = torch.zeros_like(v.view(torch.uint8)).view(kv_dtype)
     one = torch.ones(256, dtype=torch.int32)
-    pw.decode(
-        torch.ones(256, 1, 96, dtype=dtype), k, v, table, one,
-        k_scale=1.0, v_scale=1.0, out=out, backend="cpu",
-    )  # fmt: skip
-    torch.testing.assert_close(
-        out, codes.float()[:, None, None].expand_as(out), rtol=0, atol=0, equal_nan=True
-    )
+    pw.decode(torch.ones(256, 1, 96, dtype=dtype), k, v, table, one, k_scale=1.0, v_scale=1.0, out=out, backend="cpu")
+    torch.testing.assert_close(out, codes.float()[:, None, None].expand_as(out), rtol=0, atol=0, equal_nan=True)
     # the queries are unit vectors and there is one key: lse is its element
     finite = torch.where(codes.float().isfinite(), codes.float(), 0.0).to(kv_dtype)
     _, lse = pw.decode(

@@ -40,18 +40,14 @@ def run(package: Path, *command: str, isa: str = "") -> subprocess.CompletedProc
         "PAGEWIRE_CPU_ISA": isa,
         "PAGEWIRE_CPU_THREADS": "2",
     }
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200
-    )
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "scalar"])
 def test_suite_is_clean(package, isa):
-    usable = run(
-        package, "-c", "from pagewire import _cpu; print(_cpu.__file__, _cpu.usable_isas())"
-    )
+    usable = run(package, "-c", "from pagewire import _cpu; print(_cpu.__file__, _cpu.usable_isas())")
     assert str(package) in usable.stdout, usable.stdout + usable.stderr
     if isa not in usable.stdout:
         pytest.skip(f"no {isa} here")

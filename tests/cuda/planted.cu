@@ -67,16 +67,14 @@ constexpr const char* kNames[kNumBugs] = {
     "too_many_parameters",
 };
 
-// Every thread copies 16 bytes to shared memory, all wait, every thread adds its neighbour's to its
-// own.
+// Every thread copies 16 bytes to shared memory, all wait, every thread adds its neighbour's to its own.
 PW_KERNEL(kThreads, 1)
 void planted_kernel(const Vec16* in, uint32_t* out, Bug bug) {
     const int t = thread_index(), neighbour = (t + 1) % kThreads;
     Vec16* shared = reinterpret_cast<Vec16*>(shared_memory());
     if (bug == kReturnsBeforeBarrier && t == 3) return;
     const Vec16* source = in + t;
-    if (bug == kMisalignedCopy)
-        source = reinterpret_cast<const Vec16*>(reinterpret_cast<const char*>(source) + 4);
+    if (bug == kMisalignedCopy) source = reinterpret_cast<const Vec16*>(reinterpret_cast<const char*>(source) + 4);
     if (bug == kUninitialised && t == 5) {
         commit_copies();
     } else {
@@ -107,14 +105,11 @@ void planted_kernel(const Vec16* in, uint32_t* out, Bug bug) {
     const Vec16 a = load_shared(shared + t), b = load_shared(shared + neighbour);
     uint32_t sum = a.x[0] + b.x[0];
     if (bug == kSharedOutOfBounds && t == 7) sum += load_shared(shared + kThreads).x[0];
-    if (bug == kSharedOutOfBoundsByPointer && t == 7)
-        sum += *reinterpret_cast<volatile uint32_t*>(shared + kThreads);
+    if (bug == kSharedOutOfBoundsByPointer && t == 7) sum += *reinterpret_cast<volatile uint32_t*>(shared + kThreads);
     if (bug == kGlobalOutOfBounds && t == 7) sum += load_global(in + kThreads).x[0];
-    if (bug == kMisalignedShared)
-        sum += load_shared(reinterpret_cast<const Vec8*>(shared_memory() + 4)).x[0];
+    if (bug == kMisalignedShared) sum += load_shared(reinterpret_cast<const Vec8*>(shared_memory() + 4)).x[0];
     if (bug == kMisalignedGlobal)
-        sum +=
-            load_global(reinterpret_cast<const Vec8*>(reinterpret_cast<const char*>(in) + 4)).x[0];
+        sum += load_global(reinterpret_cast<const Vec8*>(reinterpret_cast<const char*>(in) + 4)).x[0];
     if (bug != kWriteRace) sync_block();
     if (bug == kWriteRace) store_shared(shared + t, Vec16{{sum, 0, 0, 0}});
     if (bug == kReadRace) {

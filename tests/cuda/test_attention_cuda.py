@@ -62,7 +62,7 @@ def test_widths(widths, kv_dtype, device):
     scale = "head" if kv_dtype else None
     case = Attention(
         (70, 33), heads=(5, 1), dtype=bf16, head_dim=head_dim, head_dim_v=head_dim_v, kv_dtype=kv_dtype, scale=scale
-    )  # fmt: skip
+    )
     check(case, device)
 
 
@@ -80,9 +80,7 @@ def test_rows_beyond_one_tile(rows, head_dim, split_size, device):
 
 
 @pytest.mark.parametrize("num_sms", ["1", "3", "7", "64"])
-@pytest.mark.parametrize(
-    "lens", [(1, 700, 0, 64, 65), (513,), (3,) * 20], ids=["mixed", "one", "short"]
-)
+@pytest.mark.parametrize("lens", [(1, 700, 0, 64, 65), (513,), (3,) * 20], ids=["mixed", "one", "short"])
 def test_however_the_work_is_cut(lens, num_sms, device, monkeypatch):
     """Items cut in the middle, cut into many, several to a block, blocks without work."""
     if device.type != "cpu":
@@ -103,9 +101,7 @@ def test_more_requests_than_threads(device):
 def test_blocks_and_threads_in_reverse(split_size, device, monkeypatch):
     if device.type != "cpu":
         pytest.skip("the emulation's switch")
-    case = Attention(
-        (300, 90), dtype=bf16, split_size=split_size, kv_dtype=e4m3, scale="token_head"
-    )
+    case = Attention((300, 90), dtype=bf16, split_size=split_size, kv_dtype=e4m3, scale="token_head")
     call = cases.build(case, device)
     forward = call.run("cuda")
     monkeypatch.setenv("PAGEWIRE_EMULATION_ORDER", "reverse")

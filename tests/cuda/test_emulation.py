@@ -54,9 +54,7 @@ def build(kind: str) -> Path:
 
 
 def run(program: Path, bug: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [program, bug], capture_output=True, text=True, timeout=60, env={**os.environ, **env}
-    )
+    return subprocess.run([program, bug], capture_output=True, text=True, timeout=60, env={**os.environ, **env})
 
 
 @pytest.fixture(scope="module")

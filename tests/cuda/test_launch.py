@@ -92,9 +92,7 @@ def test_lengths_that_change_under_a_launch(change, op, split_size, emulated):
     """That call may be wrong, and says so if it left something; the next is right, bit for bit."""
     before, after = CHANGES[change]
     q_lens = None if op == "decode" else (1,) * len(before)
-    case = Attention(
-        tuple(map(max, before, after)), q_lens, dtype=bf16, split_size=split_size, max_q_len=4
-    )
+    case = Attention(tuple(map(max, before, after)), q_lens, dtype=bf16, split_size=split_size, max_q_len=4)
     call = cases.build(case)
     seq_lens = call.args[4]
     expected = call.run("cuda")
@@ -102,9 +100,7 @@ def test_lengths_that_change_under_a_launch(change, op, split_size, emulated):
     recorded = []
     for when in (1, 2, 3):
         changed = torch.tensor(after, dtype=torch.int32)
-        emulated.after_each_block(
-            lambda done, when=when, to=changed: done == when and seq_lens.copy_(to)
-        )
+        emulated.after_each_block(lambda done, when=when, to=changed: done == when and seq_lens.copy_(to))
         own = seq_lens.clone()
         seq_lens.copy_(torch.tensor(before, dtype=torch.int32))
         call.run("cuda")
@@ -118,9 +114,7 @@ def test_lengths_that_change_under_a_launch(change, op, split_size, emulated):
         got = call.run("cuda")
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
         pw.check_errors()
-    assert all(
-        f"{op}: seq_lens" in text and "changed while a call ran" in text for text in recorded
-    )
+    assert all(f"{op}: seq_lens" in text and "changed while a call ran" in text for text in recorded)
     if change == "shorter" and split_size is None:
         assert recorded
 
@@ -133,9 +127,7 @@ def test_counters_of_an_aborted_call_do_not_outlive_the_next_one():
         buffers.of_items[:4] = 1  # one a block
     call.run("cuda")
     assert counters_at_zero()
-    with pytest.raises(
-        pw.BadIndexError, match="decode: seq_lens changed while a call ran .work counter"
-    ):
+    with pytest.raises(pw.BadIndexError, match="decode: seq_lens changed while a call ran .work counter"):
         pw.check_errors()
     got = call.run("cuda")
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
@@ -170,9 +162,7 @@ def test_workspace_holds_the_rows_that_exist(emulated, monkeypatch):
     q_lens = (16, *[1] * 63)  # tokens are the smaller bound
     verify = dataclasses.replace(case, q_lens=q_lens, max_q_len=16)
     assert workspace(monkeypatch, emulated, verify) == 2 * splits * sum(q_lens) * 4 * (64 + 4) * 4
-    padded = dataclasses.replace(
-        verify, q_lens=(1,) * 64, max_q_len=1, padding_rows=500
-    )  # requests are
+    padded = dataclasses.replace(verify, q_lens=(1,) * 64, max_q_len=1, padding_rows=500)  # requests are
     assert workspace(monkeypatch, emulated, padded) == 2 * splits * rows * (64 + 4) * 4
 
 
@@ -184,9 +174,7 @@ def test_what_is_read_again_is_not_evicted_first(emulated):
     run(dataclasses.replace(case, q_lens=(16, 9), max_q_len=16))  # 64 rows: four warps, one tile
     launched = emulated.last_launch()
     assert launched["evict_first_bytes"] == launched["copied_bytes"]
-    run(
-        dataclasses.replace(case, heads=(16, 2), q_lens=(16, 9), max_q_len=16)
-    )  # 128 rows: two chunks
+    run(dataclasses.replace(case, heads=(16, 2), q_lens=(16, 9), max_q_len=16))  # 128 rows: two chunks
     launched = emulated.last_launch()
     assert launched["evict_first_bytes"] == 0 < launched["copied_bytes"]
 
@@ -203,9 +191,7 @@ def test_every_partial_has_a_place_of_its_own(call, monkeypatch):
     """Counted: blocks run one after another here, so that rows in one place would still give right results."""
     q_lens, more = SPLITS[call]
     lens, width, group, heads = (300, 900, 5, 0, 65, 640), 64, 4, 2
-    built = cases.build(
-        Attention(lens, q_lens, (group * heads, heads), width, dtype=bf16, split_size=64, **more)
-    )
+    built = cases.build(Attention(lens, q_lens, (group * heads, heads), width, dtype=bf16, split_size=64, **more))
     workspace = []
     empty = torch.empty
 

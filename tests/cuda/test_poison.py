@@ -61,16 +61,11 @@ class Problem:
         if self.v_scale is not None:
             keywords["k_scale"] = paged(torch.ones_like(self.v_scale))
             keywords["v_scale"] = paged(self.v_scale)
-        args = (
-            self.q.to(device), paged(self.k), paged(self.v),
-            order.int()[None].to(device), int32(seq_len),
-        )  # fmt: skip
+        args = (self.q.to(device), paged(self.k), paged(self.v), order.int()[None].to(device), int32(seq_len))
         if len(self.q) == 1:
             out, lse = pw.decode(*args, **keywords)
         else:
-            out, lse = pw.prefill(
-                *args, int32(0, len(self.q)), causal=self.causal, max_q_len=16, **keywords
-            )
+            out, lse = pw.prefill(*args, int32(0, len(self.q)), causal=self.causal, max_q_len=16, **keywords)
         return out.cpu(), lse.cpu()
 
     def visible(self, row: int) -> Tensor:
@@ -172,13 +167,10 @@ def test_rows_without_keys_have_the_sink_alone(seq_len, sink, device):
         out, lse = out[:3], lse[:3]
     else:
         args = [x.to(device) for x in (p.q, p.k[None], p.v[None])]
-        table, lens, offsets = (
-            torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0]], [0], [0, 5])
-        )
+        table, lens, offsets = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0]], [0], [0, 5]))
         out, lse = pw.prefill(
-            *args, table, lens, offsets, sinks=p.sinks.to(device), max_q_len=16, return_lse=True,
-            backend="cuda",
-        )  # fmt: skip
+            *args, table, lens, offsets, sinks=p.sinks.to(device), max_q_len=16, return_lse=True, backend="cuda"
+        )
         out, lse = out.cpu(), lse.cpu()
     torch.testing.assert_close(lse, torch.tensor([sink, 0.5]).expand(len(lse), 2))
     assert (out == 0).all()
@@ -233,10 +225,7 @@ def poisoned(p: Problem, at: tuple[int, ...], values: tuple[float, ...]) -> Prob
 def check_poison(p: Problem, clean: Problem, device: torch.device, **extra) -> None:
     got, before = p.run(device, **extra), clean.run(device, **extra)
     agree(p, got)
-    untouched = [
-        row for row in range(len(p.q))
-        if torch.equal(p.exact()[0][row], clean.exact()[0][row])
-    ]  # fmt: skip
+    untouched = [row for row in range(len(p.q)) if torch.equal(p.exact()[0][row], clean.exact()[0][row])]
     for x, y in zip(got, before, strict=True):
         assert torch.equal(x[untouched], y[untouched])
 

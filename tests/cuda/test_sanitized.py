@@ -45,9 +45,7 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 def test_shared_cases_under_sanitizers():
-    numbers = (
-        "every_bit_pattern or extreme_integers or token_scales"  # long, and about nothing else
-    )
+    numbers = "every_bit_pattern or extreme_integers or token_scales"  # long, and about nothing else
     done = sanitized("tests/ops", "-m", "not slow", "-k", f"cuda and not ({numbers})")
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
@@ -73,9 +71,7 @@ pw.decode(q, k, k, table, lens, backend="cuda")
 @pytest.mark.timeout(1600)
 def test_a_read_outside_a_tensor_is_seen(tmp_path):
     test = tmp_path / "test_outside.py"
-    test.write_text(
-        "def test():\n" + "".join(f"    {line}\n" for line in OUT_OF_BOUNDS.split("\n"))
-    )
+    test.write_text("def test():\n" + "".join(f"    {line}\n" for line in OUT_OF_BOUNDS.split("\n")))
     done = sanitized(str(test), "--rootdir", str(tmp_path), "-c", str(ROOT / "pyproject.toml"))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr + done.stdout, (done.stdout + done.stderr)[-4000:]

@@ -188,6 +188,4 @@ def test_extension_is_small_and_stands_alone():
     assert extension().stat().st_size < 30e6
     needed = subprocess.run(["readelf", "-d", extension()], capture_output=True, text=True).stdout
     libraries = re.findall(r"NEEDED.*\[(\S+)\]", needed)
-    assert not [
-        x for x in libraries if x.startswith(("libtorch", "libc10", "libcuda", "libcudart"))
-    ]
+    assert not [x for x in libraries if x.startswith(("libtorch", "libc10", "libcuda", "libcudart"))]

@@ -13,9 +13,7 @@ from fuzz.formats import LARGEST, bits, encode
 from fuzz.problems import Append
 from fuzz.tensors import carve, ship
 
-SPECIALS = (
-    np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, 6e-8, 3e38, 448.0, 464.0, 465.0, 61440.0, 2.5
-)  # fmt: skip
+SPECIALS = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, 6e-8, 3e38, 448.0, 464.0, 465.0, 61440.0, 2.5)
 ODD_SCALES = (0.0, np.inf, np.nan, -1.0, 1e-45, 3e38)
 
 
@@ -83,12 +81,8 @@ def build(p: Append) -> dict:
         if side == "v" and p.caches == "mla" and p.scale != "token_head":
             given["v_scale"] = given["k_scale"]
             continue
-        shape = {
-            "head": (p.num_kv_heads,), "token_head": (num_pages, p.page_size, p.num_kv_heads)
-        }.get(p.scale, ())  # fmt: skip
-        values = (
-            p.size * p.scale_size / LARGEST[p.kv_dtype] * (1 + uniform(g, *shape).astype(float))
-        )
+        shape = {"head": (p.num_kv_heads,), "token_head": (num_pages, p.page_size, p.num_kv_heads)}.get(p.scale, ())
+        values = p.size * p.scale_size / LARGEST[p.kv_dtype] * (1 + uniform(g, *shape).astype(float))
         values = np.clip(values, 1e-45, 3e38)
         if p.scale == "float":
             given[f"{side}_scale"] = float(np.clip(values, 1e-37, 8e37))  # others are refused

@@ -10,18 +10,7 @@ from torch import Tensor
 
 import pagewire as pw
 from fuzz import compare, oracle
-from fuzz.contents import (
-    INFINITE,
-    caches,
-    filled,
-    generator,
-    nhd,
-    normal,
-    pick,
-    poison,
-    uniform,
-    write,
-)  # fmt: skip
+from fuzz.contents import INFINITE, caches, filled, generator, nhd, normal, pick, poison, uniform, write
 from fuzz.formats import LARGEST, bits, decode
 from fuzz.problems import Attention
 from fuzz.tensors import carve, ship
@@ -33,9 +22,7 @@ def check(p: Attention, backend: str, device: torch.device | str = "cpu") -> Non
     given = build(p)
     sent = ship(given, device)
     kwargs = {
-        name: sent[name]
-        for name in ("k_scale", "v_scale", "alibi_slopes", "sinks", "out", "lse")
-        if name in sent
+        name: sent[name] for name in ("k_scale", "v_scale", "alibi_slopes", "sinks", "out", "lse") if name in sent
     }
     kwargs.update(
         layout=p.layout, softmax_scale=p.softmax_scale, window_size=p.window, softcap=p.softcap,
@@ -46,7 +33,7 @@ def check(p: Attention, backend: str, device: torch.device | str = "cpu") -> Non
         out, lse = pw.decode(*(sent[n] for n in names), **kwargs)
     else:
         names.append("cu_seqlens_q")
-        out, lse = pw.prefill(*(sent[n] for n in names), causal=p.causal, max_q_len=p.max_q_len, **kwargs)  # fmt: skip
+        out, lse = pw.prefill(*(sent[n] for n in names), causal=p.causal, max_q_len=p.max_q_len, **kwargs)
     pw.check_errors()
 
     expected_out, expected_lse = oracle.attention(meaning(p, given))
@@ -70,7 +57,7 @@ def build(p: Attention) -> dict:
         "page_table": carve((len(table), len(table[0]) if table else 2), torch.int32, p.gap),
         "seq_lens": torch.tensor(p.seq_lens, dtype=torch.int32),
     }
-    given["page_table"].copy_(torch.tensor(table, dtype=torch.int32).reshape(given["page_table"].shape))  # fmt: skip
+    given["page_table"].copy_(torch.tensor(table, dtype=torch.int32).reshape(given["page_table"].shape))
     if "q_nan" in p.poison:
         poison(given["q"][sum(q_lens) :], p.dtype, "nan")
     ks, vs = caches(
@@ -143,9 +130,7 @@ def _fill(
     scale: Tensor | float | None = None
     if kind != "none":
         heads = p.num_kv_heads
-        shape = {
-            "head": (heads,), "batch_head": (len(p.seq_lens), heads), "token_head": cache.shape[:3]
-        }.get(kind, ())  # fmt: skip
+        shape = {"head": (heads,), "batch_head": (len(p.seq_lens), heads), "token_head": cache.shape[:3]}.get(kind, ())
         values = size / largest * (1 + uniform(g, *shape))
         if kind == "float":
             return _with_unowned(p, cache, None, owned, float(values))
@@ -185,9 +170,7 @@ def _poison_owned(p: Attention, given: dict, owned: np.ndarray) -> None:
 
 def meaning(p: Attention, given: dict) -> oracle.Attention:
     """The same call in fp64, for the oracle."""
-    caches = [
-        decode(bits(nhd(given[name], p.layout)), p.kv_dtype) for name in ("k_cache", "v_cache")
-    ]
+    caches = [decode(bits(nhd(given[name], p.layout)), p.kv_dtype) for name in ("k_cache", "v_cache")]
     slopes, sinks = given.get("alibi_slopes"), given.get("sinks")
     num_heads = p.num_kv_heads * p.group_size
     rows = [*range(len(p.seq_lens) + 1)]
@@ -210,7 +193,7 @@ def meaning(p: Attention, given: dict) -> oracle.Attention:
         v_scale=_scale_of(given.get("v_scale"), p.num_kv_heads),
         dtype=p.dtype,
         out_dtype=p.out_dtype or p.dtype,
-    )  # fmt: skip
+    )
 
 
 def _scale_of(scale: Tensor | float | None, num_kv_heads: int):

@@ -10,12 +10,7 @@ import pagewire as pw
 from fuzz import append, attention, merge, pack
 from fuzz.problems import Append, Attention, Merge, Pack, Problem
 
-_CHECKS = {
-    Attention: attention.check,
-    Append: append.check,
-    Merge: merge.check,
-    Pack: pack.check,
-}
+_CHECKS = {Attention: attention.check, Append: append.check, Merge: merge.check, Pack: pack.check}
 
 
 def check(problem: Problem, backend: str, device: torch.device | str = "cpu") -> None:

@@ -30,10 +30,7 @@ def same_elements(name: str, got: Tensor, expected: Tensor, dtype: str, *, exact
     wrong = have != want if exact else ~same(have, want, dtype)
     if wrong.any():
         at = _first(wrong)
-        values = (
-            float(decode(have[at].reshape(1), dtype)[0]),
-            float(decode(want[at].reshape(1), dtype)[0]),
-        )
+        values = (float(decode(have[at].reshape(1), dtype)[0]), float(decode(want[at].reshape(1), dtype)[0]))
         raise AssertionError(
             f"{name}{list(at)}: got {have[at]:#x} = {values[0]}, expected {want[at]:#x} = {values[1]}, "
             f"allowed: none; {wrong.sum()} of {wrong.size} wrong"

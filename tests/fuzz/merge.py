@@ -54,7 +54,7 @@ def build(p: Merge) -> dict:
 
     def tensor(x: np.ndarray, dtype: str) -> torch.Tensor:
         view = filled(x.shape, x, dtype, p.gap, p.offset)
-        view[torch.from_numpy(~np.isfinite(x))] = torch.from_numpy(x[~np.isfinite(x)]).to(view.dtype)  # fmt: skip
+        view[torch.from_numpy(~np.isfinite(x))] = torch.from_numpy(x[~np.isfinite(x)]).to(view.dtype)
         return view
 
     given = {}

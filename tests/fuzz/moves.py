@@ -37,7 +37,7 @@ def scale_at(scale: np.ndarray | None, page: int, offset: int, head: int) -> np.
     return scale[{0: (), 1: (head,), 3: (page, offset, head)}[scale.ndim]]
 
 
-def store(x: np.ndarray, cache: np.ndarray, dtype: str, scale: np.ndarray | None, slot: int) -> None:  # fmt: skip
+def store(x: np.ndarray, cache: np.ndarray, dtype: str, scale: np.ndarray | None, slot: int) -> None:
     """Real values of one token, fp32 [num_heads, width], into a slot; per-token-head scales are written."""
     page, offset = divmod(slot, cache.shape[1])
     for head in range(cache.shape[2]):
@@ -50,9 +50,8 @@ def store(x: np.ndarray, cache: np.ndarray, dtype: str, scale: np.ndarray | None
 
 
 def append(
-    x: np.ndarray, x_dtype: str, cache: np.ndarray, cache_dtype: str, scale: np.ndarray | None,
-    slots: list[int],
-) -> None:  # fmt: skip
+    x: np.ndarray, x_dtype: str, cache: np.ndarray, cache_dtype: str, scale: np.ndarray | None, slots: list[int]
+) -> None:
     """x [num_tokens, num_heads, width]; a negative slot is skipped, rows beyond the slots are padding."""
     for token, slot in enumerate(slots):
         if slot >= 0:
@@ -60,8 +59,8 @@ def append(
 
 
 def pack(
-    cache: np.ndarray, cache_dtype: str, scale: np.ndarray | None, slots: list[int], wire_dtype: str,
-) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    cache: np.ndarray, cache_dtype: str, scale: np.ndarray | None, slots: list[int], wire_dtype: str
+) -> tuple[np.ndarray, np.ndarray | None]:
     """One layer's K or V: (bits [num_heads, num_tokens, width], fp32 scale [] or [num_heads(, num_tokens)])."""
     _, page_size, num_heads, width = cache.shape
     rows, scales = [], np.ones((num_heads, len(slots)), np.float32)
@@ -92,9 +91,7 @@ def unpack(
 ) -> None:  # fmt: skip
     """The inverse; a byte copy where the dtype is the same and both have no scale or one per token and head."""
     per_token = rows_scale is not None and rows_scale.ndim == 2
-    copied = rows_dtype == cache_dtype and (
-        rows_scale is None or (per_token and scale is not None and scale.ndim == 3)
-    )
+    copied = rows_dtype == cache_dtype and (rows_scale is None or (per_token and scale is not None and scale.ndim == 3))
     for token, slot in enumerate(slots):
         page, offset = divmod(slot, cache.shape[1])
         if copied:

@@ -112,7 +112,7 @@ def _gather(a: Attention, b: int) -> tuple[np.ndarray, np.ndarray]:
     return keys, values
 
 
-def _logits(a: Attention, q: np.ndarray, k: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def _logits(a: Attention, q: np.ndarray, k: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(logits, their error in fp32) of one row, [num_visible]."""
     x = a.softmax_scale * (k @ q)
     terms = abs(a.softmax_scale) * (np.abs(k) @ np.abs(q))

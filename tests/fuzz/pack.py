@@ -31,9 +31,7 @@ def check(p: Pack, backend: str, device: torch.device | str = "cpu") -> None:
     sent, expected = ship({**target, "slots": arriving}, device), ship(target, "cpu")
     before = packed.buffer.clone()
     layers, heads = _ranges(p, p.target)
-    pw.unpack_kv(
-        packed, _cache(p, p.target, sent), sent["slots"], layers=layers, heads=heads, backend=backend
-    )  # fmt: skip
+    pw.unpack_kv(packed, _cache(p, p.target, sent), sent["slots"], layers=layers, heads=heads, backend=backend)
     pw.check_errors()
     assert torch.equal(packed.buffer, before), "unpack_kv wrote into the packed buffer"
     _unpack(p, expected, packed, arriving.tolist())
@@ -48,10 +46,7 @@ def check(p: Pack, backend: str, device: torch.device | str = "cpu") -> None:
 
 def _ranges(p: Pack, side: Side) -> tuple[tuple[int, int], tuple[int, int]]:
     """(layers, heads) of this side that travel."""
-    return (
-        (side.more_layers, side.more_layers + p.num_layers),
-        (side.more_heads, side.more_heads + p.num_heads),
-    )
+    return ((side.more_layers, side.more_layers + p.num_layers), (side.more_heads, side.more_heads + p.num_heads))
 
 
 def _num_pages(p: Pack, side: Side) -> int:
@@ -86,11 +81,9 @@ def build(p: Pack, side: Side, g: torch.Generator) -> dict[str, Tensor]:
                 noise = torch.randint(2**31, cache.shape, generator=g).numpy().astype(np.uint64) * 3
                 view[...] = (noise >> 1).astype(view.dtype)
             else:
-                write(cache, normal(g, *cache.shape) * LARGEST.get(side.dtype, 12.0) / 4, side.dtype)  # fmt: skip
+                write(cache, normal(g, *cache.shape) * LARGEST.get(side.dtype, 12.0) / 4, side.dtype)
             if side.scale != "none":
-                shape = {
-                    "head": (num_heads,), "token_head": (num_pages, side.page_size, num_heads)
-                }.get(side.scale, ())  # fmt: skip
+                shape = {"head": (num_heads,), "token_head": (num_pages, side.page_size, num_heads)}.get(side.scale, ())
                 values = p.scale_size * (0.5 + uniform(g, *shape))
                 found[f"{name}_scale{i}"] = filled(shape, values, "fp32", side.gap, side.offset)
     return found
@@ -104,7 +97,7 @@ def _cache(p: Pack, side: Side, tensors: dict[str, Tensor]) -> pw.PagedKVCache:
 
     return pw.PagedKVCache(
         layers("k"), layers("v"), layout=side.layout, k_scales=layers("k_scale"), v_scales=layers("v_scale")
-    )  # fmt: skip
+    )
 
 
 def _pack(p: Pack, sent: dict, slots: Tensor, backend: str) -> tuple[pw.PackedKV, Tensor | None]:
@@ -118,13 +111,11 @@ def _pack(p: Pack, sent: dict, slots: Tensor, backend: str) -> tuple[pw.PackedKV
         shape = pw.packed_shape(cache, len(slots), layers=layers, heads=heads, dtype=dtype)
         buffer = torch.full((shape.num_bytes + 48,), FILLER, dtype=torch.uint8, device=slots.device)
         out = buffer[16:] if p.out == "buffer" else pw.PackedKV.wrap(buffer[16:], shape)
-    packed = pw.pack_kv(cache, slots, layers=layers, heads=heads, dtype=dtype, out=out, backend=backend)  # fmt: skip
+    packed = pw.pack_kv(cache, slots, layers=layers, heads=heads, dtype=dtype, out=out, backend=backend)
     return packed, buffer
 
 
-def _check_wire(
-    p: Pack, source: dict, slots: list[int], packed: pw.PackedKV, buffer: Tensor | None
-) -> None:
+def _check_wire(p: Pack, source: dict, slots: list[int], packed: pw.PackedKV, buffer: Tensor | None) -> None:
     """Rows and scales against the oracle, then where they lie: per layer K, V; scales behind, 16-byte aligned."""
     wire = p.wire_dtype or p.source.dtype
     (first, stop), heads = _ranges(p, p.source)
@@ -143,7 +134,7 @@ def _check_wire(
             expected = torch.from_numpy(rows.copy().view(np.uint8)).reshape(-1)
             expected = expected.view(TORCH[wire]).reshape(rows.shape)
             got = got_all[at : at + rows.nbytes].clone().view(TORCH[wire]).reshape(rows.shape)
-            compare.same_elements(f"packed {name}[{layer - first}]", got, expected, wire, exact=copied)  # fmt: skip
+            compare.same_elements(f"packed {name}[{layer - first}]", got, expected, wire, exact=copied)
             payload.append(rows.tobytes())
             at += rows.nbytes
             if row_scale is not None:
@@ -151,9 +142,7 @@ def _check_wire(
     behind = b"".join(scales["k"] + scales["v"])
     padding = -at % 16 if scales["k"] else 0
     got, expected = list(got_all[at:].numpy()), list(b"\0" * padding + behind)
-    assert len(got) == len(expected), (
-        f"packed: {len(got)} bytes behind the rows, not {len(expected)}"
-    )
+    assert len(got) == len(expected), f"packed: {len(got)} bytes behind the rows, not {len(expected)}"
     for i, (have, want) in enumerate(zip(got, expected, strict=True)):
         assert have == want, f"packed scales: byte {i} behind the rows is {have:#x}, not {want:#x}"
     if buffer is not None:

@@ -58,9 +58,7 @@ class Attention(Problem):
     shared: str = "none"  # "prefix" "all": pages shared between requests
     padding_ids: str = "huge"  # page-table entries past the end: "huge" "negative" "valid"
     unowned: str = "nan"  # what lies in slots of no request: "nan" "inf" "number"
-    poison: tuple[
-        str, ...
-    ] = ()  # "k_nan" "k_inf" "v_nan" "v_inf", each in one owned key; "q_nan" in padding rows
+    poison: tuple[str, ...] = ()  # "k_nan" "k_inf" "v_nan" "v_inf", each in one owned key; "q_nan" in padding rows
     seed: int = 0
 
 

@@ -18,10 +18,7 @@ SHRINKING_S = 45.0  # then the smallest failure so far is the answer
 
 
 def run(
-    strategy: SearchStrategy[Problem],
-    body: Callable[[Problem], None],
-    seconds: float,
-    journal: Path,
+    strategy: SearchStrategy[Problem], body: Callable[[Problem], None], seconds: float, journal: Path
 ) -> tuple[Counter, str]:
     """(counts of "run" and "refused", what the smallest failing problem said or ""); stops at the first failure.
 

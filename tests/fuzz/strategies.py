@@ -19,7 +19,7 @@ NARROW = st.sampled_from([8, 1, 3, 16, 17, 20, 40, 64, 128])
 LAYOUTS = st.sampled_from(["NHD", "HND"])
 GAPS = st.sampled_from([0, 16, 3, 8])
 OFFSETS = st.sampled_from([0, 16, 1, 8])
-EXTREME = [2**31 - 1, 2**31, 2**31 - 5, 2**32, sys.maxsize, 2**63, 2**64 + 3, -(2**31) - 1, -(2**63)]  # fmt: skip
+EXTREME = [2**31 - 1, 2**31, 2**31 - 5, 2**32, sys.maxsize, 2**63, 2**64 + 3, -(2**31) - 1, -(2**63)]
 
 
 def rarely(*usual_first: object) -> st.SearchStrategy:
@@ -34,7 +34,7 @@ def one_of(*values: object) -> st.SearchStrategy:
 
 def lengths(page_size: int, longest: int) -> st.SearchStrategy[int]:
     pages = st.integers(0, longest // page_size)
-    edges = st.tuples(pages, st.sampled_from([0, 1, -1])).map(lambda x: max(0, x[0] * page_size + x[1]))  # fmt: skip
+    edges = st.tuples(pages, st.sampled_from([0, 1, -1])).map(lambda x: max(0, x[0] * page_size + x[1]))
     return st.one_of(st.integers(0, min(longest, 20)), edges, st.integers(0, longest))
 
 
@@ -55,12 +55,10 @@ def attention(draw, backend: str) -> Attention:
     if draw(st.booleans()):
         # the cuda backend's prefill is for short queries: a few longer ones show that it says so
         most = draw(rarely(4 if slowest else 9 if slow else 20, 20 if slowest else 40))
-        q_lens = tuple(
-            draw(st.one_of(st.integers(0, min(n, most)), st.integers(0, most))) for n in seq_lens
-        )
+        q_lens = tuple(draw(st.one_of(st.integers(0, min(n, most)), st.integers(0, most))) for n in seq_lens)
         longest_q = max((*q_lens, 1))
         sensible = [x for x in (16, longest_q, None, 2**40) if x is None or x >= longest_q]
-        max_q_len = draw(rarely(*sensible) if backend == "cuda" else st.sampled_from(sensible[::-1]))  # fmt: skip
+        max_q_len = draw(rarely(*sensible) if backend == "cuda" else st.sampled_from(sensible[::-1]))
     dtype = draw(st.sampled_from(("bf16", "fp16") if backend == "cuda" else FLOATS))
     kv_dtype = draw(st.one_of(st.just(dtype), st.sampled_from(QUANTISED)))
     forms = ("float", "tensor", "head", "batch_head", "token_head")
@@ -174,9 +172,7 @@ def sides(draw, mla: bool) -> Side:
     dtype = draw(st.sampled_from((*FLOATS, *QUANTISED)))
     return Side(
         dtype=dtype,
-        scale=draw(st.sampled_from(["tensor", "head", "token_head"]))
-        if dtype in QUANTISED
-        else "none",  # fmt: skip
+        scale=draw(st.sampled_from(["tensor", "head", "token_head"])) if dtype in QUANTISED else "none",
         layout=draw(LAYOUTS),
         page_size=draw(PAGE_SIZES),
         more_heads=draw(st.integers(0, 2)),

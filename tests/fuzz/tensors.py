@@ -12,7 +12,7 @@ from fuzz.formats import TORCH
 SENTINEL = 0xA5  # a byte; as fp8, int8, fp16, bf16 and fp32 a small ordinary number
 
 
-def carve(shape: tuple[int, ...], dtype: str | torch.dtype, gap: int = 0, offset: int = 0) -> Tensor:  # fmt: skip
+def carve(shape: tuple[int, ...], dtype: str | torch.dtype, gap: int = 0, offset: int = 0) -> Tensor:
     """A view of `shape` with `gap` elements after each row, one spare row per outer dim (where gap > 0), starting
     `offset` elements into its storage."""
     dtype = TORCH[dtype] if isinstance(dtype, str) else dtype

@@ -48,11 +48,7 @@ class Case:
 
 
 def launches(
-    case: Case,
-    batch_size: int = 3,
-    num_tokens: int | None = None,
-    num_pages: int = 8,
-    max_pages: int = 8,
+    case: Case, batch_size: int = 3, num_tokens: int | None = None, num_pages: int = 8, max_pages: int = 8
 ) -> list[launch.Launch]:
     driver.set_active(NoDevice(case.arch))
     launch.device_of = lambda device: launch.Device(case.arch, 132)
@@ -63,15 +59,11 @@ def launches(
     head_dim = case.head_dim - 16 * case.modified
     page_size = 3 if case.modified else case.page_size
     q = torch.empty(num_tokens, num_kv_heads * group, head_dim, dtype=case.dtype)
-    caches = [
-        torch.empty(num_pages, page_size, num_kv_heads, head_dim, dtype=case.kv_dtype)
-        for _ in range(2)
-    ]
+    caches = [torch.empty(num_pages, page_size, num_kv_heads, head_dim, dtype=case.kv_dtype) for _ in range(2)]
     out = torch.empty_like(q, dtype=fp32 if case.modified else case.dtype)
     lse = torch.empty(q.shape[:2]) if case.modified else None
     table, lens, rows = (
-        torch.zeros(s, dtype=torch.int32)
-        for s in ((batch_size, max_pages), batch_size, batch_size + 1)
+        torch.zeros(s, dtype=torch.int32) for s in ((batch_size, max_pages), batch_size, batch_size + 1)
     )
     scale: torch.Tensor | float | None = 1.0 if case.kv_dtype in QUANT_MAX else None
     m = Modifiers(0.1, causal=ragged, k_scale=scale, v_scale=scale)
@@ -101,9 +93,7 @@ def spills_of_tile_loops(sass: str) -> float:
             loops.append((start, i + 1))
     loops = [(a, b) for a, b in loops if any("MUFU.EX2" in text for _, text in code[a:b])]
     inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    local = [
-        sum(bool(re.search(r"\b(STL|LDL)", t)) for _, t in code[a:b]) / (b - a) for a, b in inner
-    ]
+    local = [sum(bool(re.search(r"\b(STL|LDL)", t)) for _, t in code[a:b]) / (b - a) for a, b in inner]
     return max(local, default=0.0)
 
 
@@ -121,9 +111,7 @@ def facts(case: Case, planned: launch.Launch) -> dict:
         sass = dump("-sass")
     used = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
-    copies = re.findall(
-        r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)(?:, [^;]*)?;", ptx
-    )
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)(?:, [^;]*)?;", ptx)
     return {
         "case": case.id,
         "arch": case.arch,
@@ -161,11 +149,7 @@ def every_row() -> Iterator[Case]:
 QUICK = [
     Case(arch, op, *dtypes, page_size=page_size)
     for arch in (80, 90)
-    for op, *dtypes, page_size in (
-        ("decode", bf16, bf16, 16),
-        ("decode", bf16, e4m3, 64),
-        ("prefill", bf16, bf16, 16),
-    )
+    for op, *dtypes, page_size in (("decode", bf16, bf16, 16), ("decode", bf16, e4m3, 64), ("prefill", bf16, bf16, 16))
 ]
 QUICK += [Case(90, "decode", modified=True), Case(80, "decode", fp32, fp32)]
 QUICK += [Case(90, "prefill", page_size=page_size) for page_size in (1, 64)]
@@ -190,9 +174,7 @@ def main() -> None:
         compilations()
         return
     wanted = sys.argv[4] if len(sys.argv) > 4 else ""
-    cases = [
-        case for case in (QUICK if sys.argv[1] == "quick" else every_row()) if wanted in case.id
-    ]
+    cases = [case for case in (QUICK if sys.argv[1] == "quick" else every_row()) if wanted in case.id]
     shard, num_shards = (int(n) for n in (sys.argv[2:4] or (0, 1)))
     for case in itertools.islice(cases, shard, None, num_shards):
         # a prefill's other launches are decode's

@@ -33,9 +33,7 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 e4m3, e5m2, int8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 
 
-def compile_launch(
-    fn: JITFunction, args: tuple, kwargs: dict, arch: int
-) -> triton.compiler.CompiledKernel:
+def compile_launch(fn: JITFunction, args: tuple, kwargs: dict, arch: int) -> triton.compiler.CompiledKernel:
     """As the launch would specialise it: pointers and ints divisible by 16, ints that are 1, ints beyond 32 bits."""
     num_warps = kwargs.pop("num_warps", 4)
     signature, constants, attrs = {}, dict(kwargs), {}
@@ -56,9 +54,7 @@ def compile_launch(
             attrs[(i,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(kwargs, "constexpr"))
     source = ASTSource(fn, signature, constants, attrs)
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
 
 
 def facts(kernel: triton.compiler.CompiledKernel) -> dict:
@@ -71,12 +67,7 @@ def facts(kernel: triton.compiler.CompiledKernel) -> dict:
     used = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     accesses = re.findall(r"\b((?:ld|st)\.global[.\w]*)", ptx)
     words = sorted({a for a in accesses if a.endswith(("b32", "b16", "b8"))})
-    return {
-        **used,
-        "words": words,
-        "div_full": "div.full" in ptx,
-        "native": "cvt.rn.satfinite" in ptx,
-    }
+    return {**used, "words": words, "div_full": "div.full" in ptx, "native": "cvt.rn.satfinite" in ptx}
 
 
 # ------------------------------------------------------------------------------------------------ calls

@@ -28,11 +28,7 @@ def compiled(amount: str, num_shards: int = 2) -> list[dict]:
     command = [sys.executable, "-W", "ignore", str(SCRIPT), amount]
     shards = [
         subprocess.Popen(
-            [*command, str(i), str(num_shards)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*command, str(i), str(num_shards)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for i in range(num_shards)
     ]
@@ -56,12 +52,8 @@ def check(rows: list[dict]) -> None:
         if row["kernel"] == "_decode_kernel":
             threads = 32 * row["num_warps"]
             registers = -(-row["reg"] // 8) * 8 * threads
-            resident = min(
-                (1 << 16) // registers, SHARED_OF_A_PROCESSOR[row["arch"]] // (row["shared"] + 1024)
-            )
-            assert resident >= row["programs_per_processor"], (
-                f"its grid does not fit at once: {row}"
-            )
+            resident = min((1 << 16) // registers, SHARED_OF_A_PROCESSOR[row["arch"]] // (row["shared"] + 1024))
+            assert resident >= row["programs_per_processor"], f"its grid does not fit at once: {row}"
 
 
 def test_representative_set() -> None:
@@ -69,9 +61,7 @@ def test_representative_set() -> None:
     check(rows)
     for row in rows:
         if row["kernel"] != "_combine_kernel" and "float32" not in row["case"]:
-            assert 16 in row["copies"], (
-                f"K and V are not copied asynchronously, 16 bytes at a time: {row}"
-            )
+            assert 16 in row["copies"], f"K and V are not copied asynchronously, 16 bytes at a time: {row}"
         if row["kernel"] == "_prefill_kernel":
             assert row["wgmma"] == (row["arch"] == 90), row
         if row["kernel"] == "_prefill_kernel" or "D256-M64" in row["case"]:

@@ -66,10 +66,7 @@ def test_split_size_that_no_tile_divides(q_lens, device):
 def test_more_requests_than_a_program_scans_at_once(device):
     lens = tuple(3 * i % 23 for i in range(18))
     run(Attention(lens, heads=(1, 1), head_dim=16), device)
-    run(
-        Attention(lens, tuple(i % 3 for i in range(18)), heads=(1, 1), head_dim=16, max_q_len=2),
-        device,
-    )
+    run(Attention(lens, tuple(i % 3 for i in range(18)), heads=(1, 1), head_dim=16, max_q_len=2), device)
 
 
 def test_transposed_lse(device):

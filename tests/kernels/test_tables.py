@@ -23,7 +23,7 @@ def test_values_arrive(count, device):
 def cache(seed: int) -> pw.PagedKVCache:
     made = pw.PagedKVCache.allocate(
         num_layers=3, num_pages=4, page_size=4, num_kv_heads=2, head_dim=64, dtype=torch.float16, device="cuda"
-    )  # fmt: skip
+    )
     g = torch.Generator().manual_seed(seed)
     for t in made.k + made.v:
         t.copy_(torch.randn(t.shape, generator=g))

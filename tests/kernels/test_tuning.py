@@ -31,9 +31,7 @@ def test_key(problem, rows, expected):
     assert tuning.key(problem, rows) == expected
 
 
-@pytest.mark.parametrize(
-    ("page_size", "special"), [(1, False), (15, False), (16, True), (63, True), (64, False)]
-)
+@pytest.mark.parametrize(("page_size", "special"), [(1, False), (15, False), (16, True), (63, True), (64, False)])
 def test_a_row_of_one_class_of_page_sizes(page_size, special, monkeypatch):
     config = tuning.KernelConfig(16, 128, 8, 2)
     monkeypatch.setitem(tuning.DECODE, Key(90, "16", 128, 16, 16), config)

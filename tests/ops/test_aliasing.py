@@ -42,11 +42,7 @@ def overlapping(call, device):
     one = torch.zeros(1, heads, width, dtype=q.dtype, device=device)
     yield "out", one.expand(rows, heads, width), None
     yield "out", one.flatten()[:width].expand(rows, heads, width), None
-    yield (
-        "out",
-        torch.zeros(4096, dtype=q.dtype, device=device).as_strided(q.shape, (8, 4, 1)),
-        None,
-    )
+    yield ("out", torch.zeros(4096, dtype=q.dtype, device=device).as_strided(q.shape, (8, 4, 1)), None)
     yield "lse", torch.zeros(1, 1, device=device).expand(rows, heads), None
 
 
@@ -67,8 +63,7 @@ def test_other_overlaps_are_refused(name, backend, device):
         with pytest.raises(ValueError, match=words):
             call.run(backend, **{result: tensor})
         assert all(
-            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-            for a, b in zip(call.args, before, strict=True)
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(call.args, before, strict=True)
         )
         found += 1
     assert found == 9
@@ -107,9 +102,7 @@ def test_merge_in_place_and_nothing_else(backend, device):
     with pytest.raises(ValueError, match=r"out: .* overlaps outs\[0\]"):
         pw.merge_states(outs, lses, out=flat[24:][: 15 * 24].view(5, 3, 24), backend=backend)
     with pytest.raises(ValueError, match="out: .* overlaps lse_a"):
-        pw.merge_state(
-            outs[0], buffer.flatten()[:15].view(5, 3), outs[1], lses[1], out=buffer[:5], backend=backend
-        )  # fmt: skip
+        pw.merge_state(outs[0], buffer.flatten()[:15].view(5, 3), outs[1], lses[1], out=buffer[:5], backend=backend)
 
 
 def test_tokens_of_the_cache_itself_are_appended(backend, device):

@@ -47,21 +47,14 @@ def make(dtype, kv_dtype, scale, layout, page_size, head_dim, head_dim_v, device
     scales = {}
     if scale is not None:
         for name in ("k_scale", "v_scale"):
-            shape = {
-                "float": (),
-                "tensor": (),
-                "head": (heads,),
-                "token_head": (num_pages, page_size, heads),
-            }[scale]
+            shape = {"float": (), "tensor": (), "head": (heads,), "token_head": (num_pages, page_size, heads)}[scale]
             s = torch.rand(shape, generator=g) + 0.1
             scales[name] = float(s) if scale == "float" else s.to(device)
     return (*new, *caches, slots.to(device)), {"layout": layout, **scales}
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-@pytest.mark.parametrize(
-    "case", CASES, ids=lambda c: "-".join(cases.SHORT.get(x, str(x)) for x in c)
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(cases.SHORT.get(x, str(x)) for x in c))
 def test_append(case, strided, backend, device):
     args, kwargs = make(*case, device=device, strided=strided)
     expected, expected_kw = make(*case, device=device, strided=strided)
@@ -80,14 +73,7 @@ def test_slot_dtypes_and_padding(index_dtype, backend, device):
     cache = torch.full((2, 4, 1, 16), 7.0, device=device)
     v_cache = cache.clone()
     k = torch.arange(5.0, device=device)[:, None, None].expand(5, 1, 16).contiguous()
-    pw.append_kv(
-        k,
-        -k,
-        cache,
-        v_cache,
-        torch.tensor([6, -1, 0], dtype=index_dtype, device=device),
-        backend=backend,
-    )
+    pw.append_kv(k, -k, cache, v_cache, torch.tensor([6, -1, 0], dtype=index_dtype, device=device), backend=backend)
     assert cache[..., 0].flatten().tolist() == [2, 7, 7, 7, 7, 7, 0, 7]
     assert v_cache[..., 0].flatten().tolist() == [-2, 7, 7, 7, 7, 7, 0, 7]
 
@@ -95,14 +81,7 @@ def test_slot_dtypes_and_padding(index_dtype, backend, device):
 def test_no_tokens(backend, device):
     cache = torch.zeros(1, 4, 1, 16, device=device)
     k = torch.empty(0, 1, 16, device=device)
-    pw.append_kv(
-        k,
-        k,
-        cache,
-        cache.clone(),
-        torch.empty(0, dtype=torch.int64, device=device),
-        backend=backend,
-    )
+    pw.append_kv(k, k, cache, cache.clone(), torch.empty(0, dtype=torch.int64, device=device), backend=backend)
     assert not cache.any()
 
 
@@ -110,20 +89,12 @@ def test_no_tokens(backend, device):
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=cases.SHORT.get)
 def test_every_bit_pattern_quantises_as_defined(dtype, kv_dtype, backend, device):
     """All 65536 values of a 16-bit dtype, two scales: ties, subnormals, -0, overflow, NaN."""
-    x = (
-        torch.arange(65536, dtype=torch.int32)
-        .to(torch.uint16)
-        .view(dtype)
-        .reshape(1, 256, 256)
-        .to(device)
-    )
+    x = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype).reshape(1, 256, 256).to(device)
     for scale in (1.0, 0.37):
         results = []
         for name in (backend, "reference"):
             cache = torch.zeros(1, 1, 256, 256, dtype=kv_dtype, device=device)
             slot = torch.zeros(1, dtype=torch.int64, device=device)
-            pw.append_kv(
-                x, x, cache, cache.clone(), slot, k_scale=scale, v_scale=scale, backend=name
-            )
+            pw.append_kv(x, x, cache, cache.clone(), slot, k_scale=scale, v_scale=scale, backend=name)
             results.append(bits(cache))
         assert torch.equal(*results)

@@ -11,9 +11,7 @@ import tolerance
 QUICK = cases.DECODE + cases.PREFILL
 
 
-@pytest.mark.parametrize(
-    "case", QUICK, ids=lambda c: ("decode-" if c.q_lens is None else "prefill-") + c.id
-)
+@pytest.mark.parametrize("case", QUICK, ids=lambda c: ("decode-" if c.q_lens is None else "prefill-") + c.id)
 def test_attention(case, backend, device):
     call = cases.build(case, device, backend=backend)
     out, lse = call.run(backend)
@@ -21,9 +19,7 @@ def test_attention(case, backend, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", cases.matrix(), ids=lambda c: ("decode-" if c.q_lens is None else "prefill-") + c.id
-)
+@pytest.mark.parametrize("case", cases.matrix(), ids=lambda c: ("decode-" if c.q_lens is None else "prefill-") + c.id)
 def test_attention_matrix(case, backend, device):
     call = cases.build(case, device, backend=backend)
     out, lse = call.run(backend)
@@ -32,9 +28,7 @@ def test_attention_matrix(case, backend, device):
 
 @pytest.mark.parametrize("q_lens", [None, (1, 7)], ids=["decode", "prefill"])
 def test_same_call_same_bits(q_lens, backend, device):
-    call = cases.build(
-        cases.Attention((40, 21), q_lens, dtype=torch.bfloat16), device, backend=backend
-    )
+    call = cases.build(cases.Attention((40, 21), q_lens, dtype=torch.bfloat16), device, backend=backend)
     first, second = call.run(backend), call.run(backend)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
@@ -44,11 +38,7 @@ def test_split_size_makes_a_request_independent_of_its_batch(op, backend, device
     """Bitwise: alone, and among others of other lengths."""
     lens, q_lens = (150, 3, 70), (2, 3, 5)
     case = cases.Attention(
-        lens,
-        None if op == "decode" else q_lens,
-        dtype=torch.bfloat16,
-        split_size=32,
-        max_q_len=None,
+        lens, None if op == "decode" else q_lens, dtype=torch.bfloat16, split_size=32, max_q_len=None
     )
     call = cases.build(case, device, backend=backend)
     together_out, together_lse = call.run(backend)

@@ -13,9 +13,7 @@ from cases import Attention, fp16
 from pagewire.flash_attn import flash_attn_varlen_func
 
 HUGE = (2**30 - 1, 2**30, 2**31 - 1, 2**31, 2**32 + 3, 2**40, sys.maxsize, 2**63, 2**64, 2**100)
-INTEGERS = st.one_of(
-    st.sampled_from([*HUGE, *(-n for n in HUGE), -1, 0, 1, 2, 7]), st.integers(-(2**70), 2**70)
-)
+INTEGERS = st.one_of(st.sampled_from([*HUGE, *(-n for n in HUGE), -1, 0, 1, 2, 7]), st.integers(-(2**70), 2**70))
 SHAPES = {
     "decode": Attention((37, 9), dtype=fp16, head_dim=16),
     "causal": Attention((37, 9), (12, 9), dtype=fp16, head_dim=16, max_q_len=16),
@@ -72,9 +70,7 @@ def test_bounds_of_the_drop_in(most, device):
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(
-    "slot", [-(2**63), -(2**31) - 1, -(2**31), -1, 2**31 - 1, 2**31, 2**63 - 1]
-)
+@pytest.mark.parametrize("slot", [-(2**63), -(2**31) - 1, -(2**31), -1, 2**31 - 1, 2**31, 2**63 - 1])
 def test_slots(slot, backend, device):
     """A negative one is skipped, one past the end reported; nothing else is written."""
     k = torch.randn(2, 2, 16, device=device)

@@ -12,11 +12,7 @@ LAST = NUM_PAGES * PAGE_SIZE - 3
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_append_pack_unpack_beyond_31_bits(layout, backend, device):
-    shape = (
-        (NUM_PAGES, PAGE_SIZE, HEADS, DIM)
-        if layout == "NHD"
-        else (NUM_PAGES, HEADS, PAGE_SIZE, DIM)
-    )
+    shape = (NUM_PAGES, PAGE_SIZE, HEADS, DIM) if layout == "NHD" else (NUM_PAGES, HEADS, PAGE_SIZE, DIM)
     try:
         k = torch.empty(shape, dtype=torch.float16, device=device)
     except (RuntimeError, torch.OutOfMemoryError):

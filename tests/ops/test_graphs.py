@@ -23,14 +23,12 @@ def captured_by(request: pytest.FixtureRequest, device: torch.device) -> str:
 def test_replay_with_other_lengths(q_lens, split_size, captured_by, device):
     case = cases.Attention(
         (700, 90, 33), q_lens, heads=(8, 2), dtype=torch.bfloat16, split_size=split_size, max_q_len=4
-    )  # fmt: skip
+    )
     call = cases.build(case, device)
     q, k_cache, v_cache, table, seq_lens = call.args[:5]
     new = torch.randn(3, 2, 64, device=device).bfloat16()
     # the last token of each request, written again
-    slots = torch.stack(
-        [pw.page_slots(table[b], n - 1, n, 16)[0] for b, n in enumerate((700, 90, 33))]
-    )
+    slots = torch.stack([pw.page_slots(table[b], n - 1, n, 16)[0] for b, n in enumerate((700, 90, 33))])
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], device=device)
     keywords = {**call.kwargs, "out": out, "lse": lse, "return_lse": True, "backend": captured_by}

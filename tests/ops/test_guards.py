@@ -35,18 +35,14 @@ def recorded(words: str) -> None:
 @pytest.mark.parametrize("page", [-1, 99, 2147480000])
 def test_bad_page_leaves_the_softmax(page, q_lens, guarded, device):
     """As if the page's tokens did not exist; the other request is untouched."""
-    call = cases.build(
-        cases.Attention((40, 33), q_lens, page_size=16, head_dim=32), device, backend=guarded
-    )
+    call = cases.build(cases.Attention((40, 33), q_lens, page_size=16, head_dim=32), device, backend=guarded)
     expected_out, expected_lse = tolerance.evaluate(call, torch.float64)
     call.args[3][0, 1] = page
     out, lse = call.run(guarded)
     op = "decode" if q_lens is None else "prefill"
     recorded(f"{op}: page_table[0, 1] is outside [0, num_pages)")
     first = 1 if q_lens is None else q_lens[0]
-    tolerance.close(
-        "out", out[first:].double(), expected_out[first:], limit(call), "the other request"
-    )
+    tolerance.close("out", out[first:].double(), expected_out[first:], limit(call), "the other request")
     assert not out.isnan().any() and not lse.isnan().any()
 
     # the first request over its remaining keys, in the same positions: attention with the page masked
@@ -58,9 +54,7 @@ def test_bad_page_leaves_the_softmax(page, q_lens, guarded, device):
     group = q.shape[1] // k.shape[1]
     for row in range(first):
         visible = torch.tensor([j <= 40 - first + row for j in keys], device=device)
-        logits = (
-            torch.einsum("hd,khd->hk", q[row].double(), k.repeat_interleave(group, 1)) * 32**-0.5
-        )
+        logits = torch.einsum("hd,khd->hk", q[row].double(), k.repeat_interleave(group, 1)) * 32**-0.5
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
         expected = torch.einsum("hk,khd->hd", weights, v.repeat_interleave(group, 1).nan_to_num())
         tolerance.close("out", out[row].double(), expected, limit(call), "the request itself")
@@ -69,25 +63,19 @@ def test_bad_page_leaves_the_softmax(page, q_lens, guarded, device):
 @pytest.mark.parametrize("length", [-3, 1000])
 @pytest.mark.parametrize("q_lens", [None, (4, 9)], ids=["decode", "prefill"])
 def test_length_is_clamped(length, q_lens, guarded, device):
-    call = cases.build(
-        cases.Attention((40, 33), q_lens, page_size=16, head_dim=32), device, backend=guarded
-    )
+    call = cases.build(cases.Attention((40, 33), q_lens, page_size=16, head_dim=32), device, backend=guarded)
     expected_out, _ = tolerance.evaluate(call, torch.float64)
     call.args[3][0] = call.args[3][0, 0]  # every entry of the clamped request is a page that exists
     call.args[4][0] = length
     out, _ = call.run(guarded)
     recorded(f"{'decode' if q_lens is None else 'prefill'}: seq_lens[0] is outside")
     first = 1 if q_lens is None else q_lens[0]
-    tolerance.close(
-        "out", out[first:].double(), expected_out[first:], limit(call), "the other request"
-    )
+    tolerance.close("out", out[first:].double(), expected_out[first:], limit(call), "the other request")
 
 
 @pytest.mark.parametrize("offsets", [(0, 4, 99), (0, -2, 13), (0, 9, 4)])
 def test_offsets_are_clamped(offsets, guarded, device):
-    call = cases.build(
-        cases.Attention((40, 33), (4, 9), page_size=16, head_dim=32), device, backend=guarded
-    )
+    call = cases.build(cases.Attention((40, 33), (4, 9), page_size=16, head_dim=32), device, backend=guarded)
     call.args[5].copy_(torch.tensor(offsets, dtype=torch.int32))
     out, lse = call.run(guarded)
     recorded("prefill: cu_seqlens_q[")
@@ -96,24 +84,18 @@ def test_offsets_are_clamped(offsets, guarded, device):
 
 def test_longer_than_max_q_len_is_left_empty(guarded, device):
     call = cases.build(
-        cases.Attention((40, 33), (4, 9), page_size=16, head_dim=32, max_q_len=4, sinks=True),
-        device,
-        backend=guarded,
+        cases.Attention((40, 33), (4, 9), page_size=16, head_dim=32, max_q_len=4, sinks=True), device, backend=guarded
     )
     out, lse = call.run(guarded)
     recorded("prefill: request 1 has more query rows than max_q_len")
     call.kwargs["max_q_len"] = None
     expected_out, _ = tolerance.evaluate(call, torch.float64)
-    tolerance.close(
-        "out", out[:4].double(), expected_out[:4], limit(call), "the request that keeps its promise"
-    )
+    tolerance.close("out", out[:4].double(), expected_out[:4], limit(call), "the request that keeps its promise")
     assert not out[4:].any() and torch.equal(lse[4:], call.kwargs["sinks"].expand(9, -1))
 
 
 def test_pages_nobody_can_see_are_not_recorded(guarded, device):
-    call = cases.build(
-        cases.Attention((60,), (4,), page_size=4, window=(7, -1)), device, backend=guarded
-    )
+    call = cases.build(cases.Attention((60,), (4,), page_size=4, window=(7, -1)), device, backend=guarded)
     expected = call.run(guarded)[0].clone()
     call.args[3][0, : (60 - 4 - 7) // 4] = -5
     assert torch.equal(call.run(guarded)[0], expected)
@@ -123,9 +105,7 @@ def test_pages_nobody_can_see_are_not_recorded(guarded, device):
 def test_append_slot_past_the_end(guarded, device):
     cache = torch.zeros(2, 4, 1, 16, device=device)
     k = torch.ones(3, 1, 16, device=device)
-    pw.append_kv(
-        k, k, cache, cache.clone(), torch.tensor([1, 8, -7], device=device), backend=guarded
-    )
+    pw.append_kv(k, k, cache, cache.clone(), torch.tensor([1, 8, -7], device=device), backend=guarded)
     recorded("append_kv: slot_mapping[1] is past the last slot")
     assert cache[..., 0].flatten().tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
 
@@ -136,7 +116,7 @@ def test_pack_and_unpack_bad_slot(dtype, slot, guarded, device):
     scale = "token_head" if dtype == torch.int8 else "none"
     cache = pw.PagedKVCache.allocate(
         num_layers=2, num_pages=2, page_size=4, num_kv_heads=1, head_dim=16, dtype=dtype, device=device, scale=scale
-    )  # fmt: skip
+    )
     for t in cache.k + cache.v:
         t.fill_(3)
     slots = torch.tensor([2, slot, 5], device=device)
@@ -157,9 +137,7 @@ def test_pack_and_unpack_bad_slot(dtype, slot, guarded, device):
 def test_of_several_faults_the_largest_word_is_reported(guarded, device):
     cache = torch.zeros(2, 4, 1, 16, device=device)
     k = torch.ones(3, 1, 16, device=device)
-    pw.append_kv(
-        k, k, cache, cache.clone(), torch.tensor([8, 0, 9], device=device), backend=guarded
-    )
+    pw.append_kv(k, k, cache, cache.clone(), torch.tensor([8, 0, 9], device=device), backend=guarded)
     recorded("slot_mapping[2]")
 
 

@@ -63,9 +63,6 @@ def test_merge_into_strided_fp32(backend, device):
 
 @pytest.mark.parametrize("n, tokens", [(0, 4), (2, 0)])
 def test_nothing_to_merge(n, tokens, backend, device):
-    outs, lses = (
-        torch.ones(n, tokens, 2, 16, device=device),
-        torch.ones(n, tokens, 2, device=device),
-    )
+    outs, lses = (torch.ones(n, tokens, 2, 16, device=device), torch.ones(n, tokens, 2, device=device))
     out, lse = pw.merge_states(outs, lses, backend=backend)
     assert not out.any() and bool((lse == -torch.inf).all())

@@ -33,9 +33,7 @@ def make(name, device, *, seed=0, num_layers=2, heads=4, head_dim=32, head_dim_v
     )  # fmt: skip
     if strided:  # layers interleaved in one buffer, K beside V
         shape = cache.k[0].shape
-        fused = torch.zeros(
-            (*shape[:-1], num_layers, head_dim + head_dim_v), dtype=dtype, device=device
-        )
+        fused = torch.zeros((*shape[:-1], num_layers, head_dim + head_dim_v), dtype=dtype, device=device)
         cache = pw.PagedKVCache(
             [fused[..., i, :head_dim] for i in range(num_layers)],
             [fused[..., i, head_dim:] for i in range(num_layers)],
@@ -75,9 +73,7 @@ def assert_caches_equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [None, bf16, fp32, e4m3, e5m2, int8],
-    ids=lambda d: f"wire_{cases.SHORT.get(d, 'same')}",
+    "dtype", [None, bf16, fp32, e4m3, e5m2, int8], ids=lambda d: f"wire_{cases.SHORT.get(d, 'same')}"
 )
 @pytest.mark.parametrize("name", CACHES)
 def test_pack(name, dtype, backend, device):
@@ -94,12 +90,7 @@ PAIRS = list(itertools.product(CACHES, CACHES))
 @pytest.mark.parametrize("source, target", PAIRS[::3], ids=[f"{a}>{b}" for a, b in PAIRS[::3]])
 def test_unpack(source, target, backend, device):
     """Any cache to any cache: page size, layout, dtype and head range in the one pass."""
-    packed = pw.pack_kv(
-        make(source, device),
-        slots_of(make(source, device), device),
-        heads=(0, 2),
-        backend="reference",
-    )
+    packed = pw.pack_kv(make(source, device), slots_of(make(source, device), device), heads=(0, 2), backend="reference")
     caches, sent = [], packed.buffer.clone()
     for name in (backend, "reference"):
         cache = make(target, device, seed=9, strided=target.startswith("fp32"))
@@ -113,9 +104,7 @@ def test_unpack(source, target, backend, device):
 def test_round_trip_is_exact(name, backend, device):
     """pack, unpack into another cache of the same kind, pack again: the same bytes."""
     cache, other = make(name, device), make(name, device, seed=7)
-    for mine, theirs in zip(
-        cache.k_scale + cache.v_scale, other.k_scale + other.v_scale, strict=True
-    ):
+    for mine, theirs in zip(cache.k_scale + cache.v_scale, other.k_scale + other.v_scale, strict=True):
         if mine is not None and mine.dim() < 3:
             theirs.copy_(mine)  # a shared scale belongs to the cache, not to the tokens
     packed = pw.pack_kv(cache, slots_of(cache, device), backend=backend)
@@ -132,9 +121,7 @@ def test_pack_into_a_given_buffer(backend, device):
     packed = pw.pack_kv(cache, slots, out=buffer[16:], backend=backend)
     assert packed.buffer.data_ptr() == buffer.data_ptr() + 16
     assert_packed_equal(packed, pw.pack_kv(cache, slots, backend="reference"))
-    assert bool((buffer[:16] == 0xAB).all()) and bool(
-        (buffer[16 + shape.num_bytes :] == 0xAB).all()
-    )
+    assert bool((buffer[:16] == 0xAB).all()) and bool((buffer[16 + shape.num_bytes :] == 0xAB).all())
 
 
 def test_mla_cache_packs_once(backend, device):

@@ -35,9 +35,7 @@ def geometries(draw) -> dict:
     }  # fmt: skip
 
 
-def make(
-    g: dict, side: dict, generator: torch.Generator, device
-) -> tuple[pw.PagedKVCache, torch.Tensor]:
+def make(g: dict, side: dict, generator: torch.Generator, device) -> tuple[pw.PagedKVCache, torch.Tensor]:
     """A cache full of random bytes (NaN patterns too) with random scales, and one slot per token."""
     num_pages = -(-(g["num_tokens"] + 3) // side["page_size"])
     rows = (side["page_size"], g["heads"])
@@ -46,24 +44,16 @@ def make(
     for width in g["widths"]:
         layers = []
         for _ in range(g["layers"]):
-            cache = cases.gaps(
-                num_pages, *rows, width, dtype=g["dtype"], device=device, on=side["strided"]
-            )
-            noise = torch.randint(
-                0, 256, (*cache.shape[:-1], width * cache.element_size()), generator=generator
-            )
+            cache = cases.gaps(num_pages, *rows, width, dtype=g["dtype"], device=device, on=side["strided"])
+            noise = torch.randint(0, 256, (*cache.shape[:-1], width * cache.element_size()), generator=generator)
             cache.copy_(noise.to(torch.uint8).view(g["dtype"]))
             layers.append(cache)
         sides.append(layers)
-        shape = {
-            "tensor": (),
-            "head": (g["heads"],),
-            "token_head": (num_pages, side["page_size"], g["heads"]),
-        }
+        shape = {"tensor": (), "head": (g["heads"],), "token_head": (num_pages, side["page_size"], g["heads"])}
         if g["scale"] != "none":
-            scales.append([
-                (torch.rand(shape[g["scale"]], generator=generator) + 0.1).to(device) for _ in range(g["layers"])
-            ])  # fmt: skip
+            scales.append(
+                [(torch.rand(shape[g["scale"]], generator=generator) + 0.1).to(device) for _ in range(g["layers"])]
+            )
     k_scales, v_scales = scales or (None, None)
     cache = pw.PagedKVCache(*sides, layout=side["layout"], k_scales=k_scales, v_scales=v_scales)
     slots = torch.randperm(cache.geometry.num_slots, generator=generator)[: g["num_tokens"]]
@@ -76,18 +66,14 @@ def test_slices_arrive_as_they_left(backend, device):
     if reason is not None:
         pytest.skip(reason)
 
-    @settings(
-        max_examples=EXAMPLES[backend], deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=EXAMPLES[backend], deadline=None, suppress_health_check=list(HealthCheck))
     @given(g=geometries())
     def check(g: dict) -> None:
         generator = torch.Generator().manual_seed(g["seed"])
         source, leaving = make(g, g["sides"][0], generator, device)
         target, arriving = make(g, g["sides"][1], generator, device)
         if g["scale"] in ("tensor", "head"):  # belongs to the cache: both sides agree on it
-            for mine, theirs in zip(
-                source.k_scale + source.v_scale, target.k_scale + target.v_scale, strict=True
-            ):
+            for mine, theirs in zip(source.k_scale + source.v_scale, target.k_scale + target.v_scale, strict=True):
                 theirs.copy_(mine)
             # requantised on the way: values, not a NaN's payload or an infinity
             for x in source.k + source.v:
@@ -98,9 +84,7 @@ def test_slices_arrive_as_they_left(backend, device):
                 if layers[0] < layers[1] and heads[0] < heads[1]:
                     part = pw.pack_kv(source, leaving, layers=layers, heads=heads, backend=backend)
                     assert part.num_bytes == part.buffer.numel()
-                    pw.unpack_kv(
-                        part, target, arriving, layers=layers, heads=heads, backend=backend
-                    )
+                    pw.unpack_kv(part, target, arriving, layers=layers, heads=heads, backend=backend)
         whole = pw.pack_kv(source, leaving, backend="reference").buffer
         assert torch.equal(whole, pw.pack_kv(target, arriving, backend="reference").buffer)
         assert torch.equal(whole, pw.pack_kv(source, leaving, backend=backend).buffer)

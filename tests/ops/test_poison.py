@@ -31,7 +31,7 @@ VISIBILITY = {
     "e4m3": Attention((50,), (12,), dtype=fp16, kv_dtype=e4m3, scale="token_head", head_dim=32, max_q_len=16),
     "e5m2": Attention((50,), (12,), dtype=bf16, kv_dtype=e5m2, scale="head", head_dim=32, max_q_len=16),
     "int8": Attention((50,), (12,), dtype=bf16, kv_dtype=int8, scale="token_head", head_dim=32, max_q_len=16),
-}  # fmt: skip
+}
 
 
 def sees(case, request: int, row: int, key: int) -> bool:
@@ -150,10 +150,7 @@ def test_a_sink_of_infinity_takes_all_of_the_weight(backend, device):
 def test_rows_nobody_owns_read_nothing(backend, device):
     """An empty batch has neither slopes nor scales to read, and its padding rows are empty."""
     call = cases.build(Attention((), (), padding_rows=3, alibi=2, dtype=fp16), device)
-    scales = {
-        "k_scale": torch.ones(0, 2, device=device),
-        "v_scale": torch.ones(0, 2, device=device),
-    }
+    scales = {"k_scale": torch.ones(0, 2, device=device), "v_scale": torch.ones(0, 2, device=device)}
     caches = [c.new_zeros(c.shape, dtype=fp16).to(int8) for c in call.args[1:3]]
     call.args = (call.args[0], *caches, *call.args[3:])
     out, lse = call.run(backend, **scales)

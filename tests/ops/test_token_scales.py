@@ -94,9 +94,7 @@ def test_an_empty_row_beside_others(amax, kv_dtype, backend, device):
 def test_soft_caps_of_any_size(cap, q_lens, backend, device):
     """A large one changes nothing: tanh(x) is x near 0, where 1 - 2 / (exp(2 x) + 1) would cancel."""
     dtype = bf16 if backend == "cuda" else torch.float32
-    case = Attention(
-        (45,), q_lens, dtype=dtype, softcap=cap, max_q_len=16, head_dim=32, out_dtype=torch.float32
-    )
+    case = Attention((45,), q_lens, dtype=dtype, softcap=cap, max_q_len=16, head_dim=32, out_dtype=torch.float32)
     call = cases.build(case, device, backend=backend)
     _, lse = call.run(backend)
     _, expected = tolerance.evaluate(call, torch.float64)

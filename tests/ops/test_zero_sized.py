@@ -15,12 +15,10 @@ def int32(values, device):
 @pytest.mark.parametrize("out_of", ["new", "buffer"])
 @pytest.mark.parametrize("scale", ["tensor", "head", "token_head"])
 @pytest.mark.parametrize("dtype", [None, fp32, torch.float8_e5m2], ids=["bytes", "fp32", "e5m2"])
-def test_packing_no_slots_writes_the_scales_of_tensors_and_heads(
-    scale, dtype, out_of, backend, device
-):
+def test_packing_no_slots_writes_the_scales_of_tensors_and_heads(scale, dtype, out_of, backend, device):
     cache = pw.PagedKVCache.allocate(
-        num_layers=2, num_pages=2, page_size=4, num_kv_heads=3, head_dim=8, dtype=int8, device=device, scale=scale,
-    )  # fmt: skip
+        num_layers=2, num_pages=2, page_size=4, num_kv_heads=3, head_dim=8, dtype=int8, device=device, scale=scale
+    )
     for i, s in enumerate((*cache.k_scale, *cache.v_scale)):
         s.copy_(torch.arange(s.numel(), device=device).view(s.shape) + 10 * i + 1)
     none = torch.empty(0, dtype=torch.int64, device=device)
@@ -42,9 +40,7 @@ def test_packing_no_slots_writes_the_scales_of_tensors_and_heads(
 @pytest.mark.parametrize("batch", [0, 2])
 def test_attention_over_nothing(batch, width, num_pages, backend, device):
     """No requests, no columns in the table, no pages: rows without keys."""
-    caches = [
-        torch.full((num_pages, 4, 2, 16), torch.nan, dtype=fp16, device=device) for _ in range(2)
-    ]
+    caches = [torch.full((num_pages, 4, 2, 16), torch.nan, dtype=fp16, device=device) for _ in range(2)]
     table = torch.full((batch, width), 99, dtype=torch.int32, device=device)
     lens = int32([0] * batch, device)
     sinks = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
@@ -56,13 +52,8 @@ def test_attention_over_nothing(batch, width, num_pages, backend, device):
         rows = 3  # of the first request, if there is one, and one of nobody
         q = torch.randn(rows + 1, 4, 16, dtype=fp16, device=device)
         cu = int32([0] + [rows] * batch, device)
-        out, lse = (
-            torch.full_like(q, torch.nan),
-            torch.full((rows + 1, 4), torch.nan, device=device),
-        )
-        pw.prefill(
-            q, *caches, table, lens, cu, sinks=given, max_q_len=16, out=out, lse=lse, backend=backend
-        )  # fmt: skip
+        out, lse = (torch.full_like(q, torch.nan), torch.full((rows + 1, 4), torch.nan, device=device))
+        pw.prefill(q, *caches, table, lens, cu, sinks=given, max_q_len=16, out=out, lse=lse, backend=backend)
         assert (out == 0).all() and torch.equal(lse.cpu(), expected.expand(rows + 1, 4))
         empty = pw.prefill(q[:0], *caches, table, lens, cu * 0, max_q_len=16, backend=backend)
         assert empty.shape == (0, 4, 16)
@@ -72,9 +63,7 @@ def test_attention_over_nothing(batch, width, num_pages, backend, device):
 @pytest.mark.parametrize("kv_dtype", [fp32, int8], ids=cases.SHORT.get)
 @pytest.mark.parametrize("num_pages", [0, 2])
 def test_append_of_nothing(num_pages, kv_dtype, heads, backend, device):
-    caches = [
-        torch.full((num_pages, 4, heads, 16), 3, dtype=kv_dtype, device=device) for _ in range(2)
-    ]
+    caches = [torch.full((num_pages, 4, heads, 16), 3, dtype=kv_dtype, device=device) for _ in range(2)]
     scales = [torch.ones(num_pages, 4, heads, device=device) for _ in range(2)]
     kw = {} if kv_dtype == fp32 else {"k_scale": scales[0], "v_scale": scales[1]}
     for slots in ([], [-1, -1]):
@@ -84,9 +73,9 @@ def test_append_of_nothing(num_pages, kv_dtype, heads, backend, device):
     assert all((c == 3).all() for c in caches) and all((s == 1).all() for s in scales)
 
 
-@pytest.mark.parametrize("n, tokens, heads, width", [
-    (0, 3, 2, 8), (2, 0, 2, 8), (2, 3, 0, 8), (2, 3, 2, 0), (0, 0, 0, 0), (0, 3, 2, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, tokens, heads, width", [(0, 3, 2, 8), (2, 0, 2, 8), (2, 3, 0, 8), (2, 3, 2, 0), (0, 0, 0, 0), (0, 3, 2, 0)]
+)
 def test_merges_of_nothing(n, tokens, heads, width, backend, device):
     outs = torch.ones(n, tokens, heads, width, device=device)
     lses = torch.full((n, tokens, heads), 2.0, device=device)
@@ -114,9 +103,7 @@ def test_an_empty_cache_packs_nothing(backend, device):
 
 
 def test_no_layers_no_heads_are_refused_in_a_sentence(backend):
-    with pytest.raises(
-        TypeError, match="k_caches: expected a sequence with a tensor for each layer"
-    ):
+    with pytest.raises(TypeError, match="k_caches: expected a sequence with a tensor for each layer"):
         pw.PagedKVCache([], [])
     no_heads = [torch.empty(2, 4, 0, 8)]
     with pytest.raises(ValueError, match="num_kv_heads >= 1"):

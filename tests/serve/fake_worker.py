@@ -14,25 +14,12 @@ import msgspec
 
 from pagewire.serve.channel import WORKER_CODEC, Channel, ChannelClosed, wait
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
-from pagewire.serve.messages import (
-    Cancel,
-    Event,
-    Events,
-    Failed,
-    Finished,
-    Gauges,
-    Ready,
-    Shutdown,
-    Submit,
-    Token,
-)
+from pagewire.serve.messages import Cancel, Event, Events, Failed, Finished, Gauges, Ready, Shutdown, Submit, Token
 
 VOCAB_SIZE = 320  # tiny.py's
 TOKEN_MS = float(os.environ.get("FAKE_TOKEN_MS", "1"))  # between two tokens of D
 FIRST_TOKEN_MS = float(os.environ.get("FAKE_FIRST_TOKEN_MS", "0"))  # P's prefill
-FAIL_AT = int(
-    os.environ.get("FAKE_FAIL_AT", "-1")
-)  # D fails a request instead of sending this token
+FAIL_AT = int(os.environ.get("FAKE_FAIL_AT", "-1"))  # D fails a request instead of sending this token
 
 
 @dataclass
@@ -75,9 +62,7 @@ def main() -> int:
                 case Submit():
                     first = args.role != "decode"
                     pace = FIRST_TOKEN_MS if first else TOKEN_MS
-                    running[message.request_id] = Running(
-                        message, 0 if first else 1, time.monotonic() + pace / 1000
-                    )
+                    running[message.request_id] = Running(message, 0 if first else 1, time.monotonic() + pace / 1000)
                 case Cancel(request_id):
                     running.pop(request_id, None)
                     control.send(Finished(request_id, "cancelled", 0))
@@ -86,13 +71,7 @@ def main() -> int:
         for request_id, item in list(running.items()):
             if item.due <= time.monotonic() and step(control, args.role, item):
                 del running[request_id]
-        pages = {
-            "free": 9 - len(running),
-            "active": len(running),
-            "cached": 0,
-            "leased": 0,
-            "total": 9,
-        }
+        pages = {"free": 9 - len(running), "active": len(running), "cached": 0, "leased": 0, "total": 9}
         control.send(Gauges(args.role, pages, len(running), 0))
 
 
@@ -103,17 +82,11 @@ def step(control: Channel, role: str, item: Running) -> bool:
         control.send(Failed(submit.request_id, "the fake ran out of luck"))
         return True
     if item.index < submit.max_tokens:
-        control.send(
-            Token(
-                submit.request_id, item.index, submit.token_ids[item.index % len(submit.token_ids)]
-            )
-        )
+        control.send(Token(submit.request_id, item.index, submit.token_ids[item.index % len(submit.token_ids)]))
         item.index += 1
         item.due = time.monotonic() + TOKEN_MS / 1000
     if role == "prefill":
-        control.send(
-            Events([Event("prefill", role, time.monotonic_ns() // 1000, 5, submit.request_id)])
-        )
+        control.send(Events([Event("prefill", role, time.monotonic_ns() // 1000, 5, submit.request_id)]))
         return True
     if item.index >= submit.max_tokens:
         control.send(Finished(submit.request_id, "length", submit.max_tokens))

@@ -47,9 +47,7 @@ class Server:
         """(status, decoded JSON or text)."""
         connection = self.connect()
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        names = {"Content-Type": "application/json"} | {
-            k.replace("_", "-"): v for k, v in headers.items()
-        }
+        names = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         try:
             connection.request(method, path, data, self.headers | names)
             response = connection.getresponse()
@@ -71,9 +69,7 @@ class Server:
         connection = self.connect()
         try:
             data = json.dumps(body | {"stream": True}).encode()
-            connection.request(
-                "POST", path, data, self.headers | {"Content-Type": "application/json"}
-            )
+            connection.request("POST", path, data, self.headers | {"Content-Type": "application/json"})
             yield connection.getresponse()
         finally:
             connection.close()
@@ -134,9 +130,7 @@ def wait_for(condition: Any, timeout: float, server: Server | None = None) -> No
             time.sleep(0.2)  # for its last words
             raise AssertionError(f"the server ended: {''.join(server.stderr)}")
         if time.monotonic() > deadline:
-            raise AssertionError(
-                f"not within {timeout} s: {''.join(server.stderr) if server else condition}"
-            )
+            raise AssertionError(f"not within {timeout} s: {''.join(server.stderr) if server else condition}")
         time.sleep(0.02)
 
 

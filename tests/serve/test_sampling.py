@@ -57,9 +57,7 @@ def test_draws_follow_the_distribution(sampling: Sampling, kept: list[int]) -> N
 
 def test_seeds_differ() -> None:
     flat = torch.zeros(1, 1000)
-    by_seed = {
-        tuple(sample(flat.expand(8, -1), [Sampling(1.0, seed=s)] * 8, range(8))) for s in range(50)
-    }
+    by_seed = {tuple(sample(flat.expand(8, -1), [Sampling(1.0, seed=s)] * 8, range(8))) for s in range(50)}
     assert len(by_seed) == 50
 
 

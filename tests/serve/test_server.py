@@ -19,16 +19,7 @@ from serve.http_server import Server, command, environment, error_of, serve, wai
 from serve.tiny import make_tiny_llama
 
 # small pages and chunks, so that a prompt crosses many of both; the pool holds 4 long requests
-OPTIONS = (
-    "--page-size",
-    "4",
-    "--pool-tokens",
-    "1024",
-    "--prefill-chunk",
-    "24",
-    "--max-batch-size",
-    "4",
-)
+OPTIONS = ("--page-size", "4", "--pool-tokens", "1024", "--prefill-chunk", "24", "--max-batch-size", "4")
 CHAT = {"messages": [{"role": "user", "content": "hello world"}]}
 LONG = {"prompt": [50 + i % 200 for i in range(60)], "max_tokens": 190, "temperature": 0}
 
@@ -46,9 +37,7 @@ def records(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model, records):
-    with serve(
-        "--model", str(model), *OPTIONS, "--verify-kv", "--record-dir", str(records)
-    ) as server:
+    with serve("--model", str(model), *OPTIONS, "--verify-kv", "--record-dir", str(records)) as server:
         yield server
 
 
@@ -113,10 +102,7 @@ def test_chat_whole_and_streamed(server):
 def test_one_token_is_p_s_alone(server):
     first = server.post("/v1/completions", prompt="hello", max_tokens=1, temperature=0)[1]
     more = server.post("/v1/completions", prompt="hello", max_tokens=9, temperature=0)[1]
-    assert (
-        first["usage"]["completion_tokens"] == 1
-        and first["choices"][0]["finish_reason"] == "length"
-    )
+    assert first["usage"]["completion_tokens"] == 1 and first["choices"][0]["finish_reason"] == "length"
     assert text_of(more).startswith(text_of(first).rstrip("\ufffd"))
 
 
@@ -144,10 +130,7 @@ def test_stop_strings(server):
     before = whole[: whole.index(stop)]
     status, stopped = server.post("/v1/completions", **body, stop=["never there", stop])
     assert status == 200 and text_of(stopped) == before
-    assert (
-        stopped["choices"][0]["finish_reason"] == "stop"
-        and stopped["usage"]["completion_tokens"] < 40
-    )
+    assert stopped["choices"][0]["finish_reason"] == "stop" and stopped["usage"]["completion_tokens"] < 40
     assert streamed(server.stream("/v1/completions", **body, stop=stop)) == before
     wait_for(lambda: free_pages(server), 5)
 
@@ -167,10 +150,7 @@ def test_seeds_and_n(server):
 def test_errors_disturb_nothing(server):
     with server.open_stream("/v1/completions", **LONG) as response:
         response.readline()
-        assert server.error("/v1/completions", prompt=[70] * 600)[::2] == (
-            400,
-            "context_length_exceeded",
-        )
+        assert server.error("/v1/completions", prompt=[70] * 600)[::2] == (400, "context_length_exceeded")
         assert server.error("/v1/completions", prompt="x", model="gpt-4")[0] == 404
         assert server.error("/v1/completions", prompt="x", logprobs=3)[1] == "logprobs"
         assert error_of(*server.request("POST", "/v1/chat/completions", b"{"))[0] == 400
@@ -186,9 +166,7 @@ def test_many_at_once(server):
         prompt_len, max_tokens = lengths[i]
         body = {"prompt": [40 + (i + j) % 250 for j in range(prompt_len)], "max_tokens": max_tokens}
         if i % 2:
-            usage = server.stream(
-                "/v1/completions", **body, stream_options={"include_usage": True}
-            )[-2]["usage"]
+            usage = server.stream("/v1/completions", **body, stream_options={"include_usage": True})[-2]["usage"]
         else:
             usage = server.post("/v1/completions", **body)[1]["usage"]
         return usage["prompt_tokens"], usage["completion_tokens"]
@@ -236,9 +214,7 @@ def test_logits_agree_with_one_process(server, model, records, tmp_path):
     """Chunked prefill, transfer and decode give the logits of the colocated baseline, up to rounding."""
     body = {"prompt": [50 + 7 * i % 200 for i in range(70)], "max_tokens": 24, "temperature": 0}
     ours = server.post("/v1/completions", **body)[1]["id"]
-    with serve(
-        "--model", str(model), *OPTIONS, "--colocated", "--record-dir", str(tmp_path)
-    ) as baseline:
+    with serve("--model", str(model), *OPTIONS, "--colocated", "--record-dir", str(tmp_path)) as baseline:
         theirs = baseline.post("/v1/completions", **body)[1]["id"]
     a, b = logits_of(records, ours), logits_of(tmp_path, theirs)
     for step, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -260,9 +236,7 @@ def test_kill_9(server, role):
     """Whoever waits gets an answer, /health tells, and the next pair serves with empty pools."""
     pids = server.pids()
     answers: list = []
-    thread = threading.Thread(
-        target=lambda: answers.append(server.post("/v1/completions", **LONG, n=4))
-    )
+    thread = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", **LONG, n=4)))
     with server.open_stream("/v1/completions", **LONG) as response:
         response.readline()
         thread.start()
@@ -273,9 +247,7 @@ def test_kill_9(server, role):
     if last != b"data: [DONE]":  # it may have ended just before
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "service_unavailable"
     status, _, _, message = error_of(*answers[0])
-    assert (
-        status == 503 and f"the {role} process (pid {pids[role]}) was killed by SIGKILL" in message
-    )
+    assert status == 503 and f"the {role} process (pid {pids[role]}) was killed by SIGKILL" in message
     server.wait_healthy()
     assert not set(pids.values()) & set(server.pids().values())
     assert server.post("/v1/completions", prompt="hello", max_tokens=3)[0] == 200

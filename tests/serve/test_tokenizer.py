@@ -53,15 +53,11 @@ def test_chat_same_as_transformers(tiny: Path, tokenizer: Tokenizer) -> None:
     theirs = AutoTokenizer.from_pretrained(tiny)
     for add in (False, True):
         rendered = tokenizer.render_chat(CHAT, add_generation_prompt=add)
-        assert rendered == theirs.apply_chat_template(
-            CHAT, tokenize=False, add_generation_prompt=add
-        )
+        assert rendered == theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=add)
 
 
 @given(st.lists(st.integers(0, MIN_VOCAB - 1), max_size=40))
-def test_streaming_equals_the_library_on_any_ids(
-    tokenizer: Tokenizer, token_ids: list[int]
-) -> None:
+def test_streaming_equals_the_library_on_any_ids(tokenizer: Tokenizer, token_ids: list[int]) -> None:
     """Also where the bytes are no UTF-8, as a random model's are."""
     expected = tiny_tokenizer().decode(token_ids)
     assert streamed(tokenizer, token_ids) == tokenizer.decode(token_ids) == expected
@@ -96,22 +92,12 @@ def byte_fallback_model(tmp_path: Path) -> Path:
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab"]
     library = LibraryTokenizer(
         models.BPE(
-            {p: i for i, p in enumerate(pieces)},
-            [("▁", "a"), ("a", "b")],
-            byte_fallback=True,
-            unk_token="<unk>",
+            {p: i for i, p in enumerate(pieces)}, [("▁", "a"), ("a", "b")], byte_fallback=True, unk_token="<unk>"
         )
     )
-    library.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     library.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     library.add_special_tokens([AddedToken("<unk>", special=True, normalized=False)])
     library.save(str(path / "tokenizer.json"))
@@ -123,11 +109,7 @@ def test_byte_fallback_tokenizers(tmp_path: Path, text: str) -> None:
     path = byte_fallback_model(tmp_path)
     tokenizer = Tokenizer.load(path)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert (
-        tokenizer.decode(ids)
-        == LibraryTokenizer.from_file(str(path / "tokenizer.json")).decode(ids)
-        == text
-    )
+    assert tokenizer.decode(ids) == LibraryTokenizer.from_file(str(path / "tokenizer.json")).decode(ids) == text
     # An output continues a prompt: its first space is text.
     assert streamed(tokenizer, ids) == " " + text
 
@@ -145,9 +127,7 @@ def test_gguf_tokenizer_is_the_directorys(tiny: Path, tokenizer: Tokenizer, tmp_
 
 def test_gguf_llama3_splits(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Llama 3 puts BOS first and keeps newlines with the punctuation before them."""
-    file = make_tiny_gguf(
-        tiny, tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.pre": "llama-bpe"}
-    )
+    file = make_tiny_gguf(tiny, tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.pre": "llama-bpe"})
     loaded = Tokenizer.load(file)
     hello = tokenizer.encode("hello", add_special_tokens=False)
     assert loaded.encode("hello", add_special_tokens=True) == [1, *hello]
@@ -160,21 +140,13 @@ def test_gguf_llama3_splits(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) ->
     "metadata, message",
     [
         ({"tokenizer.ggml.model": "llama"}, r"expected 'gpt2' \(byte-level BPE\), got 'llama'"),
-        (
-            {"tokenizer.ggml.pre": "deepseek"},
-            "tokenizer.ggml.pre: expected one of gpt-2, .*, got 'deepseek'",
-        ),
-        (
-            {"llama.vocab_size": 200},
-            r"expected token ids from 0 to at most 199 \(vocab_size\), got 279",
-        ),
+        ({"tokenizer.ggml.pre": "deepseek"}, "tokenizer.ggml.pre: expected one of gpt-2, .*, got 'deepseek'"),
+        ({"llama.vocab_size": 200}, r"expected token ids from 0 to at most 199 \(vocab_size\), got 279"),
         ({"tokenizer.chat_template": "{% if"}, "chat template: expected a jinja2 template"),
     ],
     ids=["model", "pre", "vocab_size", "template"],
 )
-def test_gguf_tokenizers_we_cannot_build(
-    tiny: Path, tmp_path: Path, metadata: dict, message: str
-) -> None:
+def test_gguf_tokenizers_we_cannot_build(tiny: Path, tmp_path: Path, metadata: dict, message: str) -> None:
     file = make_tiny_gguf(tiny, tmp_path / "tiny.gguf", metadata=metadata)
     with pytest.raises(ModelError, match=message):
         Tokenizer.load(file)
@@ -195,15 +167,9 @@ def with_template(tmp_path: Path, template: object, *, as_file: bool = False) ->
 @pytest.mark.parametrize(
     "template, rendered",
     [
-        (
-            "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
-            "<|im_start|>Be brief.<|im_end|>",
-        ),
+        ("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", "<|im_start|>Be brief.<|im_end|>"),
         ([{"name": "tool", "template": "x"}, {"name": "default", "template": "{{ 1 + 1 }}"}], "2"),
-        (
-            "{% for m in messages %}\n  {% if loop.last %}{{ m | tojson }}{% endif %}\n{% endfor %}",
-            None,
-        ),
+        ("{% for m in messages %}\n  {% if loop.last %}{{ m | tojson }}{% endif %}\n{% endfor %}", None),
         ("{% for m in messages %}{% if loop.index0 %}{% break %}{% endif %}.{% endfor %}", "."),
         ("{{ strftime_now('%Y') | length }}", "4"),
     ],
@@ -222,26 +188,15 @@ def test_template_file_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "template, message",
     [
-        (
-            "{{ raise_exception('roles must alternate') }}",
-            "does not take these messages: roles must alternate",
-        ),
+        ("{{ raise_exception('roles must alternate') }}", "does not take these messages: roles must alternate"),
         ("{{ messages[0].content + 1 }}", "does not take these messages: can only concatenate str"),
-        (
-            "{{ messages.append(1) }}",
-            "does not take these messages: .*append.* is not safe|.*unsafe",
-        ),
-        (
-            "{{ ''.__class__.__mro__ }}",
-            "does not take these messages: access to attribute '__class__'",
-        ),
+        ("{{ messages.append(1) }}", "does not take these messages: .*append.* is not safe|.*unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "does not take these messages: access to attribute '__class__'"),
         (None, "no chat template"),
     ],
     ids=["raise", "type", "mutation", "escape", "none"],
 )
-def test_a_template_error_is_a_value_error(
-    tmp_path: Path, template: str | None, message: str
-) -> None:
+def test_a_template_error_is_a_value_error(tmp_path: Path, template: str | None, message: str) -> None:
     tokenizer = Tokenizer.load(with_template(tmp_path, template))
     assert tokenizer.has_chat_template == (template is not None)
     with pytest.raises(ValueError, match=message) as refused:
@@ -254,10 +209,7 @@ def test_a_template_error_is_a_value_error(
     [
         (None, "tokenizer.json: expected the model's tokenizer, got no such file"),
         ("{}", "tokenizer.json: expected a tokenizer of the tokenizers library, got .+"),
-        (
-            "wordpiece",
-            "tokenizer decoder: expected ByteLevel, or ByteFallback with Replace, got WordPiece",
-        ),
+        ("wordpiece", "tokenizer decoder: expected ByteLevel, or ByteFallback with Replace, got WordPiece"),
     ],
     ids=["missing", "empty", "wordpiece"],
 )
@@ -295,15 +247,7 @@ def test_smollm2() -> None:
         ids = tokenizer.encode(text, add_special_tokens=True)
         assert tokenizer.decode(ids) == streamed(tokenizer, ids) == text
     # Digits are split singly; "Hello" and " world" are whole tokens of SmolLM2.
-    assert tokenizer.encode("Hello world 2024", add_special_tokens=True) == [
-        19556,
-        905,
-        216,
-        34,
-        32,
-        34,
-        36,
-    ]
+    assert tokenizer.encode("Hello world 2024", add_special_tokens=True) == [19556, 905, 216, 34, 32, 34, 36]
     assert tokenizer.eos_token_ids == (2,)
     rendered = tokenizer.render_chat(CHAT)
     assert rendered == (

@@ -70,9 +70,7 @@ def test_a_pair_answers_and_every_byte_of_kv_arrives(pair: Workers, answered: li
         (verified,) = pair.reported("kv_verify", request_id)
         assert verified.args["equal"] == 1
         (transfer,) = pair.reported("transfer_total", request_id)
-        assert (
-            transfer.args["bytes"] == length * 2 * 3 * 2 * 16 * 4
-        )  # K, V; layers, heads, dim, fp32
+        assert transfer.args["bytes"] == length * 2 * 3 * 2 * 16 * 4  # K, V; layers, heads, dim, fp32
 
 
 def test_the_phases_of_a_request_follow_each_other(pair: Workers) -> None:
@@ -87,12 +85,7 @@ def test_the_phases_of_a_request_follow_each_other(pair: Workers) -> None:
     assert starts[1] == ends[0] and starts[2] >= ends[1] and starts[4] == ends[3]
     assert starts == sorted(starts) and ends[4] == max(ends)
     chunks = pair.named("prefill_chunk", "phases")
-    assert [(c.args["start"], c.args["stop"]) for c in chunks] == [
-        (0, 16),
-        (16, 32),
-        (32, 48),
-        (48, 50),
-    ]
+    assert [(c.args["start"], c.args["stop"]) for c in chunks] == [(0, 16), (16, 32), (32, 48), (48, 50)]
 
 
 def test_cancelled_requests_leave_no_page_behind(pair: Workers) -> None:
@@ -110,9 +103,7 @@ def test_cancelled_requests_leave_no_page_behind(pair: Workers) -> None:
         assert {end.reason for end in pair.ends[f"cancel{i}"]} == {"cancelled"}
 
 
-def test_logits_agree_with_one_process(
-    model: Path, pair: Workers, answered: list[str], tmp_path: Path
-) -> None:
+def test_logits_agree_with_one_process(model: Path, pair: Workers, answered: list[str], tmp_path: Path) -> None:
     record_dir = Path(pair_record_dir(pair))
     workers = Workers(config_of(model, record_dir=str(tmp_path)), roles=("colocated",))
     try:
@@ -121,21 +112,15 @@ def test_logits_agree_with_one_process(
     finally:
         workers.stop()
     for request_id in answered:
-        ours, theirs = (
-            load_file(d / f"{request_id}.prefill.safetensors") for d in (record_dir, tmp_path)
-        )
+        ours, theirs = (load_file(d / f"{request_id}.prefill.safetensors") for d in (record_dir, tmp_path))
         torch.testing.assert_close(ours["logits"], theirs["logits"], atol=1e-4, rtol=1e-4)
-        ours, theirs = (
-            load_file(d / f"{request_id}.decode.safetensors") for d in (record_dir, tmp_path)
-        )
+        ours, theirs = (load_file(d / f"{request_id}.decode.safetensors") for d in (record_dir, tmp_path))
         assert ours["logits"].shape == (MAX_TOKENS - 1, 320)
         assert ours["token_ids"].tolist() == pair.output(request_id)
         same = ours["token_ids"] == theirs["token_ids"]
         num_same = MAX_TOKENS if bool(same.all()) else int(same.int().argmin())
         assert num_same >= 1  # rows whose input tokens agree are comparable
-        torch.testing.assert_close(
-            ours["logits"][:num_same], theirs["logits"][:num_same], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(ours["logits"][:num_same], theirs["logits"][:num_same], atol=1e-4, rtol=1e-4)
 
 
 def pair_record_dir(pair: Workers) -> str:
@@ -162,10 +147,7 @@ def test_killing_p_ends_d_with_a_word_on_every_request(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (
-            {"fingerprint": b"g" * 32},
-            "fingerprint: expected 6666666666666666, got 6767676767676767",
-        ),
+        ({"fingerprint": b"g" * 32}, "fingerprint: expected 6666666666666666, got 6767676767676767"),
         ({"num_layers": 4}, "num_layers: expected 3, got 4"),
         ({"num_kv_heads": 8}, "num_kv_heads: expected 2, got 8"),
         ({"dtype": "bfloat16"}, "dtype: expected float32, got bfloat16"),
@@ -176,13 +158,11 @@ def test_killing_p_ends_d_with_a_word_on_every_request(model: Path) -> None:
 def test_a_peer_of_another_model_is_refused(model: Path, change: dict, sentence: str) -> None:
     """Before Ready, and by the field in which they differ."""
     cache = pw.PagedKVCache.allocate(
-        num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32,
-        device="cpu",
-    )  # fmt: skip
+        num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu"
+    )
     packing = Packing(cache, b"f" * 32)
     ours, theirs = (
-        Channel(sock, worker.FRAME_CODEC, name="peer")
-        for sock in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        Channel(sock, worker.FRAME_CODEC, name="peer") for sock in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     )
     theirs.send(dataclasses.replace(worker._hello("prefill", packing.wire, 0, 0), **change))
     with pytest.raises(ValueError, match=sentence):

@@ -108,9 +108,7 @@ def test_cancel_after_any_number_of_turns(pair: Stepped, num_turns: int) -> None
 
 @pytest.mark.parametrize("num_turns", [0, 1, 2, 4])
 @pytest.mark.parametrize("first", ["prefill", "decode"])
-def test_cancel_reaches_one_side_long_before_the_other(
-    pair: Stepped, first: str, num_turns: int
-) -> None:
+def test_cancel_reaches_one_side_long_before_the_other(pair: Stepped, first: str, num_turns: int) -> None:
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.turns(num_turns)
@@ -147,9 +145,7 @@ def test_a_stop_token_ends_the_request_and_is_not_sent(pair: Stepped) -> None:
 
 
 @pytest.mark.parametrize("side", ["p", "d"])
-def test_a_forward_that_raises_fails_its_batch_only(
-    pair: Stepped, side: str, patch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_that_raises_fails_its_batch_only(pair: Stepped, side: str, patch: pytest.MonkeyPatch) -> None:
     check = bystander(pair)
     pair.until(lambda: 1 in pair.tokens["bystander"])  # in D, past P
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
@@ -169,9 +165,7 @@ def test_a_forward_that_raises_fails_its_batch_only(
 
 
 @pytest.mark.parametrize("side", ["p", "d"])
-def test_nan_fails_its_own_request_only(
-    pair: Stepped, side: str, patch: pytest.MonkeyPatch
-) -> None:
+def test_nan_fails_its_own_request_only(pair: Stepped, side: str, patch: pytest.MonkeyPatch) -> None:
     """Both requests are in the batch; the row of one is NaN."""
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
@@ -192,9 +186,7 @@ def test_nan_fails_its_own_request_only(
     check()
 
 
-def test_packing_that_raises_fails_its_request_only(
-    pair: Stepped, patch: pytest.MonkeyPatch
-) -> None:
+def test_packing_that_raises_fails_its_request_only(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pack = pair.p._packing.pack
@@ -296,9 +288,7 @@ def test_bfloat16_on_the_wire_of_a_float32_cache(model: str, patch: pytest.Monke
     import pagewire.transfer.packing as packing
 
     init = packing.Packing.__init__
-    patch.setattr(
-        packing.Packing, "__init__", lambda self, cache, f: init(self, cache, f, torch.bfloat16)
-    )
+    patch.setattr(packing.Packing, "__init__", lambda self, cache, f: init(self, cache, f, torch.bfloat16))
     pair = Stepped(config_of(model))
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.until_ended("a")
@@ -326,7 +316,5 @@ def test_bytes_that_are_no_frame_change_nothing(pair: Stepped) -> None:
     check()
     pair.until(lambda: len(pair.named("refused")) == 4)
     reasons = [str(event.args["reason"]) for event in pair.named("refused")]
-    for reason, word in zip(
-        reasons, ("frame of 0 bytes", "version", "Ack", "not receiving"), strict=True
-    ):
+    for reason, word in zip(reasons, ("frame of 0 bytes", "version", "Ack", "not receiving"), strict=True):
         assert word in reason

@@ -33,22 +33,13 @@ MIN_VOCAB = len(SPECIAL_TOKENS) + 256 + len(MERGES)
 
 def tiny_tokenizer() -> Tokenizer:
     """Byte-level BPE with the three special tokens first, then the 256 bytes, then `MERGES`."""
-    pieces = [
-        *SPECIAL_TOKENS,
-        *sorted(pre_tokenizers.ByteLevel.alphabet()),
-        *(a + b for a, b in MERGES),
-    ]
+    pieces = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in MERGES)]
     tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     return tokenizer
 
 
@@ -81,9 +72,7 @@ def tiny_state_dict(config: dict, *, seed: int = 0) -> dict[str, torch.Tensor]:
         }
         if config["attention_bias"]:
             for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size), ("o", hidden)):
-                state[f"{layer}self_attn.{name}_proj.bias"] = 0.3 * torch.randn(
-                    size, generator=generator
-                )
+                state[f"{layer}self_attn.{name}_proj.bias"] = 0.3 * torch.randn(size, generator=generator)
         if config["mlp_bias"]:
             for name, size in (("gate", inner), ("up", inner), ("down", hidden)):
                 state[f"{layer}mlp.{name}_proj.bias"] = 0.3 * torch.randn(size, generator=generator)
@@ -120,9 +109,7 @@ def make_tiny_llama(
     tokenizer does not know decode to nothing. Returns `path` as a Path.
     """
     if vocab < MIN_VOCAB:
-        raise ValueError(
-            f"vocab: expected at least {MIN_VOCAB} (the tokenizer's size), got {vocab}"
-        )
+        raise ValueError(f"vocab: expected at least {MIN_VOCAB} (the tokenizer's size), got {vocab}")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {
@@ -148,9 +135,7 @@ def make_tiny_llama(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     (path / "config.json").write_text(json.dumps(config, indent=2))
-    _write_weights(
-        path, {k: v.to(dtype) for k, v in tiny_state_dict(config, seed=seed).items()}, num_shards
-    )
+    _write_weights(path, {k: v.to(dtype) for k, v in tiny_state_dict(config, seed=seed).items()}, num_shards)
     tiny_tokenizer().save(str(path / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -174,8 +159,5 @@ def _write_weights(path: Path, state: dict[str, torch.Tensor], num_shards: int) 
         mine = names[shard::num_shards]
         save_file({n: state[n] for n in mine}, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(mine, file)
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for t in state.values())},
-        "weight_map": weight_map,
-    }
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -54,9 +54,7 @@ def make_tiny_gguf(
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.bos_token_id": config["bos_token_id"],
         "tokenizer.ggml.eos_token_id": config["eos_token_id"],
-        "tokenizer.chat_template": json.loads((directory / "tokenizer_config.json").read_text())[
-            "chat_template"
-        ],
+        "tokenizer.chat_template": json.loads((directory / "tokenizer_config.json").read_text())["chat_template"],
     } | (metadata or {})
     for key, value in values.items():
         if isinstance(value, str):
@@ -89,10 +87,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) ->
     kinds = gguf.TokenType
     writer.add_token_list([piece_of.get(i, f"[PAD{i}]") for i in range(vocab_size)])
     writer.add_token_types(
-        [
-            kinds.CONTROL if i in special else kinds.NORMAL if i in piece_of else kinds.UNUSED
-            for i in range(vocab_size)
-        ]
+        [kinds.CONTROL if i in special else kinds.NORMAL if i in piece_of else kinds.UNUSED for i in range(vocab_size)]
     )
     writer.add_token_merges([" ".join(pair) for pair in model["model"]["merges"]])
 

@@ -96,11 +96,7 @@ class FrontEnd:
         return [tokens[i] for i in range(len(tokens))]
 
     def named(self, name: str, request_id: str | None = None) -> list[Event]:
-        return [
-            event
-            for event in self.events
-            if event.name == name and request_id in (None, event.request_id)
-        ]
+        return [event for event in self.events if event.name == name and request_id in (None, event.request_id)]
 
     def reported(self, name: str, request_id: str) -> list[Event]:
         """`named`, once a worker has sent any: events leave a worker some turns after they happen."""
@@ -112,8 +108,7 @@ class FrontEnd:
 
     def all_free(self) -> bool:
         return len(self.gauges) == len(self.channels) and all(
-            gauges.num_pages["free"] == gauges.num_pages["total"]
-            and gauges.num_running == gauges.num_waiting == 0
+            gauges.num_pages["free"] == gauges.num_pages["total"] and gauges.num_running == gauges.num_waiting == 0
             for gauges in self.gauges.values()
         )
 
@@ -121,16 +116,12 @@ class FrontEnd:
 class Workers(FrontEnd):
     """P and D (or one colocated process) as real processes."""
 
-    def __init__(
-        self, config: WorkerConfig, roles: tuple[str, ...] = ("decode", "prefill")
-    ) -> None:
+    def __init__(self, config: WorkerConfig, roles: tuple[str, ...] = ("decode", "prefill")) -> None:
         super().__init__()
         self.processes: dict[str, subprocess.Popen] = {}
         peers = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for role, peer in zip(roles, peers, strict=False):
-            self.processes[role] = spawn(
-                role, config, self.connect(role), peer if len(roles) > 1 else None
-            )
+            self.processes[role] = spawn(role, config, self.connect(role), peer if len(roles) > 1 else None)
         for peer in peers:
             peer.close()
         self.until(lambda: len(self.ready) == len(roles))
@@ -139,9 +130,7 @@ class Workers(FrontEnd):
         deadline = time.monotonic() + timeout_s
         self.poll()
         while not condition():
-            assert time.monotonic() < deadline, (
-                f"not within {timeout_s} s: {self.ends}, {self.gauges}"
-            )
+            assert time.monotonic() < deadline, f"not within {timeout_s} s: {self.ends}, {self.gauges}"
             wait([c for role, c in self.channels.items() if role not in self.closed], 0.2)
             self.poll()
 
@@ -170,9 +159,7 @@ class Workers(FrontEnd):
                 process.communicate()
 
 
-def spawn(
-    role: str, config: WorkerConfig, control: socket.socket, peer: socket.socket | None
-) -> subprocess.Popen:
+def spawn(role: str, config: WorkerConfig, control: socket.socket, peer: socket.socket | None) -> subprocess.Popen:
     """Closes our copy of `control`."""
     json = msgspec.json.encode(config).decode()
     args = ["--role", role, "--config-json", json, "--control-fd", str(control.fileno())]
@@ -240,6 +227,4 @@ class Stepped(FrontEnd):
 
     def pages_free(self) -> bool:
         """From the pools themselves: no wait for gauges."""
-        return all(
-            role.engine.allocator.num_free == role.config.num_pages for role in (self.p, self.d)
-        )
+        return all(role.engine.allocator.num_free == role.config.num_pages for role in (self.p, self.d))

@@ -32,9 +32,7 @@ CHUNK = Chunk(
     checksum=0xDEADBEEF, payload_bytes=98304, slot=5,
 )  # fmt: skip
 COMMIT = Commit("cmpl-1-0", 7, b"c" * 16, 42, (1, 2, 49151), (b"d" * 32, b"e" * 32))
-FRAMES: list[Frame] = [
-    HELLO, RESERVE, CHUNK, COMMIT, Ack("r", 1), Credit(3), Abort("ü", 0, "too late"),
-]  # fmt: skip
+FRAMES: list[Frame] = [HELLO, RESERVE, CHUNK, COMMIT, Ack("r", 1), Credit(3), Abort("ü", 0, "too late")]
 by_kind = pytest.mark.parametrize("frame", FRAMES, ids=lambda frame: type(frame).__name__)
 
 
@@ -47,8 +45,7 @@ def resealed(data: bytes) -> bytes:
 def in_bounds(frame: Frame) -> bool:
     for field in fields(frame):
         value = getattr(frame, field.name)
-        sizes = {"request_id": 128, "reason": 1024, "capability": 16, "incarnation": 16,
-                 "fingerprint": 32}  # fmt: skip
+        sizes = {"request_id": 128, "reason": 1024, "capability": 16, "incarnation": 16, "fingerprint": 32}
         if field.name in sizes:
             data = value.encode() if isinstance(value, str) else value
             if len(data) > sizes[field.name]:
@@ -100,9 +97,7 @@ def test_every_truncation_and_any_tail_is_refused(frame: Frame) -> None:
     edits=st.lists(st.tuples(st.integers(4, 400), st.binary(min_size=1, max_size=8)), max_size=4),
 )
 @example(frame=CHUNK, edits=[(20, b"\xff" * 8)])
-def test_a_well_sealed_mutation_is_refused_or_within_bounds(
-    frame: Frame, edits: list[tuple[int, bytes]]
-) -> None:
+def test_a_well_sealed_mutation_is_refused_or_within_bounds(frame: Frame, edits: list[tuple[int, bytes]]) -> None:
     data = bytearray(encode(frame))
     for at, piece in edits:
         at %= len(data)

@@ -4,16 +4,7 @@ import pytest
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
-from pagewire.transfer.handoff import (
-    NO_GENERATION,
-    Begin,
-    Cancelled,
-    Dropped,
-    Failed,
-    Send,
-    Start,
-    Unpack,
-)
+from pagewire.transfer.handoff import NO_GENERATION, Begin, Cancelled, Dropped, Failed, Send, Start, Unpack
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire
@@ -137,9 +128,7 @@ def test_a_bad_payload_fails_its_request_and_returns_the_slot() -> None:
 
 
 @pytest.mark.parametrize("end", ["cancel", "fail"])
-@pytest.mark.parametrize(
-    "phase", ["waiting", "granted", "prefilling", "draining", "pushed", "committed"]
-)
+@pytest.mark.parametrize("phase", ["waiting", "granted", "prefilling", "draining", "pushed", "committed"])
 @pytest.mark.parametrize("side", ["d", "p"])
 def test_ending_a_request_in_every_phase(side: str, phase: str, end: str) -> None:
     """One answer, one ABORT unless there is nobody to tell, nothing left behind, and the next one runs."""

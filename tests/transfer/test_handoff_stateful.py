@@ -14,18 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
-from pagewire.transfer.handoff import (
-    Begin,
-    Cancelled,
-    Dropped,
-    Failed,
-    Phase,
-    Push,
-    Refused,
-    Send,
-    Start,
-    Unpack,
-)
+from pagewire.transfer.handoff import Begin, Cancelled, Dropped, Failed, Phase, Push, Refused, Send, Start, Unpack
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire
@@ -223,8 +212,7 @@ class Handoff(RuleBasedStateMachine):
     @rule()
     def frame_reaches_d(self) -> None:
         frame = self.to_d.popleft()
-        handle = {Chunk: self.receiver.chunk, Commit: self.receiver.commit,
-                  Abort: self.receiver.abort}[type(frame)]  # fmt: skip
+        handle = {Chunk: self.receiver.chunk, Commit: self.receiver.commit, Abort: self.receiver.abort}[type(frame)]
         self.d(handle(frame))
 
     @precondition(lambda self: self.unpacking)
@@ -299,9 +287,7 @@ class Handoff(RuleBasedStateMachine):
     @precondition(lambda self: self.granted() and self.receiver._granted_slots)
     @rule(
         number=st.integers(0, 99),
-        change=st.sampled_from(
-            [{"capability": b"x" * 16}, {"generation": 10**6}, {"request_id": "nobody"}]
-        ),
+        change=st.sampled_from([{"capability": b"x" * 16}, {"generation": 10**6}, {"request_id": "nobody"}]),
     )
     def forged_chunk(self, number: int, change: dict) -> None:
         """Whoever does not know the reservation cannot write into it."""
@@ -359,17 +345,13 @@ class Handoff(RuleBasedStateMachine):
         )  # fmt: skip
 
     @precondition(lambda self: self.granted())
-    @rule(
-        number=st.integers(0, 99),
-        change=st.sampled_from([{}, {"token_ids": (99,)}, {"first_token": 100}]),
-    )
+    @rule(number=st.integers(0, 99), change=st.sampled_from([{}, {"token_ids": (99,)}, {"first_token": 100}]))
     def forged_commit(self, number: int, change: dict) -> None:
         """`Start` is only for exact coverage of the very prompt: checked where it is carried out."""
         incoming = self.granted()[number % len(self.granted())]
         commit = Commit(
-            incoming.request_id, incoming.generation, incoming.capability, 7,
-            self.prompts[incoming.request_id], (),
-        )  # fmt: skip
+            incoming.request_id, incoming.generation, incoming.capability, 7, self.prompts[incoming.request_id], ()
+        )
         actions = self.receiver.commit(replace(commit, **change))
         assert not (change and any(isinstance(action, Start) for action in actions))
         self.d(actions)

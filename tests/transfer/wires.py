@@ -7,6 +7,4 @@ def small_wire(num_layers: int = 2, num_kv_heads: int = 2, head_dim: int = 4) ->
     def packed_bytes(layers: int, heads: int, tokens: int) -> int:
         return layers * heads * tokens * 2 * head_dim * 4
 
-    return Wire(
-        b"f" * 32, num_layers, num_kv_heads, head_dim, head_dim, "float32", "none", packed_bytes
-    )
+    return Wire(b"f" * 32, num_layers, num_kv_heads, head_dim, head_dim, "float32", "none", packed_bytes)

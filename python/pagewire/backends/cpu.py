@@ -110,13 +110,7 @@ def prefill(
 
 
 def append_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Scale,
-    v_scale: Scale,
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Scale, v_scale: Scale
 ) -> None:
     _cpu.append_kv(
         _view(k), _view(v), _view(k_cache), _view(v_cache), _view(slot_mapping),
@@ -124,9 +118,7 @@ def append_kv(
     )  # fmt: skip
 
 
-def merge_state(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
-) -> None:
+def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
     states = [(_view(out_a), _view(lse_a)), (_view(out_b), _view(lse_b))]
     _cpu.merge_states(states, _view(out), _view(lse), *_machine())
 
@@ -146,9 +138,7 @@ def pack_kv(
 ) -> None:
     layers = [
         (_view(cache), _optional(scale), _view(rows), _optional(rows_scale))
-        for cache, scale, rows, rows_scale in _layers(
-            packed, k_caches, v_caches, k_scales, v_scales
-        )
+        for cache, scale, rows, rows_scale in _layers(packed, k_caches, v_caches, k_scales, v_scales)
     ]
     _cpu.pack_kv(layers, _view(slots), *_machine())
     packed.take_shared_scales(k_scales, v_scales)
@@ -164,9 +154,7 @@ def unpack_kv(
 ) -> None:
     layers = [
         (_view(rows), _optional(rows_scale), _view(cache), _optional(scale))
-        for cache, scale, rows, rows_scale in _layers(
-            packed, k_caches, v_caches, k_scales, v_scales
-        )
+        for cache, scale, rows, rows_scale in _layers(packed, k_caches, v_caches, k_scales, v_scales)
     ]
     _cpu.unpack_kv(layers, _view(slots), *_machine())
 

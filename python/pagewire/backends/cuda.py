@@ -66,9 +66,7 @@ def prefill(
 ) -> None:  # fmt: skip
     max_q_len = modifiers.max_q_len
     assert max_q_len is not None, "the registry takes only problems with max_q_len"
-    _attention(
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, modifiers, out, lse, max_q_len
-    )
+    _attention(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, modifiers, out, lse, max_q_len)
 
 
 def _attention(
@@ -165,9 +163,7 @@ def _counters(device: torch.device, stream: int, count: int) -> _Counters:
 # ---------------------------------------------------------------------------------------------- merge
 
 
-def merge_state(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
-) -> None:
+def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
     _merge(_states(out_a, lse_a, 0, 0), _states(out_b, lse_b, 0, 0), 2, out_a.dtype, out, lse)
 
 
@@ -180,9 +176,7 @@ def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
         return
     strides = (outs.stride(0), lses.stride(0))
     last = min(1, n - 1)
-    _merge(
-        _states(outs[0], lses[0], *strides), _states(outs[last], lses[last], *strides), n, outs.dtype, out, lse
-    )  # fmt: skip
+    _merge(_states(outs[0], lses[0], *strides), _states(outs[last], lses[last], *strides), n, outs.dtype, out, lse)
 
 
 def _states(out: Tensor, lse: Tensor, stride_out: int, stride_lse: int) -> tuple[int, ...]:
@@ -192,14 +186,7 @@ def _states(out: Tensor, lse: Tensor, stride_out: int, stride_lse: int) -> tuple
     )  # fmt: skip
 
 
-def _merge(
-    first: tuple[int, ...],
-    rest: tuple[int, ...],
-    n: int,
-    dtype: torch.dtype,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+def _merge(first: tuple[int, ...], rest: tuple[int, ...], n: int, dtype: torch.dtype, out: Tensor, lse: Tensor) -> None:
     result = (
         _DTYPE[dtype], _DTYPE[out.dtype], *out.shape, out.data_ptr(), out.stride(0), out.stride(1),
         lse.data_ptr(), lse.stride(0), lse.stride(1),
@@ -212,7 +199,7 @@ def _merge(
 
 def append_kv(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Scale, v_scale: Scale
-) -> None:  # fmt: skip
+) -> None:
     parts, pointers = [], []
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         stored, at = _append_scale(cache, scale)
@@ -229,22 +216,14 @@ def pack_kv(
     run = _extension(slots.device).pack_kv
     for layers in _alike(k_caches, v_caches, k_scales, v_scales):
         parts, pointers = [], []
-        for caches, scales, rows, row_scale in _sides(
-            k_caches, v_caches, k_scales, v_scales, packed
-        ):
+        for caches, scales, rows, row_scale in _sides(k_caches, v_caches, k_scales, v_scales, packed):
             cache, scale = caches[layers.start], scales[layers.start] if scales else None
             same = rows.dtype == cache.dtype
             target = _no_scale()
             if row_scale is not None:
-                target = (
-                    _COPY if same else _MAKE,
-                    1.0,
-                    *_row_scale_strides(row_scale[layers.start]),
-                )
+                target = (_COPY if same else _MAKE, 1.0, *_row_scale_strides(row_scale[layers.start]))
             source = _cache_scale(scale, _COPY if same else _READ)
-            parts.append(
-                (cache.shape[3], _slotted(cache, source), _rows(rows[0].transpose(0, 1), target))
-            )
+            parts.append((cache.shape[3], _slotted(cache, source), _rows(rows[0].transpose(0, 1), target)))
             pointers.append([
                 (caches[i].data_ptr(), rows[i].data_ptr(), _pointer(scales, i), _pointer(row_scale, i))
                 for i in layers
@@ -259,28 +238,18 @@ def unpack_kv(
     run = _extension(slots.device).unpack_kv
     for layers in _alike(k_caches, v_caches, k_scales, v_scales):
         parts, pointers = [], []
-        for caches, scales, rows, row_scale in _sides(
-            k_caches, v_caches, k_scales, v_scales, packed
-        ):
+        for caches, scales, rows, row_scale in _sides(k_caches, v_caches, k_scales, v_scales, packed):
             cache, scale = caches[layers.start], scales[layers.start] if scales else None
             per_token = scale is not None and scale.dim() == 3
             packed_per_token = row_scale is not None and row_scale.dim() == 3
-            same = rows.dtype == cache.dtype and (
-                row_scale is None or (per_token and packed_per_token)
-            )
+            same = rows.dtype == cache.dtype and (row_scale is None or (per_token and packed_per_token))
             source = _no_scale()
             if row_scale is not None:
-                source = (
-                    _COPY if same else _READ,
-                    1.0,
-                    *_row_scale_strides(row_scale[layers.start]),
-                )
+                source = (_COPY if same else _READ, 1.0, *_row_scale_strides(row_scale[layers.start]))
             target = _cache_scale(scale, _COPY if same else _MAKE if per_token else _READ)
             if same and not per_token:
                 target = _no_scale()
-            parts.append(
-                (cache.shape[3], _rows(rows[0].transpose(0, 1), source), _slotted(cache, target))
-            )
+            parts.append((cache.shape[3], _rows(rows[0].transpose(0, 1), source), _slotted(cache, target)))
             pointers.append([
                 (rows[i].data_ptr(), caches[i].data_ptr(), _pointer(row_scale, i), _pointer(scales, i))
                 for i in layers
@@ -356,8 +325,7 @@ def _sides(
 def _alike(*tensors_of_layers: Sequence[Tensor]) -> list[range]:
     """Runs of layers whose tensors have the same strides: one launch each, one in all as a rule."""
     keys = [
-        tuple(tensors[i].stride() for tensors in tensors_of_layers if tensors)
-        for i in range(len(tensors_of_layers[0]))
+        tuple(tensors[i].stride() for tensors in tensors_of_layers if tensors) for i in range(len(tensors_of_layers[0]))
     ]
     starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(keys)], strict=True)]
@@ -369,8 +337,6 @@ def _pointer(tensors: Sequence[Tensor] | Tensor | None, i: int) -> int:
     return tensors[i].data_ptr()
 
 
-def _interleave(
-    pointers: list[list[tuple[int, int, int, int]]],
-) -> tuple[tuple[int, int, int, int], ...]:
+def _interleave(pointers: list[list[tuple[int, int, int, int]]]) -> tuple[tuple[int, int, int, int], ...]:
     """Per layer: K, then V."""
     return tuple(at for layer in zip(*pointers, strict=True) for at in layer)

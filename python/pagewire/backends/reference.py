@@ -51,19 +51,7 @@ def decode(
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     rows = range(q.shape[0] + 1)
-    _attention(
-        "decode",
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
-        rows,
-        modifiers,
-        out,
-        lse,
-        compute_dtype,
-    )
+    _attention("decode", q, k_cache, v_cache, page_table, seq_lens, rows, modifiers, out, lse, compute_dtype)
 
 
 @_bound_by_nobody
@@ -82,19 +70,7 @@ def prefill(
 ) -> None:
     rows = cu_seqlens_q.tolist()
     _check_rows(rows, q.shape[0], modifiers.max_q_len)
-    _attention(
-        "prefill",
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
-        rows,
-        modifiers,
-        out,
-        lse,
-        compute_dtype,
-    )
+    _attention("prefill", q, k_cache, v_cache, page_table, seq_lens, rows, modifiers, out, lse, compute_dtype)
 
 
 def _attention(
@@ -111,9 +87,7 @@ def _attention(
     compute_dtype: torch.dtype,
 ) -> None:
     lengths = seq_lens.tolist()
-    first_keys = [
-        _first_key(n, rows[b + 1] - rows[b], m.window_left) for b, n in enumerate(lengths)
-    ]
+    first_keys = [_first_key(n, rows[b + 1] - rows[b], m.window_left) for b, n in enumerate(lengths)]
     _check_pages(op, page_table, lengths, rows, first_keys, k_cache)
     result = torch.zeros_like(out)  # rows without a visible key stay so; out may be q
     if lse is not None:
@@ -165,9 +139,7 @@ def _attend(
         visible &= -distance <= m.window_right
     logits = logits.masked_fill(~visible, -torch.inf)
     lse = logits.logsumexp(-1)  # [num_qo_heads, q_len]
-    lse = lse.masked_fill(
-        lse == torch.inf, torch.nan
-    )  # inf - inf; as a state +inf would be an empty one
+    lse = lse.masked_fill(lse == torch.inf, torch.nan)  # inf - inf; as a state +inf would be an empty one
     if m.sinks is not None:
         sink = m.sinks[:, None].to(lse.dtype).expand_as(lse)
         joint = torch.logaddexp(lse, sink)
@@ -184,9 +156,7 @@ def _attend(
     return out, lse.transpose(0, 1)
 
 
-def _gather(
-    cache: Tensor, slots: Tensor, scale: Scale, request: int, compute_dtype: torch.dtype
-) -> Tensor:
+def _gather(cache: Tensor, slots: Tensor, scale: Scale, request: int, compute_dtype: torch.dtype) -> Tensor:
     """Real values of the given slots, `[len(slots), num_kv_heads, width]`."""
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
     values = _take(cache, page, offset).to(compute_dtype)
@@ -230,12 +200,7 @@ def _check_rows(rows: Sequence[int], num_tokens: int, max_q_len: int | None) -> 
 
 
 def _check_pages(
-    op: str,
-    page_table: Tensor,
-    lengths: list[int],
-    rows: Sequence[int],
-    first_keys: list[int],
-    k_cache: Tensor,
+    op: str, page_table: Tensor, lengths: list[int], rows: Sequence[int], first_keys: list[int], k_cache: Tensor
 ) -> None:
     num_pages, page_size = k_cache.shape[:2]
     capacity = page_table.shape[1] * page_size
@@ -309,9 +274,7 @@ def _put(cache: Tensor, page: Tensor, offset: Tensor, stored: Tensor) -> None:
     cache[page, offset] = stored
 
 
-def _check_slots(
-    op: str, name: str, slots: Tensor, num_slots: int, *, negative_skips: bool = False
-) -> None:
+def _check_slots(op: str, name: str, slots: Tensor, num_slots: int, *, negative_skips: bool = False) -> None:
     low = torch.zeros_like(slots, dtype=torch.bool) if negative_skips else slots < 0
     bad = (low | (slots >= num_slots)).nonzero()
     if bad.numel():
@@ -326,9 +289,7 @@ def _check_slots(
 
 
 @_bound_by_nobody
-def merge_state(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
-) -> None:
+def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
     merge_states(torch.stack([out_a.float(), out_b.float()]), torch.stack([lse_a, lse_b]), out, lse)
 
 
@@ -359,9 +320,7 @@ def merge_states(
 def pack_kv(
     k_caches: Sequence[Tensor],  # per layer, NHD view of the heads to pack
     v_caches: Sequence[Tensor],  # empty when V is a view of K
-    k_scales: Sequence[
-        Tensor
-    ],  # per layer [], [num_heads] or [num_pages, page_size, num_heads]; empty for none
+    k_scales: Sequence[Tensor],  # per layer [], [num_heads] or [num_pages, page_size, num_heads]; empty for none
     v_scales: Sequence[Tensor],
     slots: Tensor,  # [num_tokens] int64
     packed: PackedKV,
@@ -426,9 +385,7 @@ def _unpack_layer(
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
     source_per_token = source_scale is not None and source_scale.dim() == 2
     cache_per_token = scale is not None and scale.dim() == 3
-    if source.dtype == cache.dtype and (
-        source_scale is None or (source_per_token and cache_per_token)
-    ):
+    if source.dtype == cache.dtype and (source_scale is None or (source_per_token and cache_per_token)):
         _put(cache, page, offset, source.transpose(0, 1))
         if cache_per_token:
             assert scale is not None and source_scale is not None
@@ -444,6 +401,4 @@ def _per_head_token(scale: Tensor | None, page: Tensor, offset: Tensor) -> Tenso
     """A cache scale broadcast against `[num_heads, num_tokens, width]`."""
     if scale is None or scale.dim() == 0:
         return scale
-    return (
-        scale[:, None, None] if scale.dim() == 1 else scale[page, offset].transpose(0, 1)[..., None]
-    )
+    return scale[:, None, None] if scale.dim() == 1 else scale[page, offset].transpose(0, 1)[..., None]

@@ -23,13 +23,7 @@ _cache_keys.settle()
 
 
 def append_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Scale,
-    v_scale: Scale,
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Scale, v_scale: Scale
 ) -> None:
     _append.append_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, device_word(k.device))
 
@@ -38,9 +32,7 @@ def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     modifiers: Modifiers, out: Tensor, lse: Tensor | None,
 ) -> None:  # fmt: skip
-    _decode.decode(
-        q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, device_word(q.device)
-    )
+    _decode.decode(q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, device_word(q.device))
 
 
 def prefill(
@@ -48,14 +40,10 @@ def prefill(
     modifiers: Modifiers, out: Tensor, lse: Tensor | None,
 ) -> None:  # fmt: skip
     word = device_word(q.device)
-    _prefill.prefill(
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, modifiers, out, lse, word
-    )
+    _prefill.prefill(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, modifiers, out, lse, word)
 
 
-def merge_state(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
-) -> None:
+def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
     _merge.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
 
 
@@ -74,6 +62,4 @@ def unpack_kv(
     packed: PackedKV, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], k_scales: Sequence[Tensor],
     v_scales: Sequence[Tensor], slots: Tensor,
 ) -> None:  # fmt: skip
-    _pack.unpack_kv(
-        packed, k_caches, v_caches, k_scales, v_scales, slots, device_word(slots.device)
-    )
+    _pack.unpack_kv(packed, k_caches, v_caches, k_scales, v_scales, slots, device_word(slots.device))

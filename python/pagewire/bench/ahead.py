@@ -86,9 +86,7 @@ def items(step: str, arch: int, candidates: int, only: re.Pattern | None = None)
 
 
 def of_candidate(target: tune.Target, config: KernelConfig) -> list[Item]:
-    return [
-        Item(f"{target.kernel} {tuple(config)} {c.id}", c, target, config) for c in target.cases
-    ]
+    return [Item(f"{target.kernel} {tuple(config)} {c.id}", c, target, config) for c in target.cases]
 
 
 def walk(wanted: Iterable[Item], arch: int) -> tuple[int, list[Work], dict[str, str]]:
@@ -134,9 +132,7 @@ def walk(wanted: Iterable[Item], arch: int) -> tuple[int, list[Work], dict[str, 
     return launches, list(found.values()), failed
 
 
-def compile_all(
-    wanted: Sequence[Item], arch: int, jobs: int, seconds: float | None = None
-) -> Report:
+def compile_all(wanted: Sequence[Item], arch: int, jobs: int, seconds: float | None = None) -> Report:
     """Compiles what the items launch, `jobs` at a time, for at most `seconds`."""
     started, cpu = time.monotonic(), time.process_time()
     launches, works, failed = walk(wanted, arch)
@@ -152,7 +148,7 @@ def compile_all(
     costs = [result.cpu_seconds for result in results if result is not None]
     return Report(
         launches, len(works), walked + sum(costs), time.monotonic() - started, max(costs, default=0.0), failed
-    )  # fmt: skip
+    )
 
 
 def _compile(work: Work) -> None:
@@ -191,9 +187,7 @@ def _serve(arch: int, jobs: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "pagewire.bench.ahead", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser("pagewire.bench.ahead", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("steps", nargs="*", metavar="STEP", help=f"some of {', '.join(STEPS)}")
     add("--arch", type=int, default=90, help="compute capability, 90 for sm_90")
@@ -211,9 +205,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     unknown = set(args.steps) - set(STEPS)
     if unknown or not (args.steps or args.serve):
-        parser.error(
-            f"expected some of {', '.join(STEPS)}, got {' '.join(args.steps) or 'nothing'}"
-        )
+        parser.error(f"expected some of {', '.join(STEPS)}, got {' '.join(args.steps) or 'nothing'}")
     if registry.interpreting():
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     missing = activate(args.arch)

@@ -38,9 +38,7 @@ class Arena:
         """
         memory_bytes = memory_bytes or case_bytes
         if memory_bytes > self.limit:
-            raise DoesNotFit(
-                f"needs {memory_bytes / 2**30:.1f} GiB, {self.limit / 2**30:.1f} GiB are free"
-            )
+            raise DoesNotFit(f"needs {memory_bytes / 2**30:.1f} GiB, {self.limit / 2**30:.1f} GiB are free")
         wanted = -(-self.cold // max(case_bytes, 1)) + 1
         return max(1, min(wanted, _COPIES, self.limit // max(memory_bytes, 1)))
 
@@ -75,9 +73,7 @@ class Arena:
         if held + count * dtype.itemsize > self.limit:
             self.release()
         if count * dtype.itemsize > self.limit:
-            raise DoesNotFit(
-                f"needs {count * dtype.itemsize / 2**30:.1f} GiB, {self.limit / 2**30:.1f} GiB are free"
-            )
+            raise DoesNotFit(f"needs {count * dtype.itemsize / 2**30:.1f} GiB, {self.limit / 2**30:.1f} GiB are free")
         self._flat[dtype] = self._filled(dtype, count)
         return self._flat[dtype]
 

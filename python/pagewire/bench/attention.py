@@ -78,18 +78,14 @@ class AttentionWork(Work):
         found = []
         for cache in (self.k_cache, self.v_cache):
             dense = cache.index_select(0, pages).flatten(0, 1)[:seq_len]
-            found.append(
-                dense if self.kv_scale is None else dense.to(self.case.dtype) * self.kv_scale
-            )
+            found.append(dense if self.kv_scale is None else dense.to(self.case.dtype) * self.kv_scale)
         return found[0], found[1]
 
     def check(self, contender: Contender) -> Verdict:
         """Rows of the first, the last and the longest request, against fp64; the rest must be finite."""
         out = contender.once(0)
         if tuple(out.shape) != tuple(self.q.shape):
-            return Verdict(
-                False, float("inf"), f"expected shape {tuple(self.q.shape)}, got {tuple(out.shape)}"
-            )
+            return Verdict(False, float("inf"), f"expected shape {tuple(self.q.shape)}, got {tuple(out.shape)}")
         if not bool(out.isfinite().all()):
             return Verdict(False, float("inf"), "NaN or inf in the result")
         ours = contender.name in pw.backends(self.device)
@@ -109,9 +105,7 @@ class AttentionWork(Work):
         ok = relative <= _PEER_LIMIT[self.case.dtype]
         return Verdict(ok, relative, "" if ok else f"relative error {relative:.1e}")
 
-    def _compare(
-        self, out: Tensor, request: int, start: int, stop: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _compare(self, out: Tensor, request: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """(result, fp64, naive in q's dtype) of rows [start, stop) of a request, for as many heads as fit, in fp64.
 
         Under causal, rows up to `stop` see what a request that ends there sees.
@@ -129,9 +123,7 @@ class AttentionWork(Work):
             q, self.k_cache[:, :, -kv_heads:], self.v_cache[:, :, -kv_heads:],
             self.page_tables[0][request : request + 1], self._int32([seen]), self._int32([0, stop - start]),
         )  # fmt: skip
-        modifiers = Modifiers(
-            self.softmax_scale, causal=True, k_scale=self.kv_scale, v_scale=self.kv_scale
-        )
+        modifiers = Modifiers(self.softmax_scale, causal=True, k_scale=self.kv_scale, v_scale=self.kv_scale)
         results = []
         for dtype in (torch.float64, case.dtype):
             result = torch.empty(q.shape, dtype=torch.float64, device=self.device)

@@ -23,15 +23,11 @@ def parse(text: str) -> tuple[Request, ...]:
     for part in text.split("_"):
         found = _PART.fullmatch(part)
         if found is None:
-            raise ValueError(
-                f"batch: expected [COUNT]qQ_LEN[k][sSEQ_LEN[k]], got {part!r} in {text!r}"
-            )
+            raise ValueError(f"batch: expected [COUNT]qQ_LEN[k][sSEQ_LEN[k]], got {part!r} in {text!r}")
         count, q, q_k, s, s_k = found.groups()
         q_len = int(q) * (1024 if q_k else 1)
         seq_len = q_len if s is None else int(s) * (1024 if s_k else 1)
         if seq_len < q_len:
-            raise ValueError(
-                f"batch: {part!r} has fewer K/V tokens ({seq_len}) than queries ({q_len})"
-            )
+            raise ValueError(f"batch: {part!r} has fewer K/V tokens ({seq_len}) than queries ({q_len})")
         requests += [Request(q_len, seq_len)] * int(count or 1)
     return tuple(requests)

@@ -77,10 +77,7 @@ class Attention:
 
     @property
     def bytes(self) -> int:
-        return (
-            self.cold_bytes
-            + 2 * self.num_tokens * self.heads[0] * self.head_dim * self.dtype.itemsize
-        )
+        return self.cold_bytes + 2 * self.num_tokens * self.heads[0] * self.head_dim * self.dtype.itemsize
 
     @property
     def flops(self) -> int:

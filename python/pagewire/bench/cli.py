@@ -22,24 +22,13 @@ _FAULT = 3  # the exit status
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "pagewire bench",
-        description="Correctness first, then time, beside the roof and the peers.",
-        epilog=_EPILOG,
+        "pagewire bench", description="Correctness first, then time, beside the roof and the peers.", epilog=_EPILOG
     )
     add = parser.add_argument
     add("--suite", choices=suites.SUITES, default="quick")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add(
-        "--csv",
-        type=Path,
-        metavar="FILE",
-        help="add a row per case and contender; cases already there are skipped",
-    )
-    add(
-        "--minutes",
-        type=float,
-        help="stop after this long, naming what is left; default by suite and device",
-    )
+    add("--csv", type=Path, metavar="FILE", help="add a row per case and contender; cases already there are skipped")
+    add("--minutes", type=float, help="stop after this long, naming what is left; default by suite and device")
     add("--only", metavar="REGEX", help="cases whose id matches, e.g. '^decode.*P16'")
     add("--peers", metavar="NAMES", help="comma separated, none, or all")
     names = [b.name for b in registry.BACKENDS]
@@ -53,12 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the cases and the peers, time nothing")
     add("--tune", metavar="KERNELS", help="decode,prefill: propose rows for the tuning table")
     add("--record", type=Path, metavar="FILE", help="write this run's ratios for --check")
-    add(
-        "--check",
-        type=Path,
-        metavar="FILE",
-        help="fail where a ratio is more than 25 %% below the recorded one",
-    )
+    add("--check", type=Path, metavar="FILE", help="fail where a ratio is more than 25 %% below the recorded one")
     return parser
 
 
@@ -118,9 +102,7 @@ def _minutes(name: str, device: str, gated: bool) -> float:
     return suites.MINUTES[name, device] * (4 if gated else 1)
 
 
-def _check(
-    settings: suite.Settings, cases: list, recorded: tuple, result: suite.Result, filtered: bool
-) -> int:
+def _check(settings: suite.Settings, cases: list, recorded: tuple, result: suite.Result, filtered: bool) -> int:
     """Cases that lost are measured once more before they count."""
     machine_fields, ratios = recorded
     if machine_fields["device"] != result.machine.device:
@@ -140,9 +122,7 @@ def _check(
         print(f"LOST {loss}")
     at = machine_fields["commit"]
     count = sum(map(len, ratios.values()))
-    print(
-        f"bench-check: {count - len(lost)} of {count} ratios hold, recorded at {at}, {machine_fields['date']}"
-    )
+    print(f"bench-check: {count - len(lost)} of {count} ratios hold, recorded at {at}, {machine_fields['date']}")
     return 1 if lost else 0
 
 

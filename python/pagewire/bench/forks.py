@@ -17,9 +17,7 @@ class Done(NamedTuple):
     error: str  # "" or the first line of what ended it
 
 
-def run_all(
-    tasks: Sequence[Callable[[], None]], jobs: int, stop: float = math.inf
-) -> list[Done | None]:
+def run_all(tasks: Sequence[Callable[[], None]], jobs: int, stop: float = math.inf) -> list[Done | None]:
     """Each task in a fork of this process, `jobs` at a time, in order; its result by number, None if not started.
 
     Args:

@@ -38,9 +38,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 def record(path: Path, rows: Sequence[Row], machine: Machine) -> int:
     """Writes the ratios of a run beside the machine and commit; returns how many."""
     found = ratios(rows)
-    rounded = {
-        case: {p: round(r, 3) for p, r in peers.items()} for case, peers in sorted(found.items())
-    }
+    rounded = {case: {p: round(r, 3) for p, r in peers.items()} for case, peers in sorted(found.items())}
     path.write_text(json.dumps({"machine": machine._asdict(), "ratios": rounded}, indent=1) + "\n")
     return sum(map(len, found.values()))
 

@@ -96,11 +96,7 @@ def _cpu_model() -> str:
 
 
 def _cpu_clocks() -> str:
-    mhz = [
-        float(x.partition(":")[2])
-        for x in _read("/proc/cpuinfo").splitlines()
-        if x.startswith("cpu MHz")
-    ]
+    mhz = [float(x.partition(":")[2]) for x in _read("/proc/cpuinfo").splitlines() if x.startswith("cpu MHz")]
     return f"cpu {max(mhz):.0f}" if mhz else "unknown"
 
 
@@ -130,9 +126,7 @@ def _commit() -> str:
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

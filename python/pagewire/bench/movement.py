@@ -42,9 +42,7 @@ def _caches(
     )
 
 
-def _slot_sets(
-    arena: Arena, copies: int, pages_each: int, page_size: int, num_tokens: int
-) -> tuple[Tensor, ...]:
+def _slot_sets(arena: Arena, copies: int, pages_each: int, page_size: int, num_tokens: int) -> tuple[Tensor, ...]:
     """Per copy the slots of `num_tokens` tokens in order over permuted pages, int64."""
     order = arena.permutation(copies * pages_each).view(copies, pages_each)
     offset = torch.arange(page_size, device=arena.device)
@@ -62,30 +60,19 @@ def _at(cache: Tensor, layout: str, slots: Tensor) -> Tensor:
 def _differing(got: list[Tensor], expected: list[Tensor]) -> Verdict:
     wrong = sum(int((g != e).sum()) for g, e in zip(got, expected, strict=True))
     total = sum(e.numel() for e in expected)
-    return Verdict(
-        wrong == 0, wrong / max(total, 1), f"{wrong} of {total} bytes differ" if wrong else ""
-    )
+    return Verdict(wrong == 0, wrong / max(total, 1), f"{wrong} of {total} bytes differ" if wrong else "")
 
 
 class AppendWork(Work):
     def __init__(self, case: Append, arena: Arena) -> None:
         self.case: Append = case
         pages = -(-case.num_tokens // case.page_size)
-        stored = (
-            2 * pages * case.page_size * case.num_kv_heads * case.head_dim * case.stored.itemsize
-        )
+        stored = 2 * pages * case.page_size * case.num_kv_heads * case.head_dim * case.stored.itemsize
         source = 2 * case.num_tokens * case.num_kv_heads * case.head_dim * case.dtype.itemsize
         self.copies = arena.copies(case.cold_bytes, stored + source)
         shape = (self.copies, case.num_tokens, case.num_kv_heads, case.head_dim)
         self.cache = _caches(
-            arena,
-            case.stored,
-            case.layout,
-            1,
-            pages * self.copies,
-            case.page_size,
-            case.num_kv_heads,
-            case.head_dim,
+            arena, case.stored, case.layout, 1, pages * self.copies, case.page_size, case.num_kv_heads, case.head_dim
         )
         k, v = (arena.random(*shape[1:], dtype=case.dtype).expand(shape).clone() for _ in range(2))
         self.k, self.v = k, v  # [copies, num_tokens, num_kv_heads, head_dim]
@@ -152,10 +139,7 @@ class PackWork(Work):
 
     def _views(self) -> tuple[list[Tensor], list[Tensor]]:
         taken = slice(*self.heads)
-        k, v = (
-            [nhd(t, self.cache.layout)[:, :, taken] for t in ts]
-            for ts in (self.cache.k, self.cache.v)
-        )
+        k, v = ([nhd(t, self.cache.layout)[:, :, taken] for t in ts] for ts in (self.cache.k, self.cache.v))
         return k, v
 
     def _reference_pack(self, packed: PackedKV, slots: Tensor) -> None:
@@ -169,13 +153,9 @@ class PackWork(Work):
             )  # fmt: skip
 
         def unpack(copy: int) -> None:
-            pw.unpack_kv(
-                self.packed[copy], self.cache, self.slots[copy], heads=self.heads, backend=backend
-            )
+            pw.unpack_kv(self.packed[copy], self.cache, self.slots[copy], heads=self.heads, backend=backend)
 
-        return Contender(
-            backend, pack if self.case.op == "pack" else unpack, version=pw.__version__
-        )
+        return Contender(backend, pack if self.case.op == "pack" else unpack, version=pw.__version__)
 
     def _stored(self) -> list[Tensor]:
         k, v = self._views()
@@ -208,9 +188,7 @@ class MergeWork(Work):
         self.case: Merge = case
         self.copies = min(arena.copies(case.cold_bytes), 64)
         states = (case.num_states, case.num_tokens, case.num_heads)
-        self.outs = tuple(
-            arena.random(*states, case.head_dim, dtype=case.dtype) for _ in range(self.copies)
-        )
+        self.outs = tuple(arena.random(*states, case.head_dim, dtype=case.dtype) for _ in range(self.copies))
         self.lses = tuple(3 * arena.random(*states) for _ in range(self.copies))
 
     def ours(self, backend: str) -> Contender:
@@ -226,9 +204,7 @@ class MergeWork(Work):
             pw.merge_states(self.outs[copy], self.lses[copy], out=out, lse=lse, backend=backend)
             return out
 
-        return Contender(
-            backend, two if self.case.num_states == 2 else many, version=pw.__version__
-        )
+        return Contender(backend, two if self.case.num_states == 2 else many, version=pw.__version__)
 
     def check(self, contender: Contender) -> Verdict:
         got = contender.once(0).double()

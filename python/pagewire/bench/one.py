@@ -27,9 +27,7 @@ _CYCLES_PER_CALL = 2_000_000
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "pagewire.bench.one", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser("pagewire.bench.one", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("backend", choices=[b.name for b in registry.BACKENDS])
     add("case", metavar="CASE", help="an id as `pagewire bench --list` prints it, or a regex")

@@ -99,9 +99,7 @@ def triton_peers(work: Work) -> list[Contender]:
     wanted = (
         peer
         for peer in vllm_triton.PEERS
-        if peer.missing("cuda") is None
-        and work.case.op in peer.ops
-        and peer.refuses(work.case) is None
+        if peer.missing("cuda") is None and work.case.op in peer.ops and peer.refuses(work.case) is None
     )
     return [peer.prepare(work) for peer in wanted]
 

@@ -35,17 +35,13 @@ class Roof:
         """TFLOP/s; values may be widened to fp32, so the fp32 product is a roof of the narrow dtypes too."""
         return max(self.tflops.get(dtype, 0.0), self.tflops[torch.float32])
 
-    def time_us(
-        self, num_bytes: int, flops: int, kind: str, dtype: torch.dtype, device: str
-    ) -> float:
+    def time_us(self, num_bytes: int, flops: int, kind: str, dtype: torch.dtype, device: str) -> float:
         """The time below which no version goes: the slower of moving the bytes and computing."""
         moving = num_bytes / self.memory(kind, device) / 1e3
         return max(moving, flops / self.compute(dtype) / 1e6)
 
     def __str__(self) -> str:
-        products = ", ".join(
-            f"{str(d).removeprefix('torch.')} {t:.3g}" for d, t in self.tflops.items()
-        )
+        products = ", ".join(f"{str(d).removeprefix('torch.')} {t:.3g}" for d, t in self.tflops.items())
         return f"copy {self.copy_gbps:.1f} GB/s, read {self.read_gbps:.1f} GB/s, matmul TFLOP/s: {products}"
 
 

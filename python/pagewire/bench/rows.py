@@ -34,9 +34,7 @@ class Row:
     tflops: float = 0.0
     roof_pct: float = 0.0  # of the slower of moving and computing, at the rates below
     error: float = 0.0  # relative to fp64; moves: share of wrong bytes
-    ratio: float = (
-        0.0  # time over the fastest of ours in the case: a peer above 1 is slower than we are
-    )
+    ratio: float = 0.0  # time over the fastest of ours in the case: a peer above 1 is slower than we are
     roof_gbps: float = 0.0
     roof_tflops: float = 0.0
     version: str = ""
@@ -72,15 +70,11 @@ def read(path: Path) -> Iterator[tuple[Row, dict[str, str]]]:
         reader = csv.DictReader(file)
         missing = set(FIELDS) - set(reader.fieldnames or ())
         if missing:
-            raise ValueError(
-                f"{path}: expected the columns of pagewire bench, {', '.join(sorted(missing))} missing"
-            )
+            raise ValueError(f"{path}: expected the columns of pagewire bench, {', '.join(sorted(missing))} missing")
         for line in reader:
             yield _row(line), {name: line[name] for name in Machine._fields}
 
 
 def _row(line: dict[str, str]) -> Row:
-    kinds: dict[str, Callable[[str], Any]] = {
-        "int": int, "float": float, "str": str, "bool": lambda x: x == "1"
-    }  # fmt: skip
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": lambda x: x == "1"}
     return Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)})

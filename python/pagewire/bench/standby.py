@@ -26,9 +26,7 @@ class Compiler:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def compile(
-        self, kernel: str, key: Key, configs: Sequence[KernelConfig], seconds: float
-    ) -> list[str]:
+    def compile(self, kernel: str, key: Key, configs: Sequence[KernelConfig], seconds: float) -> list[str]:
         """Compiles rows of the tuning table at `key` for the cases of its target; per row "" or why it does not.
 
         Args:
@@ -52,10 +50,7 @@ class Compiler:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()  # the end of its requests

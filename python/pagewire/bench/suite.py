@@ -92,9 +92,7 @@ def run(settings: Settings, cases: Sequence[Case]) -> Result:
         if left < 0:
             result.late.append(case.id)
             continue
-        seconds = min(
-            0.05 if smoke else _SECONDS[settings.device], _SETUP_SHARE * left / (len(cases) - at)
-        )
+        seconds = min(0.05 if smoke else _SECONDS[settings.device], _SETUP_SHARE * left / (len(cases) - at))
         case_rows = _case(settings, case, backends, peers, arena, clock, roof, seconds)
         table.case(case_rows, case.op)
         result.rows += case_rows
@@ -189,9 +187,7 @@ def _case(
     ready: list[tuple[Contender, Verdict]] = []
     for name, ours, prepare in _contenders(work, backends, peers):
         if (case.id, name) in settings.faults:
-            found.append(
-                row(name, ours, "skipped", "it ended an earlier process with a CUDA fault")
-            )
+            found.append(row(name, ours, "skipped", "it ended an earlier process with a CUDA fault"))
             continue
         contender, verdict = _checked(work, prepare)
         if contender is not None and verdict.ok:
@@ -227,9 +223,7 @@ def _case(
 
 
 _REFUSED = "refused: "
-_PUBLIC = {
-    "append": "append_kv", "pack": "pack_kv", "unpack": "unpack_kv", "merge": "merge_state"
-}  # fmt: skip
+_PUBLIC = {"append": "append_kv", "pack": "pack_kv", "unpack": "unpack_kv", "merge": "merge_state"}
 
 
 def _contenders(
@@ -287,9 +281,7 @@ def _backend(case: Case, device: str) -> str:
     kv_dtype = case.stored if isinstance(case, Attention | Append) else case.dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        told = pw.explain(
-            op, device=device, dtype=case.dtype, kv_dtype=kv_dtype, head_dim=case.head_dim
-        )
+        told = pw.explain(op, device=device, dtype=case.dtype, kv_dtype=kv_dtype, head_dim=case.head_dim)
     for line in told.splitlines()[1:]:
         name, reason = line.removeprefix("->").split(maxsplit=1)
         # on a CPU Triton is interpreted and CUDA emulated, if anything: nothing to time
@@ -322,9 +314,7 @@ def _compare_roofs(before: Roof, after: Roof) -> None:
     ):
         change = second / first - 1
         if abs(change) > 0.1:
-            print(
-                f"the {name} roof moved by {100 * change:+.0f} %: the machine was busy, repeat it"
-            )
+            print(f"the {name} roof moved by {100 * change:+.0f} %: the machine was busy, repeat it")
     print(f"roof at the end: {after}")
 
 

@@ -118,9 +118,7 @@ def _full_cpu() -> list[Case]:
 def _quick_cuda() -> list[Case]:
     """Few head widths and page sizes: each is a compilation, and a compilation is seconds; those come last."""
     found: list[Case] = []
-    for batch in (
-        "32q1s4k", "q1s1k", "q1s16k", "q1s64k", "8q1s4k", "8q1s16k", "64q1s4k", "128q1s2k", "256q1s1k",
-    ):  # fmt: skip
+    for batch in ("32q1s4k", "q1s1k", "q1s16k", "q1s64k", "8q1s4k", "8q1s16k", "64q1s4k", "128q1s2k", "256q1s1k"):
         found.append(Attention("decode", batch))
     for batch in ("q8k", "q512", "q1k", "q2k", "q4k", "4q2k", "q1ks2k", "q512s8k"):
         found.append(Attention("prefill", batch))

@@ -36,17 +36,13 @@ class Table:
         peers = {r.contender: r for r in rows if not r.ours}
         for row in (r for r in rows if r.ours):
             if row.status != "ok":
-                print(
-                    f"{row.case:<{_CASE}} {row.contender:<9}{row.status}: {row.reason}", flush=True
-                )
+                print(f"{row.case:<{_CASE}} {row.contender:<9}{row.status}: {row.reason}", flush=True)
                 continue
             line = (
                 f"{row.case:<{_CASE}} {row.contender:<9}{row.us:>11.1f}{row.p20_us:>11.1f}{row.p80_us:>11.1f}"
                 f"{rate(row):>15}{row.roof_pct:>7.0f}%"
             )
-            columns = "".join(
-                f"{_ratio(row, peers.get(name)):>{_width(name)}}" for name in self.peers[op]
-            )
+            columns = "".join(f"{_ratio(row, peers.get(name)):>{_width(name)}}" for name in self.peers[op])
             print(f"{line} |{columns}", flush=True)
             self._keep(row.contender, row, peers)
         timed = [r for r in rows if r.ours and r.status == "ok"]
@@ -99,6 +95,4 @@ def rate(row: Row) -> str:
     computing = row.flops / row.roof_tflops / 1e6 if row.roof_tflops else 0.0
     if computing <= moving:
         return f"{row.gbps:.1f} GB/s"
-    return (
-        f"{row.tflops:.1f} TFLOP/s" if row.roof_tflops > 10 else f"{1e3 * row.tflops:.1f} GFLOP/s"
-    )
+    return f"{row.tflops:.1f} TFLOP/s" if row.roof_tflops > 10 else f"{1e3 * row.tflops:.1f} GFLOP/s"

@@ -63,9 +63,7 @@ class Clock:
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._cycles_per_us = _cycles_per_us()
 
-    def time(
-        self, call: Callable[[], object], host_us: float = 0.0, syncs: bool = False
-    ) -> tuple[float, float]:
+    def time(self, call: Callable[[], object], host_us: float = 0.0, syncs: bool = False) -> tuple[float, float]:
         """(device µs, host µs). `host_us`: what the host needed last time. `syncs`: the call waits for the device,
         so a busy stream would hide its host time; then wall time counts."""
         if self.device == "cpu" or syncs:
@@ -110,9 +108,7 @@ def _cycles_per_us() -> float:
     return cycles / ((time.perf_counter() - start) * 1e6)
 
 
-def interleave(
-    clock: Clock, contenders: Sequence[Contender], copies: int, seconds: float
-) -> dict[str, Times]:
+def interleave(clock: Clock, contenders: Sequence[Contender], copies: int, seconds: float) -> dict[str, Times]:
     """Times of every contender: at least MIN_ROUNDS turns each, then for its share of `seconds`, at most MAX_ROUNDS.
 
     Each call takes the next of `copies` sets of buffers, whoever called before, so none is touched again before all
@@ -139,9 +135,7 @@ def interleave(
             contender = late[(at + turn) % len(late)]
             start = time.perf_counter()
             if clock.device == "cpu":
-                _turn(
-                    clock, contender, copy, times[contender.name], pace[contender.name] < _SHORT_US
-                )
+                _turn(clock, contender, copy, times[contender.name], pace[contender.name] < _SHORT_US)
             else:
                 _once(clock, contender, next(copy), times[contender.name])
             spent[contender.name] += time.perf_counter() - start
@@ -153,9 +147,7 @@ def _continues(turn: int, spent: float, share: float) -> bool:
     return spent < share or (turn < MIN_ROUNDS and (turn < 2 or spent < 4 * share))
 
 
-def _turn(
-    clock: Clock, contender: Contender, copy: Iterator[int], times: Times, short: bool
-) -> None:
+def _turn(clock: Clock, contender: Contender, copy: Iterator[int], times: Times, short: bool) -> None:
     """A CPU's turn: wait until the threads of whoever ran before have stopped spinning, wake our own, then time."""
     time.sleep(_SETTLE)
     if short:

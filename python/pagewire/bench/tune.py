@@ -29,9 +29,7 @@ from pagewire.kernels.tuning import KernelConfig, Key
 
 KERNELS = ("decode", "prefill")
 MINUTES = 5.0  # of a sweep
-CANDIDATES = (
-    38  # compiled ahead: the first pass over the first row of 16 and of 8 bit of each kernel
-)
+CANDIDATES = 38  # compiled ahead: the first pass over the first row of 16 and of 8 bit of each kernel
 _SECONDS = 0.3  # of timing per candidate and case
 _WORTH = 1.02  # a row is proposed when it is this much faster: less is noise
 _CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -41,12 +39,7 @@ _CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (2, 4, 8),
         "programs_per_processor": (1, 2, 3, 4),
     },
-    "prefill": {
-        "BLOCK_M": (64, 128),
-        "BLOCK_N": (32, 64, 128),
-        "num_stages": (2, 3, 4),
-        "num_warps": (4, 8),
-    },
+    "prefill": {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8)},
 }
 # what one field at a time does not reach, since wide tiles fit only with fewer stages: (kernel, operands, head_dim)
 _TOGETHER: dict[tuple[str, str, int], tuple[dict[str, int], ...]] = {
@@ -90,9 +83,7 @@ def _targets(kernel: str, arch: int) -> list[Target]:
     return found
 
 
-def first_candidates(
-    kernels: Sequence[str], arch: int, limit: int
-) -> list[tuple[Target, KernelConfig]]:
+def first_candidates(kernels: Sequence[str], arch: int, limit: int) -> list[tuple[Target, KernelConfig]]:
     """The first `limit` candidates that a sweep tries while no row has been beaten."""
 
     def of(target: Target) -> Iterator[tuple[Target, KernelConfig]]:
@@ -180,10 +171,7 @@ def compare(
             verdict = work.check(ours)
             if not verdict.ok:
                 raise ValueError(f"wrong: {verdict.reason}")
-            pair = [
-                Contender("present", ours.call, use(present)),
-                Contender("candidate", ours.call, use(config)),
-            ]
+            pair = [Contender("present", ours.call, use(present)), Contender("candidate", ours.call, use(config))]
             times = interleave(clock, pair, work.copies, _SECONDS)
         old.append(times["present"].median)
         new.append(times["candidate"].median)
@@ -224,9 +212,7 @@ def _tune(target: Target, arena: Arena, clock: Clock, stop: float, compiler: Com
         print(f"    # {tuple(config)}: {gain:.3f}x ({evidence[config]})", flush=True)
         return gain
 
-    best, gain = search(
-        present, _CHOICES[target.kernel], speedup, together=target.together, prepare=prepare
-    )
+    best, gain = search(present, _CHOICES[target.kernel], speedup, together=target.together, prepare=prepare)
     cut = ", cut off by the minutes" if time.perf_counter() > stop else ""
     if gain < _WORTH:
         return f"    # {_shown(target.key)}: {tuple(present)} stays, best {gain:.3f}x{cut}"

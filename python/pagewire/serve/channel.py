@@ -50,18 +50,14 @@ def frame_len(prefix: bytes | bytearray, channel: "Channel | None" = None) -> in
     """Bytes of the frame's body. Raises ChannelClosed on a length no sender of ours would write."""
     (length,) = LENGTH.unpack_from(prefix)
     if length > MAX_FRAME_BYTES:
-        raise ChannelClosed(
-            f"expected a frame of <= {MAX_FRAME_BYTES} bytes, got {length}", channel
-        )
+        raise ChannelClosed(f"expected a frame of <= {MAX_FRAME_BYTES} bytes, got {length}", channel)
     return length
 
 
 class Channel:
     """Non-blocking: `send` queues what the socket does not take, `poll` returns what arrived."""
 
-    def __init__(
-        self, sock: socket.socket, codec: Codec, *, name: str, accept_fds: bool = False
-    ) -> None:
+    def __init__(self, sock: socket.socket, codec: Codec, *, name: str, accept_fds: bool = False) -> None:
         sock.setblocking(False)
         self.name = name
         self.fds: deque[int] = deque()  # received, in order, owned by whoever takes them
@@ -169,9 +165,7 @@ def receive(channel: Channel, timeout_s: float) -> Any:
 class AsyncChannel:
     """The front: `send(message)`; `async for message in channel` until the worker is gone."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, codec: Codec = FRONT_CODEC
-    ) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, codec: Codec = FRONT_CODEC) -> None:
         self._reader = reader
         self._writer = writer
         self._codec = codec

@@ -21,9 +21,7 @@ def compile_template(source: str, where: str) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
-        raise ModelError(
-            f"{where}: chat template: expected a jinja2 template, got {error}"
-        ) from error
+        raise ModelError(f"{where}: chat template: expected a jinja2 template, got {error}") from error
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

@@ -28,62 +28,25 @@ class ServeError(Exception):
 def parser() -> argparse.ArgumentParser:
     """Defaults that the model processes also know come from WorkerConfig."""
     config, limits = WorkerConfig(model=""), Limits()
-    p = argparse.ArgumentParser(
-        prog="pagewire serve", description="Serve a model from two processes, P and D."
-    )
+    p = argparse.ArgumentParser(prog="pagewire serve", description="Serve a model from two processes, P and D.")
     p.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is required")
     p.add_argument("--port", type=int, default=8000, help="0: any free port, printed on stdout")
-    p.add_argument(
-        "--model", help="a Hugging Face directory or a .gguf file; default: SmolLM2-135M-Instruct"
-    )
-    p.add_argument(
-        "--served-model-name", help="the name clients use; default: the file's or folder's"
-    )
-    p.add_argument(
-        "--colocated", action="store_true", help="one process instead of two: the baseline"
-    )
-    p.add_argument(
-        "--api-key",
-        help="clients must send it as a bearer token; PAGEWIRE_API_KEY hides it from ps",
-    )
+    p.add_argument("--model", help="a Hugging Face directory or a .gguf file; default: SmolLM2-135M-Instruct")
+    p.add_argument("--served-model-name", help="the name clients use; default: the file's or folder's")
+    p.add_argument("--colocated", action="store_true", help="one process instead of two: the baseline")
+    p.add_argument("--api-key", help="clients must send it as a bearer token; PAGEWIRE_API_KEY hides it from ps")
     p.add_argument("--dtype", choices=DTYPES, default=config.dtype, help="of weights and KV cache")
     p.add_argument("--page-size", type=int, default=config.page_size, help="tokens")
-    p.add_argument(
-        "--pool-tokens",
-        type=int,
-        default=config.pool_tokens,
-        help="KV tokens of each process's pool",
-    )
-    p.add_argument(
-        "--max-batch-size", type=int, default=config.max_batch_size, help="requests decoded at once"
-    )
-    p.add_argument(
-        "--prefill-chunk",
-        type=int,
-        default=config.prefill_chunk,
-        help="prompt tokens in one forward",
-    )
-    p.add_argument(
-        "--kv-wire-dtype", choices=DTYPES, help="of KV between P and D; default: --dtype"
-    )
+    p.add_argument("--pool-tokens", type=int, default=config.pool_tokens, help="KV tokens of each process's pool")
+    p.add_argument("--max-batch-size", type=int, default=config.max_batch_size, help="requests decoded at once")
+    p.add_argument("--prefill-chunk", type=int, default=config.prefill_chunk, help="prompt tokens in one forward")
+    p.add_argument("--kv-wire-dtype", choices=DTYPES, help="of KV between P and D; default: --dtype")
     p.add_argument("--threads", type=int, default=config.num_threads, help="of each model process")
-    p.add_argument(
-        "--backend",
-        help="pagewire backend of the model processes; default: the best that runs here",
-    )
-    p.add_argument(
-        "--max-queue",
-        type=int,
-        default=limits.max_inflight,
-        help="choices in flight; more get a 429",
-    )
-    p.add_argument(
-        "--request-timeout", type=float, default=limits.request_timeout_s, help="seconds"
-    )
+    p.add_argument("--backend", help="pagewire backend of the model processes; default: the best that runs here")
+    p.add_argument("--max-queue", type=int, default=limits.max_inflight, help="choices in flight; more get a 429")
+    p.add_argument("--request-timeout", type=float, default=limits.request_timeout_s, help="seconds")
     p.add_argument("--record-dir", help="write each request's logits here (tests, debugging)")
-    p.add_argument(
-        "--verify-kv", action="store_true", help="compare digests of P's and D's KV at each handoff"
-    )
+    p.add_argument("--verify-kv", action="store_true", help="compare digests of P's and D's KV at each handoff")
     return p
 
 
@@ -97,9 +60,7 @@ def listen(host: str, port: int, api_key: str | None) -> socket.socket:
         raise ServeError(f"--host: {host!r} is not an address: {error.strerror}") from None
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     if api_key is None and not ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback:
-        raise ServeError(
-            f"--host {host} can be reached from other machines: give --api-key or set PAGEWIRE_API_KEY"
-        )
+        raise ServeError(f"--host {host} can be reached from other machines: give --api-key or set PAGEWIRE_API_KEY")
     # asyncio sets TCP_NODELAY only where the protocol is named; without it a stream stutters by 40 ms
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -118,18 +79,11 @@ class _Server(uvicorn.Server):
         yield  # ours: see _serve
 
 
-async def _serve(
-    front: Front, supervisor: Supervisor, sock: socket.socket, api_key: str | None
-) -> str:
+async def _serve(front: Front, supervisor: Supervisor, sock: socket.socket, api_key: str | None) -> str:
     """Until a signal or the pair's end for good; returns the sentence that explains the latter, or ""."""
     app = make_app(front, api_key)
     config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=5,
+        app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5
     )
     server = _Server(config)
 
@@ -198,10 +152,7 @@ def _main(argv: list[str]) -> int:
 
         async def run() -> str:
             front.supervisor = Supervisor(
-                config,
-                colocated=args.colocated,
-                on_events=front.on_events,
-                on_gauges=front.on_gauges,
+                config, colocated=args.colocated, on_events=front.on_events, on_gauges=front.on_gauges
             )
             return await _serve(front, front.supervisor, sock, api_key)
 

@@ -52,13 +52,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.num_pages < 1:
             raise ValueError(
-                f"pool_tokens: expected at least one page of {self.page_size} tokens, "
-                f"got {self.pool_tokens}"
+                f"pool_tokens: expected at least one page of {self.page_size} tokens, got {self.pool_tokens}"
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.kv_wire_dtype not in (None, *DTYPES):
-            raise ValueError(
-                f"kv_wire_dtype: expected null or one of {', '.join(DTYPES)}, "
-                f"got {self.kv_wire_dtype!r}"
-            )
+            raise ValueError(f"kv_wire_dtype: expected null or one of {', '.join(DTYPES)}, got {self.kv_wire_dtype!r}")

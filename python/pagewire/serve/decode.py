@@ -12,16 +12,7 @@ from pagewire.serve.role import Role
 from pagewire.serve.steps import COMPLETE, Decoding, describe
 from pagewire.serve.timeline import now_us
 from pagewire.transfer.frames import Abort, Chunk, Commit
-from pagewire.transfer.handoff import (
-    Action,
-    Cancelled,
-    Dropped,
-    Failed,
-    Refused,
-    Send,
-    Start,
-    Unpack,
-)
+from pagewire.transfer.handoff import Action, Cancelled, Dropped, Failed, Refused, Send, Start, Unpack
 from pagewire.transfer.packing import Packing, checksum_problem
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.shm import Arena
@@ -30,9 +21,7 @@ from pagewire.transfer.shm import Arena
 class DecodeRole(Role):
     name = "decode"
 
-    def __init__(
-        self, engine: Engine, front: Channel, peer: Channel, packing: Packing, arena: Arena
-    ) -> None:
+    def __init__(self, engine: Engine, front: Channel, peer: Channel, packing: Packing, arena: Arena) -> None:
         super().__init__(engine, front)
         self._peer = peer
         self._packing = packing
@@ -116,14 +105,11 @@ class DecodeRole(Role):
     def _same_digests(self, request_id: str, pages: list[int], commit: Commit) -> bool:
         start_us = now_us()
         ours = self._packing.digests(pages, len(commit.token_ids))
-        p_sha256, d_sha256 = (
-            hashlib.sha256(b"".join(digests)).hexdigest() for digests in (commit.digests, ours)
-        )
+        p_sha256, d_sha256 = (hashlib.sha256(b"".join(digests)).hexdigest() for digests in (commit.digests, ours))
         equal = p_sha256 == d_sha256
         self.timeline.add(
-            "kv_verify", start_us, None, request_id,
-            p_sha256=p_sha256, d_sha256=d_sha256, equal=int(equal),
-        )  # fmt: skip
+            "kv_verify", start_us, None, request_id, p_sha256=p_sha256, d_sha256=d_sha256, equal=int(equal)
+        )
         return equal
 
     def _do(self, actions: list[Action]) -> None:

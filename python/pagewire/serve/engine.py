@@ -148,10 +148,7 @@ class Engine:
         """The token after each request's last one, whose KV is written on the way."""
         page_size = self.config.page_size
         positions = [r.prompt_len + len(r.output) - 1 for r in requests]
-        slots = [
-            r.pages[p // page_size] * page_size + p % page_size
-            for r, p in zip(requests, positions, strict=True)
-        ]
+        slots = [r.pages[p // page_size] * page_size + p % page_size for r, p in zip(requests, positions, strict=True)]
         logits = self.model.forward(
             torch.tensor([r.output[-1] for r in requests]),
             torch.tensor(positions),
@@ -185,9 +182,7 @@ class Engine:
             tokens[i] = token
         return tokens
 
-    def _record(
-        self, request: Request, phase: str, logits: list[Tensor], token_ids: list[int]
-    ) -> None:
+    def _record(self, request: Request, phase: str, logits: list[Tensor], token_ids: list[int]) -> None:
         """<request id>.<phase>.safetensors: logits fp32 [num_rows, vocab_size], token_ids int64.
 
         prefill: the logits after the prompt; the prompt, then the first token.

@@ -71,9 +71,7 @@ class _Stream(StreamingResponse):
     """Server-sent events; closes the generation however the response ends."""
 
     def __init__(self, generation: Generation, body: AsyncIterator[bytes]) -> None:
-        super().__init__(
-            body, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-        )
+        super().__init__(body, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,9 +81,7 @@ class _Stream(StreamingResponse):
             self._generation.close()
 
 
-async def _events(
-    generation: Generation, first: Delta, rest: AsyncIterator[Delta]
-) -> AsyncIterator[bytes]:
+async def _events(generation: Generation, first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
     answer, begun = generation.answer, set()
 
     def chunk(delta: Delta) -> bytes:
@@ -116,9 +112,7 @@ async def _generate(request: Request, chat: bool) -> Response:
         await _unless_gone(request, generation.submit())
         deltas = generation.deltas()
         if generation.request.stream:
-            first = await _unless_gone(
-                request, anext(deltas)
-            )  # a failure before it is a proper status
+            first = await _unless_gone(request, anext(deltas))  # a failure before it is a proper status
             streaming = True
             return _Stream(generation, _events(generation, first, deltas))
 
@@ -149,12 +143,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 def _model_card(front: Front) -> dict[str, Any]:
-    card: dict[str, Any] = {
-        "id": front.model,
-        "object": "model",
-        "created": front.created,
-        "owned_by": "pagewire",
-    }
+    card: dict[str, Any] = {"id": front.model, "object": "model", "created": front.created, "owned_by": "pagewire"}
     if pair := front.supervisor.pair:
         card["max_model_len"] = min(pair.max_context, pair.pool_tokens)
     return card
@@ -179,9 +168,7 @@ async def model(request: Request) -> Response:
 async def health(request: Request) -> Response:
     supervisor: Supervisor = request.app.state.front.supervisor
     if supervisor.pair is None:
-        return _json(
-            {"status": "unavailable", "reason": supervisor.reason}, 503, {"retry-after": "1"}
-        )
+        return _json({"status": "unavailable", "reason": supervisor.reason}, 503, {"retry-after": "1"})
     return _json({"status": "ok"})
 
 
@@ -197,10 +184,7 @@ async def metrics(request: Request) -> Response:
 
 async def debug_requests(request: Request) -> Response:
     front: Front = request.app.state.front
-    workers = [
-        {"role": w.role, "pid": w.process.pid, "ready": w.ready is not None}
-        for w in front.supervisor.workers
-    ]
+    workers = [{"role": w.role, "pid": w.process.pid, "ready": w.ready is not None} for w in front.supervisor.workers]
     return _json({"workers": workers, "requests": front.events.requests()})
 
 
@@ -213,9 +197,7 @@ def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # Starlette's own 404 and 405
         error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
     if not isinstance(error, ApiError):
-        error = openai.server_error(
-            "the server failed; its log says why", status=500, code="internal_error"
-        )
+        error = openai.server_error("the server failed; its log says why", status=500, code="internal_error")
     if error.status < 500:
         front.metrics.requests.labels("rejected").inc()
     retry = {"retry-after": "1"} if error.status in (429, 503) else None

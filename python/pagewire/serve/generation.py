@@ -21,9 +21,7 @@ class Tokenizer(Protocol):
     eos_token_ids: Any
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def render_chat(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str: ...
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
 
 
 class Front:
@@ -32,11 +30,7 @@ class Front:
     supervisor: Supervisor
 
     def __init__(
-        self,
-        model: str,
-        tokenizer: Tokenizer,
-        detokenizer: Callable[[], Detokenizer],
-        limits: Limits,
+        self, model: str, tokenizer: Tokenizer, detokenizer: Callable[[], Detokenizer], limits: Limits
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -93,24 +87,17 @@ class Generation:
             if max(prompt) >= pair.vocab_size:
                 raise ApiError(
                     400,
-                    f"prompt: expected token ids below {pair.vocab_size}, the vocabulary's size, "
-                    f"got {max(prompt)}",
+                    f"prompt: expected token ids below {pair.vocab_size}, the vocabulary's size, got {max(prompt)}",
                     param="prompt",
                 )
         stop_ids = [] if self.request.ignore_eos else sorted(self.front.tokenizer.eos_token_ids)
-        self._timer = asyncio.get_running_loop().call_later(
-            self.front.limits.request_timeout_s, self._expire
-        )
+        self._timer = asyncio.get_running_loop().call_later(self.front.limits.request_timeout_s, self._expire)
         sampling = self.request.sampling
         for i, prompt in enumerate(prompts):
             for j in range(self.request.n):
                 choice = len(self.outputs)
-                seeded = msgspec.structs.replace(
-                    sampling, seed=(sampling.seed + j) & openai.MAX_SEED
-                )
-                submit = Submit(
-                    f"{self.answer.id}-{choice}", prompt, max_tokens[i], stop_ids, seeded
-                )
+                seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + j) & openai.MAX_SEED)
+                submit = Submit(f"{self.answer.id}-{choice}", prompt, max_tokens[i], stop_ids, seeded)
                 output = Output(
                     submit,
                     choice,
@@ -160,19 +147,14 @@ class Generation:
     def _max_tokens(self, prompt: list[int], pair: Ready) -> int:
         """Output tokens to reserve for. Raises ApiError when prompt and output can never fit."""
         if not prompt:
-            raise ApiError(
-                400,
-                "prompt: expected at least one token, got an empty prompt",
-                param=self._prompt_field,
-            )
+            raise ApiError(400, "prompt: expected at least one token, got an empty prompt", param=self._prompt_field)
         what, most = "context", pair.max_context
         if pair.pool_tokens < most:
             what, most = "KV pool", pair.pool_tokens
         room = most - len(prompt)
         if room < 1:
             raise self._too_long(
-                f"this model's {what} holds {most} tokens; the prompt has {len(prompt)} and at least "
-                "one more must fit"
+                f"this model's {what} holds {most} tokens; the prompt has {len(prompt)} and at least one more must fit"
             )
         limits = self.front.limits
         default = limits.default_max_chat_tokens if self.answer.chat else limits.default_max_tokens
@@ -203,9 +185,7 @@ class Generation:
         timeout_s = self.front.limits.request_timeout_s
         for output in self.outputs:
             output.fail(
-                openai.server_error(
-                    f"the request did not end within {timeout_s:g} s", status=504, code="timeout"
-                )
+                openai.server_error(f"the request did not end within {timeout_s:g} s", status=504, code="timeout")
             )
             self.front.supervisor.cancel(output.submit.request_id)
 
@@ -237,6 +217,4 @@ class Generation:
             metrics.ttft.observe(times[0] - self.arrived)
             args["ttft_us"] = int(times[0] * 1e6) - start_us
         duration_us = int(time.monotonic() * 1e6) - start_us
-        self.front.events.add(
-            Event("request", "front", start_us, duration_us, output.submit.request_id, args)
-        )
+        self.front.events.add(Event("request", "front", start_us, duration_us, output.submit.request_id, args))

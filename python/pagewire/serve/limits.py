@@ -7,9 +7,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_body_bytes: int = 2 << 20
     body_timeout_s: float = 30.0  # a body must arrive within this
     request_timeout_s: float = 600.0  # a request must end within this
-    max_inflight: int = (
-        256  # outputs (prompts x n) admitted and not yet ended; more are answered 429
-    )
+    max_inflight: int = 256  # outputs (prompts x n) admitted and not yet ended; more are answered 429
     max_n: int = 16
     max_prompts: int = 16  # prompts of one /v1/completions body
     max_stop: int = 4

@@ -20,12 +20,8 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
-        self.prompt_tokens = Counter(
-            "pagewire_prompt_tokens", "Prompt tokens of answered choices", registry=registry
-        )
-        self.output_tokens = Counter(
-            "pagewire_output_tokens", "Tokens generated", registry=registry
-        )
+        self.prompt_tokens = Counter("pagewire_prompt_tokens", "Prompt tokens of answered choices", registry=registry)
+        self.output_tokens = Counter("pagewire_output_tokens", "Tokens generated", registry=registry)
         self.ttft = Histogram(
             "pagewire_time_to_first_token_seconds",
             "From the body's arrival to the first token",
@@ -33,10 +29,7 @@ class Metrics:
             registry=registry,
         )
         self.inter_token = Histogram(
-            "pagewire_inter_token_seconds",
-            "Between two tokens of one choice",
-            buckets=_SECONDS,
-            registry=registry,
+            "pagewire_inter_token_seconds", "Between two tokens of one choice", buckets=_SECONDS, registry=registry
         )
         self.queue = Histogram(
             "pagewire_queue_seconds",
@@ -45,9 +38,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.prefill = Histogram(
-            "pagewire_prefill_seconds", "A prompt's forwards", buckets=_SECONDS, registry=registry
-        )
+        self.prefill = Histogram("pagewire_prefill_seconds", "A prompt's forwards", buckets=_SECONDS, registry=registry)
         self.transfer = Histogram(
             "pagewire_kv_transfer_seconds",
             "A handoff: total, and the part after P's last forward (exposed)",
@@ -55,31 +46,20 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.kv_bytes = Counter(
-            "pagewire_kv_transfer_bytes", "KV bytes moved from P to D", registry=registry
-        )
+        self.kv_bytes = Counter("pagewire_kv_transfer_bytes", "KV bytes moved from P to D", registry=registry)
         self.pages = Gauge(
             "pagewire_pages",
             "Pages by owner; free + active + cached + leased == total",
             ["role", "state"],
             registry=registry,
         )
-        self.running = Gauge(
-            "pagewire_running_requests", "Requests being computed", ["role"], registry=registry
-        )
+        self.running = Gauge("pagewire_running_requests", "Requests being computed", ["role"], registry=registry)
         self.waiting = Gauge(
-            "pagewire_waiting_requests",
-            "Requests waiting in a model process",
-            ["role"],
-            registry=registry,
+            "pagewire_waiting_requests", "Requests waiting in a model process", ["role"], registry=registry
         )
-        self.inflight = Gauge(
-            "pagewire_inflight_requests", "Choices admitted and not yet ended", registry=registry
-        )
+        self.inflight = Gauge("pagewire_inflight_requests", "Choices admitted and not yet ended", registry=registry)
         self.ready = Gauge("pagewire_ready", "1 when a whole pair can answer", registry=registry)
-        self.restarts = Gauge(
-            "pagewire_restarts", "Times the pair was restarted", registry=registry
-        )
+        self.restarts = Gauge("pagewire_restarts", "Times the pair was restarted", registry=registry)
 
     def on_event(self, event: Event) -> None:
         seconds = event.duration_us / 1e6

@@ -90,10 +90,7 @@ class _Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
 
 
 class CompletionBody(_Sampled, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    prompt: (
-        str
-        | list[str | Annotated[int, msgspec.Meta(ge=0)] | list[Annotated[int, msgspec.Meta(ge=0)]]]
-    )
+    prompt: str | list[str | Annotated[int, msgspec.Meta(ge=0)] | list[Annotated[int, msgspec.Meta(ge=0)]]]
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -153,17 +150,13 @@ def _decode(body: bytes, kind: type[Body]) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         text = str(error)
-        where = re.search(r"at `\$\.(\w+)", text) or re.search(
-            r"(?:unknown|required) field `(\w+)`", text
-        )
+        where = re.search(r"at `\$\.(\w+)", text) or re.search(r"(?:unknown|required) field `(\w+)`", text)
         raise ApiError(400, text, param=where[1] if where else None) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-def _refuse_unsupported(
-    struct: msgspec.Struct, table: dict[str, tuple[Any, ...]], where: str = ""
-) -> None:
+def _refuse_unsupported(struct: msgspec.Struct, table: dict[str, tuple[Any, ...]], where: str = "") -> None:
     for name in struct.__struct_fields__:
         value = getattr(struct, name)
         if name not in table or value is None:
@@ -171,10 +164,7 @@ def _refuse_unsupported(
         # type() too: False == 0, but logprobs=0 asks for something and logprobs=false does not
         if not any(type(value) is type(harmless) and value == harmless for harmless in table[name]):
             raise ApiError(
-                400,
-                f"{where}{name} is not supported by this server",
-                param=where + name,
-                code="unsupported_parameter",
+                400, f"{where}{name} is not supported by this server", param=where + name, code="unsupported_parameter"
             )
 
 
@@ -193,21 +183,16 @@ def _sampled(body: _Sampled, limits: Limits, model: str) -> dict[str, Any]:
         raise ApiError(400, f"n: expected at most {limits.max_n}, got {n}", param="n")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stop) > limits.max_stop:
-        raise ApiError(
-            400, f"stop: expected at most {limits.max_stop} strings, got {len(stop)}", param="stop"
-        )
+        raise ApiError(400, f"stop: expected at most {limits.max_stop} strings, got {len(stop)}", param="stop")
     for text in stop:
         if not 1 <= len(text) <= limits.max_stop_chars:
             raise ApiError(
                 400,
-                f"stop: expected strings of 1 to {limits.max_stop_chars} characters, got one "
-                f"of {len(text)}",
+                f"stop: expected strings of 1 to {limits.max_stop_chars} characters, got one of {len(text)}",
                 param="stop",
             )
     if body.stream_options is not None and not body.stream:
-        raise ApiError(
-            400, "stream_options is only allowed when stream is true", param="stream_options"
-        )
+        raise ApiError(400, "stream_options is only allowed when stream is true", param="stream_options")
     if body.stream_options is not None and body.stream_options.include_obfuscation:
         raise ApiError(
             400,
@@ -238,9 +223,7 @@ def parse_completion(data: bytes, limits: Limits, model: str) -> GenerationReque
         prompts: Any = [prompt]
     elif prompt and all(isinstance(item, int) for item in prompt):
         prompts = [prompt]
-    elif all(isinstance(item, str) for item in prompt) or all(
-        isinstance(item, list) for item in prompt
-    ):
+    elif all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) for item in prompt):
         prompts = prompt
     else:
         raise ApiError(
@@ -250,11 +233,7 @@ def parse_completion(data: bytes, limits: Limits, model: str) -> GenerationReque
             param="prompt",
         )
     if not 1 <= len(prompts) <= limits.max_prompts:
-        raise ApiError(
-            400,
-            f"prompt: expected 1 to {limits.max_prompts} prompts, got {len(prompts)}",
-            param="prompt",
-        )
+        raise ApiError(400, f"prompt: expected 1 to {limits.max_prompts} prompts, got {len(prompts)}", param="prompt")
     return GenerationRequest(prompts=prompts, messages=[], max_tokens=body.max_tokens, **shared)
 
 
@@ -263,9 +242,7 @@ def _message(message: Message, where: str) -> dict[str, str]:
     role = "system" if message.role == "developer" else message.role
     if role not in ("system", "user", "assistant"):
         raise ApiError(
-            400,
-            f"{where}.role: expected system, developer, user or assistant, got {role!r}",
-            param="messages",
+            400, f"{where}.role: expected system, developer, user or assistant, got {role!r}", param="messages"
         )
     if isinstance(message.content, str):
         return {"role": role, "content": message.content}
@@ -274,23 +251,19 @@ def _message(message: Message, where: str) -> dict[str, str]:
         if part.get("type") != "text":
             raise ApiError(
                 400,
-                f"{where}.content: this model takes text only, got a part of type "
-                f"{part.get('type')!r}",
+                f"{where}.content: this model takes text only, got a part of type {part.get('type')!r}",
                 param="messages",
                 code="unsupported_content",
             )
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise ApiError(
                 400,
-                f"{where}.content: expected parts {{type, text}} with a string, got the keys "
-                f"{sorted(part)}",
+                f"{where}.content: expected parts {{type, text}} with a string, got the keys {sorted(part)}",
                 param="messages",
             )
         texts.append(part["text"])
     if not texts:
-        raise ApiError(
-            400, f"{where}.content: expected a string or text parts, got none", param="messages"
-        )
+        raise ApiError(400, f"{where}.content: expected a string or text parts, got none", param="messages")
     return {"role": role, "content": "".join(texts)}
 
 
@@ -299,22 +272,15 @@ def parse_chat(data: bytes, limits: Limits, model: str) -> GenerationRequest:
     shared = _sampled(body, limits, model)
     if not body.messages:
         raise ApiError(400, "messages: expected at least one message, got none", param="messages")
-    if (
-        None not in (body.max_tokens, body.max_completion_tokens)
-        and body.max_tokens != body.max_completion_tokens
-    ):
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise ApiError(
             400,
-            f"max_tokens ({body.max_tokens}) and max_completion_tokens "
-            f"({body.max_completion_tokens}) differ: give one",
+            f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ: give one",
             param="max_tokens",
         )
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     return GenerationRequest(
-        prompts=[],
-        messages=messages,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        **shared,
+        prompts=[], messages=messages, max_tokens=body.max_completion_tokens or body.max_tokens, **shared
     )
 
 
@@ -345,9 +311,7 @@ class Answer:
     def chunk(self, index: int, text: str, reason: str | None = None, first: bool = False) -> bytes:
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if self.chat:
-            choice["delta"] = ({"role": "assistant"} if first else {}) | (
-                {"content": text} if text or first else {}
-            )
+            choice["delta"] = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
         else:
             choice["text"] = text
         return self._chunk([choice], None)

@@ -106,9 +106,7 @@ class Output:
         if self.outcome or self._last is None or self.num_tokens < self._last[1]:
             return
         text, matched = self._stop.push(self._detokenizer.finish())
-        self._end(
-            "stop" if matched else self._last[0], text if matched else text + self._stop.finish()
-        )
+        self._end("stop" if matched else self._last[0], text if matched else text + self._stop.finish())
 
     def fail(self, error: ApiError) -> None:
         if not self.outcome:

@@ -8,9 +8,7 @@ import tokenizers
 from pagewire.serve.model.config import ModelError
 
 
-def piece_bytes(
-    tokenizer: tokenizers.Tokenizer, vocab_size: int, where: str
-) -> tuple[list[bytes], bool]:
+def piece_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int, where: str) -> tuple[list[bytes], bool]:
     """(bytes of each id, whether decoding a whole text drops its first space)."""
     decoder = json.loads(tokenizer.to_str())["decoder"] or {}
     steps = decoder.get("decoders", [decoder])
@@ -21,10 +19,7 @@ def piece_bytes(
         to_bytes = _byte_fallback_piece
     else:
         found = ", ".join(sorted(map(str, kinds)))
-        raise ModelError(
-            f"{where}: tokenizer decoder: expected ByteLevel, or ByteFallback with Replace, "
-            f"got {found}"
-        )
+        raise ModelError(f"{where}: tokenizer decoder: expected ByteLevel, or ByteFallback with Replace, got {found}")
     pieces = [b""] * vocab_size
     for piece, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
         pieces[token_id] = to_bytes(piece)

@@ -10,16 +10,7 @@ from pagewire.serve.role import Role
 from pagewire.serve.steps import COMPLETE, Prefilling, describe
 from pagewire.serve.timeline import now_us
 from pagewire.transfer.frames import Abort, Ack, Credit, Reserve, crc32c
-from pagewire.transfer.handoff import (
-    Action,
-    Begin,
-    Cancelled,
-    Dropped,
-    Failed,
-    Push,
-    Refused,
-    Send,
-)
+from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Failed, Push, Refused, Send
 from pagewire.transfer.packing import Packing
 from pagewire.transfer.sender import Sender
 from pagewire.transfer.shm import Arena
@@ -28,18 +19,15 @@ from pagewire.transfer.shm import Arena
 class PrefillRole(Role):
     name = "prefill"
 
-    def __init__(
-        self, engine: Engine, front: Channel, peer: Channel, packing: Packing, arena: Arena
-    ) -> None:
+    def __init__(self, engine: Engine, front: Channel, peer: Channel, packing: Packing, arena: Arena) -> None:
         """Raises ValueError when the arena's slots are too small for this model."""
         super().__init__(engine, front)
         self._peer = peer
         self._packing = packing
         self._arena = arena
         self._sender = Sender(
-            engine.allocator, engine.config.page_size, packing.wire, arena.num_slots,
-            arena.slot_bytes,
-        )  # fmt: skip
+            engine.allocator, engine.config.page_size, packing.wire, arena.num_slots, arena.slot_bytes
+        )
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._requests: dict[str, Request] = {}  # that own pages, the unacknowledged included
         self._prefilling = Prefilling(self)

@@ -5,17 +5,7 @@ from typing import Any
 
 from pagewire.serve.channel import Channel
 from pagewire.serve.engine import Engine, Request
-from pagewire.serve.messages import (
-    Cancel,
-    Events,
-    Failed,
-    Finished,
-    FrontMessage,
-    Gauges,
-    Ready,
-    Submit,
-    Token,
-)
+from pagewire.serve.messages import Cancel, Events, Failed, Finished, FrontMessage, Gauges, Ready, Submit, Token
 from pagewire.serve.timeline import Timeline, now_us
 
 REPORT_US = 50_000  # events and gauges travel at most this often
@@ -65,9 +55,7 @@ class Role(ABC):
     def send_ready(self, pid: int) -> None:
         model, config = self.engine.model.config, self.config
         pool_tokens = config.num_pages * config.page_size
-        self._front.send(
-            Ready(self.name, pid, model.name, model.max_context, pool_tokens, model.vocab_size)
-        )
+        self._front.send(Ready(self.name, pid, model.name, model.max_context, pool_tokens, model.vocab_size))
 
     def emit(self, request: Request, token_id: int) -> str:
         """Tells the front of the token; why the request ends with it, or "" if it goes on."""

@@ -12,17 +12,7 @@ import msgspec
 
 from pagewire.serve.channel import AsyncChannel, ChannelClosed
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
-from pagewire.serve.messages import (
-    Cancel,
-    Events,
-    Failed,
-    Finished,
-    Gauges,
-    Ready,
-    Shutdown,
-    Token,
-    WorkerMessage,
-)
+from pagewire.serve.messages import Cancel, Events, Failed, Finished, Gauges, Ready, Shutdown, Token, WorkerMessage
 from pagewire.serve.openai import server_error
 from pagewire.serve.output import Output
 
@@ -38,9 +28,7 @@ BACKOFF_S = 0.25  # doubles with every restart in a row
 class Worker:
     """One model process and the channel to it."""
 
-    def __init__(
-        self, role: str, process: asyncio.subprocess.Process, channel: AsyncChannel
-    ) -> None:
+    def __init__(self, role: str, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
         self.role = role
         self.process = process
         self.channel = channel
@@ -80,9 +68,7 @@ class Supervisor:
         self.roles = ("colocated",) if colocated else ("decode", "prefill")
         self.workers: list[Worker] = []
         self.outputs: dict[str, Output] = {}
-        self.pair: Ready | None = (
-            None  # the smaller of both for every limit; None: nothing can answer
-        )
+        self.pair: Ready | None = None  # the smaller of both for every limit; None: nothing can answer
         self.reason = "the model processes are starting"  # why `pair` is None
         self.num_restarts = 0
         self._config = config
@@ -157,8 +143,7 @@ class Supervisor:
             await asyncio.wait(exits, timeout=LINGER_S if gone and was_ready else EXIT_TIMEOUT_S)
             # one that left because its peer was gone is not to blame
             to_blame = min(
-                gone or self.workers,
-                key=lambda worker: worker.process.returncode in (None, 0, EXIT_PEER_LOST),
+                gone or self.workers, key=lambda worker: worker.process.returncode in (None, 0, EXIT_PEER_LOST)
             )
             self._fail_all(f"{to_blame.obituary()} while it served this request")
         finally:
@@ -185,14 +170,7 @@ class Supervisor:
         for i, role in enumerate(self.roles):
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             with theirs:
-                args = [
-                    "--role",
-                    role,
-                    "--config-json",
-                    config,
-                    "--control-fd",
-                    str(theirs.fileno()),
-                ]
+                args = ["--role", role, "--config-json", config, "--control-fd", str(theirs.fileno())]
                 fds = [theirs.fileno()]
                 if peers:
                     args += ["--peer-fd", str(peers[i].fileno())]

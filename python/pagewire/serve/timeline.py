@@ -16,12 +16,7 @@ class Timeline:
         self._events: list[Event] = []
 
     def add(
-        self,
-        name: str,
-        start_us: int,
-        end_us: int | None = None,
-        request_id: str = "",
-        **args: int | float | str,
+        self, name: str, start_us: int, end_us: int | None = None, request_id: str = "", **args: int | float | str
     ) -> None:
         """A span from `start_us` to `end_us`, by default to now."""
         duration_us = (now_us() if end_us is None else end_us) - start_us

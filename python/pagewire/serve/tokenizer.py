@@ -64,13 +64,10 @@ class Tokenizer:
         num_pieces = max(tokenizer.get_vocab().values(), default=-1) + 1
         if not 0 < num_pieces <= vocab_size:
             raise ModelError(
-                f"{where}: expected token ids from 0 to at most {vocab_size - 1} (vocab_size), "
-                f"got {num_pieces} ids"
+                f"{where}: expected token ids from 0 to at most {vocab_size - 1} (vocab_size), got {num_pieces} ids"
             )
         self._pieces, self._drops_first_space = piece_bytes(tokenizer, vocab_size, where)
-        self._template = (
-            compile_template(chat_template, where) if chat_template is not None else None
-        )
+        self._template = compile_template(chat_template, where) if chat_template is not None else None
         self._template_variables = dict(template_variables)
 
     @classmethod
@@ -90,9 +87,7 @@ class Tokenizer:
         """
         surrogate = _SURROGATE.search(text)
         if surrogate is not None:
-            raise ValueError(
-                f"text: expected Unicode text, got a lone surrogate at character {surrogate.start()}"
-            )
+            raise ValueError(f"text: expected Unicode text, got a lone surrogate at character {surrogate.start()}")
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -108,9 +103,7 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The model's chat template over `messages`; encode it with add_special_tokens=False.
 
         Raises:
@@ -126,9 +119,7 @@ class Tokenizer:
             )
         # A template is a program of the model's author: it may fail in any way.
         except Exception as error:
-            raise ValueError(
-                f"the model's chat template does not take these messages: {error}"
-            ) from error
+            raise ValueError(f"the model's chat template does not take these messages: {error}") from error
 
 
 class Detokenizer:
@@ -156,9 +147,7 @@ def _load_directory(path: Path) -> Tokenizer:
     except FileNotFoundError:
         raise ModelError(f"{file}: expected the model's tokenizer, got no such file") from None
     except Exception as error:  # the library raises plain Exception
-        raise ModelError(
-            f"{file}: expected a tokenizer of the tokenizers library, got {error}"
-        ) from error
+        raise ModelError(f"{file}: expected a tokenizer of the tokenizers library, got {error}") from error
     # Neither a maximum length nor padding may change what a prompt encodes to.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -203,22 +192,17 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def _load_gguf(path: Path) -> Tokenizer:
     file = GGUFFile(path)
     config = config_of(file)
-    pieces, token_types = (
-        file.texts("tokenizer.ggml.tokens"),
-        file.integers("tokenizer.ggml.token_type"),
-    )
+    pieces, token_types = (file.texts("tokenizer.ggml.tokens"), file.integers("tokenizer.ggml.token_type"))
     if len(token_types) != len(pieces):
         raise ModelError(
-            f"{path}: tokenizer.ggml.token_type: expected {len(pieces)} entries (one per token), "
-            f"got {len(token_types)}"
+            f"{path}: tokenizer.ggml.token_type: expected {len(pieces)} entries (one per token), got {len(token_types)}"
         )
     # An unused token pads the vocabulary: it has an id but no text.
     vocab = {p: i for i, (p, t) in enumerate(zip(pieces, token_types, strict=True)) if t != _UNUSED}
     num_used = len(pieces) - token_types.count(_UNUSED)
     if len(vocab) != num_used:
         raise ModelError(
-            f"{path}: tokenizer.ggml.tokens: expected no piece twice, "
-            f"got {num_used - len(vocab)} repeated"
+            f"{path}: tokenizer.ggml.tokens: expected no piece twice, got {num_used - len(vocab)} repeated"
         )
     tokenizer, adds_bos = _byte_level_bpe(file, vocab)
     special = [p for p, t in zip(pieces, token_types, strict=True) if t == _CONTROL]
@@ -231,17 +215,12 @@ def _load_gguf(path: Path) -> Tokenizer:
         if token_id is not None:
             if not 0 <= token_id < len(pieces):
                 raise ModelError(
-                    f"{path}: tokenizer.ggml.{name}_token_id: "
-                    f"expected 0 to {len(pieces) - 1}, got {token_id}"
+                    f"{path}: tokenizer.ggml.{name}_token_id: expected 0 to {len(pieces) - 1}, got {token_id}"
                 )
-            variables[
-                {"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token")
-            ] = pieces[token_id]
+            variables[{"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token")] = pieces[token_id]
     if file.flag("tokenizer.ggml.add_bos_token", adds_bos):
         if config.bos_token_id is None:
-            raise ModelError(
-                f"{path}: tokenizer.ggml.add_bos_token: expected a bos_token_id with it, got none"
-            )
+            raise ModelError(f"{path}: tokenizer.ggml.add_bos_token: expected a bos_token_id with it, got none")
         bos = variables["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, config.bos_token_id)]
@@ -266,28 +245,18 @@ def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.T
         )
     splits = {
         "gpt-2": ([_byte_level(use_regex=True)], False),
-        "smollm": (
-            [pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)],
-            False,
-        ),
-        "llama-bpe": (
-            [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), _byte_level(use_regex=False)],
-            True,
-        ),
+        "smollm": ([pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)], False),
+        "llama-bpe": ([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), _byte_level(use_regex=False)], True),
     }
     pre = file.text("tokenizer.ggml.pre", "gpt-2")
     if pre not in splits:
-        raise ModelError(
-            f"{file.path}: tokenizer.ggml.pre: expected one of {', '.join(splits)}, got {pre!r}"
-        )
+        raise ModelError(f"{file.path}: tokenizer.ggml.pre: expected one of {', '.join(splits)}, got {pre!r}")
     merges = [tuple(merge.split(" ")) for merge in file.texts("tokenizer.ggml.merges")]
     try:
         # Llama 3 takes a whole word that is a token as that token, before any merge.
         model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")  # type: ignore[arg-type]
     except Exception as error:  # the library raises plain Exception
-        raise ModelError(
-            f"{file.path}: tokenizer.ggml.merges: expected pairs of pieces, got {error}"
-        ) from error
+        raise ModelError(f"{file.path}: tokenizer.ggml.merges: expected pairs of pieces, got {error}") from error
     tokenizer = tokenizers.Tokenizer(model)
     steps, adds_bos = splits[pre]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)

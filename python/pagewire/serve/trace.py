@@ -8,12 +8,7 @@ import msgspec
 from pagewire.serve.messages import Event
 
 MAX_EVENTS_PER_REQUEST = 512
-PIDS = {
-    "front": 1,
-    "prefill": 2,
-    "decode": 3,
-    "colocated": 4,
-}  # tracks of the trace, not process ids
+PIDS = {"front": 1, "prefill": 2, "decode": 3, "colocated": 4}  # tracks of the trace, not process ids
 
 
 class EventLog:
@@ -49,14 +44,10 @@ class EventLog:
 
     def chrome_trace(self) -> bytes:
         """Chrome's JSON trace format, which Perfetto reads: a process per role, a lane per phase."""
-        events = [event for events in self._requests.values() for event in events] + list(
-            self._steps
-        )
+        events = [event for events in self._requests.values() for event in events] + list(self._steps)
         events.sort(key=lambda event: event.start_us)
         rows: list[dict[str, Any]] = []
-        lanes: dict[
-            tuple[str, str], list[int]
-        ] = {}  # (role, name) -> the end of each lane's last span
+        lanes: dict[tuple[str, str], list[int]] = {}  # (role, name) -> the end of each lane's last span
         tids: dict[tuple[str, str, int], int] = {}
         for event in events:
             ends = lanes.setdefault((event.role, event.name), [])
@@ -64,9 +55,7 @@ class EventLog:
             lane = next((i for i, end in enumerate(ends) if end <= event.start_us), len(ends))
             ends[lane : lane + 1] = [event.start_us + event.duration_us]
             tid = tids.setdefault((event.role, event.name, lane), len(tids) + 1)
-            args = (
-                {**event.args, "request_id": event.request_id} if event.request_id else event.args
-            )
+            args = {**event.args, "request_id": event.request_id} if event.request_id else event.args
             rows.append(
                 {
                     "name": event.name,
@@ -76,22 +65,10 @@ class EventLog:
                     "ts": event.start_us,
                     "args": args,
                 }
-                | (
-                    {"ph": "X", "dur": event.duration_us}
-                    if event.duration_us
-                    else {"ph": "i", "s": "t"}
-                )
+                | ({"ph": "X", "dur": event.duration_us} if event.duration_us else {"ph": "i", "s": "t"})
             )
         for role in {role for role, _, _ in tids}:
-            rows.append(
-                {
-                    "ph": "M",
-                    "name": "process_name",
-                    "pid": PIDS.get(role, 0),
-                    "tid": 0,
-                    "args": {"name": role},
-                }
-            )
+            rows.append({"ph": "M", "name": "process_name", "pid": PIDS.get(role, 0), "tid": 0, "args": {"name": role}})
         for (role, name, lane), tid in tids.items():
             rows.append(
                 {

@@ -22,11 +22,7 @@ class Coverage:
             return f"heads {heads} outside [0, {self._num_heads})"
         if not (self._range[0] <= start < stop <= self._range[1]):
             return f"tokens {tokens} outside the reserved {self._range}"
-        cells = [
-            self._ranges[layer * self._num_heads + head]
-            for layer in range(*layers)
-            for head in range(*heads)
-        ]
+        cells = [self._ranges[layer * self._num_heads + head] for layer in range(*layers) for head in range(*heads)]
         if any(_overlaps(ranges, start, stop) for ranges in cells):
             return f"tokens {tokens} of layers {layers}, heads {heads} came twice"
         for ranges in cells:

@@ -249,8 +249,7 @@ _LAYOUTS: dict[type, _Layout] = {
 }  # fmt: skip
 _BY_KIND = {layout.kind: cls for cls, layout in _LAYOUTS.items()}
 _FIXED = {
-    cls: struct.Struct("<" + "".join(field.code for field in layout.fixed.values()))
-    for cls, layout in _LAYOUTS.items()
+    cls: struct.Struct("<" + "".join(field.code for field in layout.fixed.values())) for cls, layout in _LAYOUTS.items()
 }
 _PREFIX = struct.Struct("<4sHHHHII")
 _TLV_HEAD = struct.Struct("<HHI")
@@ -271,9 +270,7 @@ def encode(frame: Frame) -> bytes:
         parts.append(_TLV_HEAD.pack(tlv.tag, 0, len(data)) + data)
     frame_bytes = _PREFIX.size + sum(map(len, parts)) + _CRC.size
     _expect(frame_bytes <= MAX_FRAME_BYTES, f"frame of {frame_bytes} bytes")
-    prefix = _PREFIX.pack(
-        MAGIC, VERSION, VERSION, layout.kind, len(layout.tlvs), KNOWN_FEATURES, frame_bytes
-    )
+    prefix = _PREFIX.pack(MAGIC, VERSION, VERSION, layout.kind, len(layout.tlvs), KNOWN_FEATURES, frame_bytes)
     data = b"".join((prefix, *parts))
     return data + _CRC.pack(crc32c(data))
 

@@ -42,9 +42,7 @@ class Wire:
         return ""
 
 
-HELLO_FIELDS = (
-    "fingerprint", "num_layers", "num_kv_heads", "head_dim", "head_dim_v", "dtype", "scale_kind",
-)  # fmt: skip
+HELLO_FIELDS = ("fingerprint", "num_layers", "num_kv_heads", "head_dim", "head_dim_v", "dtype", "scale_kind")
 CHUNK_FIELDS = ("fingerprint", "head_dim", "head_dim_v", "dtype", "scale_kind")
 
 

@@ -15,9 +15,7 @@ from pagewire.types import dtype_name
 class Packing:
     """Packs tokens of a request's pages into wire buffers, and unpacks what came."""
 
-    def __init__(
-        self, cache: pw.PagedKVCache, fingerprint: bytes, wire_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, cache: pw.PagedKVCache, fingerprint: bytes, wire_dtype: torch.dtype | None = None) -> None:
         self._cache = cache
         self._dtype = wire_dtype or cache.geometry.dtype
         one = pw.packed_shape(cache, 1, dtype=self._dtype)
@@ -29,9 +27,7 @@ class Packing:
     def pack(self, pages: list[int], layer: int, start: int, stop: int, out: Tensor) -> int:
         """One layer of tokens [start, stop) into the head of `out`, uint8; returns the bytes used."""
         slots = self._slots(pages, start, stop)
-        packed = pw.pack_kv(
-            self._cache, slots, layers=(layer, layer + 1), dtype=self._dtype, out=out
-        )
+        packed = pw.pack_kv(self._cache, slots, layers=(layer, layer + 1), dtype=self._dtype, out=out)
         return packed.num_bytes
 
     def unpack(self, chunk: Chunk, pages: list[int], buffer: Tensor) -> None:
@@ -80,9 +76,8 @@ class Packing:
     def _shape(self, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedShape:
         one = pw.packed_shape(self._cache, 1, dtype=self._dtype)
         return pw.PackedShape(
-            num_layers, num_heads, num_tokens, one.head_dim, one.head_dim_v, one.dtype,
-            one.scale_kind,
-        )  # fmt: skip
+            num_layers, num_heads, num_tokens, one.head_dim, one.head_dim_v, one.dtype, one.scale_kind
+        )
 
     def _slots(self, pages: list[int], start: int, stop: int) -> Tensor:
         row = torch.tensor(pages, dtype=torch.int64)

@@ -76,9 +76,7 @@ class Receiver:
     def request_ids(self) -> list[str]:
         return list(self._live)
 
-    def submit(
-        self, request_id: str, token_ids: tuple[int, ...], num_tokens: int, problem: str = ""
-    ) -> list[Action]:
+    def submit(self, request_id: str, token_ids: tuple[int, ...], num_tokens: int, problem: str = "") -> list[Action]:
         """`num_tokens`: prompt and output together, all reserved before P may push.
         `problem`: why the request cannot run here, as the caller found.
         """
@@ -152,11 +150,7 @@ class Receiver:
 
     def abort(self, abort: Abort) -> list[Action]:
         incoming = self._live.get(abort.request_id)
-        if (
-            incoming is None
-            or incoming.phase is not Phase.RECEIVING
-            or abort.generation != incoming.generation
-        ):
+        if incoming is None or incoming.phase is not Phase.RECEIVING or abort.generation != incoming.generation:
             return []
         return [Dropped(incoming.request_id), *self._end(incoming)]
 
@@ -193,13 +187,10 @@ class Receiver:
             incoming.capability = self._new_capability()
             incoming.deadline_ms = self._now_ms() + self._timeout_ms
             num_tokens = len(incoming.token_ids)
-            incoming.coverage = Coverage(
-                self._wire.num_layers, self._wire.num_kv_heads, 0, num_tokens
-            )
+            incoming.coverage = Coverage(self._wire.num_layers, self._wire.num_kv_heads, 0, num_tokens)
             reserve = Reserve(
-                incoming.request_id, incoming.generation, incoming.capability, 0, num_tokens,
-                self._timeout_ms,
-            )  # fmt: skip
+                incoming.request_id, incoming.generation, incoming.capability, 0, num_tokens, self._timeout_ms
+            )
             actions.append(Send(reserve))
         return actions
 
@@ -220,9 +211,7 @@ class Receiver:
         heads = (chunk.head_start, chunk.head_stop)
         tokens = (chunk.token_start, chunk.token_stop)
         problem = self._wire.mismatch(chunk, CHUNK_FIELDS)
-        expected_bytes = self._wire.packed_bytes(
-            layers[1] - layers[0], heads[1] - heads[0], tokens[1] - tokens[0]
-        )
+        expected_bytes = self._wire.packed_bytes(layers[1] - layers[0], heads[1] - heads[0], tokens[1] - tokens[0])
         if not problem and chunk.group != 0:
             problem = f"group: expected 0, got {chunk.group}"
         if not problem and chunk.payload_bytes != expected_bytes:

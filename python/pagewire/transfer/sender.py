@@ -52,16 +52,11 @@ class _Outgoing:
 class Sender:
     """P's side. It holds no more requests than D queues or admits: D aborts what it refuses."""
 
-    def __init__(
-        self, allocator: PageAllocator, page_size: int, wire: Wire, num_slots: int, slot_bytes: int
-    ) -> None:
+    def __init__(self, allocator: PageAllocator, page_size: int, wire: Wire, num_slots: int, slot_bytes: int) -> None:
         """Raises ValueError when a slot cannot hold one token of one layer."""
         token_bytes = wire.packed_bytes(1, wire.num_kv_heads, 1)
         if slot_bytes < token_bytes:
-            raise ValueError(
-                f"slot_bytes: expected at least {token_bytes} (one token of one layer), "
-                f"got {slot_bytes}"
-            )
+            raise ValueError(f"slot_bytes: expected at least {token_bytes} (one token of one layer), got {slot_bytes}")
         self._allocator = allocator
         self._page_size = page_size
         self._wire = wire
@@ -84,9 +79,7 @@ class Sender:
     def request_ids(self) -> list[str]:
         return list(self._live)
 
-    def submit(
-        self, request_id: str, token_ids: tuple[int, ...], problem: str = ""
-    ) -> list[Action]:
+    def submit(self, request_id: str, token_ids: tuple[int, ...], problem: str = "") -> list[Action]:
         """`problem`: why the request cannot run here, as the caller found."""
         if request_id in self._live:
             return [Refused(f"request {request_id} was submitted twice")]
@@ -105,9 +98,7 @@ class Sender:
     def reserve(self, reserve: Reserve) -> list[Action]:
         request_id = reserve.request_id
         outgoing = self._live.get(request_id)
-        if self._ungranted.take(request_id) or (
-            outgoing is None and len(self._early) >= MAX_REMEMBERED
-        ):
+        if self._ungranted.take(request_id) or (outgoing is None and len(self._early) >= MAX_REMEMBERED):
             return [abort_frame(request_id, reserve.generation, "not known here any more")]
         if outgoing is None:
             self._early[request_id] = reserve
@@ -117,8 +108,7 @@ class Sender:
         outgoing.reserve = reserve
         if reserve.num_tokens != len(outgoing.token_ids):
             return self.fail(
-                request_id,
-                f"RESERVE: expected {len(outgoing.token_ids)} tokens, got {reserve.num_tokens}",
+                request_id, f"RESERVE: expected {len(outgoing.token_ids)} tokens, got {reserve.num_tokens}"
             )
         self._granted.append(outgoing)
         return self._admit()
@@ -132,9 +122,7 @@ class Sender:
             self._pushes.append((outgoing, layer, at, min(at + self._tokens_per_slot, stop)))
             outgoing.num_unpushed += 1
 
-    def prefilled(
-        self, request_id: str, first_token: int, digests: tuple[bytes, ...] = ()
-    ) -> list[Action]:
+    def prefilled(self, request_id: str, first_token: int, digests: tuple[bytes, ...] = ()) -> list[Action]:
         """The last forward is over: only the transfer needs the pages now."""
         outgoing = self._live[request_id]
         assert outgoing.phase is Phase.PREFILLING and outgoing.reserve is not None
@@ -142,9 +130,8 @@ class Sender:
         self._allocator.free(outgoing.pages, to="leased")
         reserve = outgoing.reserve
         outgoing.commit = Commit(
-            request_id, reserve.generation, reserve.capability, first_token, outgoing.token_ids,
-            digests,
-        )  # fmt: skip
+            request_id, reserve.generation, reserve.capability, first_token, outgoing.token_ids, digests
+        )
         if outgoing.num_unpushed == 0:
             self._commits.append(outgoing)
         return []

@@ -55,7 +55,5 @@ def chosen(names: str | None, device: str) -> tuple[Peer, ...]:
     unknown = set(wanted) - {p.name for p in peers}
     if unknown:
         known = ", ".join(p.name for p in peers)
-        raise ValueError(
-            f"--peers: expected none, all or some of {known}; got {', '.join(sorted(unknown))}"
-        )
+        raise ValueError(f"--peers: expected none, all or some of {known}; got {', '.join(sorted(unknown))}")
     return tuple(p for p in peers if p.name in wanted)

@@ -17,10 +17,7 @@ _PAGE = 256
 
 
 def _missing(device: str) -> str | None:
-    if (
-        importlib.util.find_spec("flash_attn") is None
-        or importlib.util.find_spec("flash_attn_2_cuda") is None
-    ):
+    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn_2_cuda") is None:
         return "flash_attn 2 is not installed (pip install flash-attn)"
     return None if device == "cuda" else "needs a GPU"
 

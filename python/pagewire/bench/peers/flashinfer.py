@@ -34,9 +34,7 @@ def _refuses(case: Case) -> str | None:
     assert isinstance(case, Attention)
     if case.dtype == torch.float32:
         return "takes fp16 and bf16"
-    if os.environ.get("FLASHINFER_DISABLE_JIT") == "1" and (
-        case.head_dim != 128 or case.stored in QUANT_MAX
-    ):
+    if os.environ.get("FLASHINFER_DISABLE_JIT") == "1" and (case.head_dim != 128 or case.stored in QUANT_MAX):
         return "FLASHINFER_DISABLE_JIT=1: only prebuilt modules, bf16 head_dim 128"
     return None
 
@@ -49,9 +47,7 @@ def _decode_only(case: Case) -> str | None:
 def _group_fits(case: Case) -> str | None:
     assert isinstance(case, Attention)
     group_size = case.heads[0] // case.heads[1]
-    return (
-        None if group_size in (1, 2, 4, 8) else f"group size {group_size} is not one of 1, 2, 4, 8"
-    )
+    return None if group_size in (1, 2, 4, 8) else f"group size {group_size} is not one of 1, 2, 4, 8"
 
 
 @functools.cache
@@ -80,10 +76,7 @@ def _decode(name: str, tensor_cores: bool, inside: bool) -> Callable[[Work], Con
         assert isinstance(work, AttentionWork)
         case, tables = work.case, _Tables(work)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            _workspace(),
-            "NHD",
-            use_tensor_cores=tensor_cores,
-            **({"backend": "fa2"} if tensor_cores else {}),
+            _workspace(), "NHD", use_tensor_cores=tensor_cores, **({"backend": "fa2"} if tensor_cores else {})
         )
 
         def plan(copy: int) -> None:
@@ -103,9 +96,7 @@ def _prefill(name: str, backend: str, inside: bool) -> Callable[[Work], Contende
 
         assert isinstance(work, AttentionWork)
         case, tables = work.case, _Tables(work)
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            _workspace(), "NHD", backend=backend
-        )
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend=backend)
 
         def plan(copy: int) -> None:
             wrapper.plan(
@@ -119,9 +110,7 @@ def _prefill(name: str, backend: str, inside: bool) -> Callable[[Work], Contende
     return prepare
 
 
-def _contender(
-    name: str, work: AttentionWork, wrapper: Any, plan: Callable[[int], None], inside: bool
-) -> Contender:
+def _contender(name: str, work: AttentionWork, wrapper: Any, plan: Callable[[int], None], inside: bool) -> Contender:
     scales = {} if work.kv_scale is None else {"k_scale": work.kv_scale, "v_scale": work.kv_scale}
 
     def run(copy: int) -> Tensor:
@@ -138,11 +127,7 @@ def _contender(
 
 def _with_plan(work: Work) -> Contender:
     decodes = work.case.op == "decode"
-    prepare = (
-        _decode("flashinfer+plan", True, True)
-        if decodes
-        else _prefill("flashinfer+plan", "fa2", True)
-    )
+    prepare = _decode("flashinfer+plan", True, True) if decodes else _prefill("flashinfer+plan", "fa2", True)
     return prepare(work)
 
 
@@ -154,9 +139,7 @@ def _merge(work: Work) -> Contender:
     lses = [lse.transpose(0, 1).contiguous() * math.log2(math.e) for lse in work.lses]
     outs = [out.transpose(0, 1).contiguous() for out in work.outs]
     return Contender(
-        "flashinfer",
-        lambda copy: flashinfer.merge_states(outs[copy], lses[copy])[0],
-        version=version(_PACKAGE),
+        "flashinfer", lambda copy: flashinfer.merge_states(outs[copy], lses[copy])[0], version=version(_PACKAGE)
     )
 
 
@@ -177,21 +160,18 @@ def _long(case: Case) -> str | None:
 _CUDA = ("cuda",)
 PEERS = (
     Peer(
-        "flashinfer-cc", ATTENTION, _missing, _any(_refuses, _decode_only, _group_fits),
-        _decode("flashinfer-cc", False, False), _CUDA,
+        "flashinfer-cc",
+        ATTENTION,
+        _missing,
+        _any(_refuses, _decode_only, _group_fits),
+        _decode("flashinfer-cc", False, False),
+        _CUDA,
     ),
     Peer(
-        "flashinfer-tc", ATTENTION, _missing, _any(_refuses, _decode_only),
-        _decode("flashinfer-tc", True, False), _CUDA,
+        "flashinfer-tc", ATTENTION, _missing, _any(_refuses, _decode_only), _decode("flashinfer-tc", True, False), _CUDA
     ),
-    Peer(
-        "flashinfer-fa2", ATTENTION, _missing, _any(_refuses, _long),
-        _prefill("flashinfer-fa2", "fa2", False), _CUDA,
-    ),
-    Peer(
-        "flashinfer-fa3", ATTENTION, _missing, _any(_refuses, _long),
-        _prefill("flashinfer-fa3", "fa3", False), _CUDA,
-    ),
+    Peer("flashinfer-fa2", ATTENTION, _missing, _any(_refuses, _long), _prefill("flashinfer-fa2", "fa2", False), _CUDA),
+    Peer("flashinfer-fa3", ATTENTION, _missing, _any(_refuses, _long), _prefill("flashinfer-fa3", "fa3", False), _CUDA),
     Peer("flashinfer+plan", ATTENTION, _missing, _refuses, _with_plan, _CUDA),
     Peer("flashinfer", frozenset({"merge"}), _missing, _merge_refuses, _merge, _CUDA),
-)  # fmt: skip
+)

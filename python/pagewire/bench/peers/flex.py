@@ -39,11 +39,7 @@ def _prepare(work: Work) -> Contender:
     def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kv_idx <= q_idx + past
 
-    mask = (
-        None
-        if q_len == 1
-        else create_block_mask(causal, None, None, q_len, seq_len, device=work.device)
-    )
+    mask = None if q_len == 1 else create_block_mask(causal, None, None, q_len, seq_len, device=work.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     q = work.q.view(batch, q_len, *work.q.shape[1:]).transpose(1, 2)
     sets = []
@@ -53,14 +49,7 @@ def _prepare(work: Work) -> Contender:
 
     def call(copy: int) -> Tensor:
         k, v = sets[copy % len(sets)]
-        out = compiled(
-            q,
-            k,
-            v,
-            block_mask=mask,
-            scale=work.softmax_scale,
-            enable_gqa=case.heads[0] != case.heads[1],
-        )
+        out = compiled(q, k, v, block_mask=mask, scale=work.softmax_scale, enable_gqa=case.heads[0] != case.heads[1])
         return out.transpose(1, 2).reshape(work.q.shape)
 
     return Contender("flex", call, version=torch.__version__)

@@ -55,10 +55,7 @@ def _pack(work: PackWork) -> Contender:
 
     def pack(copy: int) -> None:
         packed, slots = work.packed[copy], work.slots[copy]
-        for caches, target, scales in (
-            (cache.k, packed.k, packed.k_scale),
-            (cache.v, packed.v, packed.v_scale),
-        ):
+        for caches, target, scales in ((cache.k, packed.k, packed.k_scale), (cache.v, packed.v, packed.v_scale)):
             assert target is not None
             for layer, stored in enumerate(caches):
                 rows = _get(stored, layout, heads, slots).permute(1, 0, 2)
@@ -69,10 +66,7 @@ def _pack(work: PackWork) -> Contender:
 
     def unpack(copy: int) -> None:
         packed, slots = work.packed[copy], work.slots[copy]
-        for caches, source, scales in (
-            (cache.k, packed.k, packed.k_scale),
-            (cache.v, packed.v, packed.v_scale),
-        ):
+        for caches, source, scales in ((cache.k, packed.k, packed.k_scale), (cache.v, packed.v, packed.v_scale)):
             assert source is not None
             for layer, stored in enumerate(caches):
                 rows = source[layer]
@@ -80,9 +74,7 @@ def _pack(work: PackWork) -> Contender:
                     rows = dequantise(rows, scales[layer][..., None]).to(stored.dtype)
                 _put(stored, layout, heads, slots, rows.permute(1, 0, 2))
 
-    return Contender(
-        "index-select", pack if work.case.op == "pack" else unpack, version=torch.__version__
-    )
+    return Contender("index-select", pack if work.case.op == "pack" else unpack, version=torch.__version__)
 
 
 def _prepare(work: Work) -> Contender:
@@ -96,12 +88,4 @@ def _refuses(case: Case) -> str | None:
     return None
 
 
-PEERS = (
-    Peer(
-        "index-select",
-        frozenset({"append", "pack", "unpack"}),
-        lambda device: None,
-        _refuses,
-        _prepare,
-    ),
-)
+PEERS = (Peer("index-select", frozenset({"append", "pack", "unpack"}), lambda device: None, _refuses, _prepare),)

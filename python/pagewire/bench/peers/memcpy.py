@@ -59,11 +59,7 @@ def _fragments(work: PackWork, copy: int) -> list[tuple[int, int, int]]:
             if case.layout == "NHD":
                 head_stride, token_stride = token_stride, head_stride
             for head in range(case.heads):
-                elements = (
-                    page * cache.stride(0)
-                    + offset * token_stride
-                    + (work.heads[0] + head) * head_stride
-                )
+                elements = page * cache.stride(0) + offset * token_stride + (work.heads[0] + head) * head_stride
                 sources = (cache.data_ptr() + elements * case.dtype.itemsize).tolist()
                 start = target[layer, head].data_ptr()
                 for i, source in enumerate(sources):

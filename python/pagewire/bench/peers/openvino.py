@@ -108,9 +108,7 @@ def _prepare(work: Work) -> Contender:
     counts = [-(-r.seq_len // _PAGE) for r in case.requests]
     copies = min(work.copies, 64)
     pages = torch.randperm(copies * sum(counts))
-    caches = [
-        torch.zeros(len(pages), case.heads[1], _PAGE, case.head_dim, dtype=stored) for _ in range(2)
-    ]
+    caches = [torch.zeros(len(pages), case.heads[1], _PAGE, case.head_dim, dtype=stored) for _ in range(2)]
     # per copy: k and v of the new tokens, [num_tokens, num_kv_heads * head_dim] fp32
     new: list[list[Tensor]] = []
     tables: list[Tensor] = []

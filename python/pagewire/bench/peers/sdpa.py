@@ -37,9 +37,7 @@ def _gather(work: AttentionWork, copy: int) -> Dense:
     pages = work.page_tables[copy].flatten().long()
     found = []
     for cache in (work.k_cache, work.v_cache):
-        dense = cache.index_select(0, pages).view(len(case.requests), -1, *cache.shape[2:])[
-            :, :seq_len
-        ]
+        dense = cache.index_select(0, pages).view(len(case.requests), -1, *cache.shape[2:])[:, :seq_len]
         found.append(dense if work.kv_scale is None else dense.to(case.dtype) * work.kv_scale)
     return [(found[0].transpose(1, 2), found[1].transpose(1, 2))]
 
@@ -71,9 +69,7 @@ def _attend(work: AttentionWork, dense: Dense) -> Tensor:
 
 def _with_gather(work: Work) -> Contender:
     assert isinstance(work, AttentionWork)
-    return Contender(
-        "sdpa", lambda copy: _attend(work, _gather(work, copy)), version=torch.__version__
-    )
+    return Contender("sdpa", lambda copy: _attend(work, _gather(work, copy)), version=torch.__version__)
 
 
 def _dense(name: str, context: Callable[[], AbstractContextManager]) -> Callable[[Work], Contender]:

@@ -28,10 +28,7 @@ from pagewire.bench.work import Contender, Work
 from pagewire.kernels import cache_keys
 from pagewire.types import QUANT_MAX
 
-_FILES = (
-    "triton_attention_helpers",
-    "triton_unified_attention",
-)  # in the order they import each other
+_FILES = ("triton_attention_helpers", "triton_unified_attention")  # in the order they import each other
 _OPS = "vllm.v1.attention.ops"
 _SEGMENTS = 16  # of the split over K/V; what vLLM allocates for
 # vLLM splits over K/V while the 2-D grid would leave processors idle
@@ -175,9 +172,7 @@ def _segments(work: AttentionWork) -> dict[str, Any]:
     return {
         "seq_threshold_3D": _GRID_TO_FILL // case.heads[1],
         "num_par_softmax_segments": _SEGMENTS,
-        "softmax_segm_output": torch.empty(
-            (*states, padded), dtype=torch.float32, device=work.device
-        ),
+        "softmax_segm_output": torch.empty((*states, padded), dtype=torch.float32, device=work.device),
         "softmax_segm_max": torch.empty(states, dtype=torch.float32, device=work.device),
         "softmax_segm_expsum": torch.empty(states, dtype=torch.float32, device=work.device),
     }

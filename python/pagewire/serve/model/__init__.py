@@ -9,11 +9,4 @@ from pagewire.serve.model.default import default_model_path
 from pagewire.serve.model.files import load_config
 from pagewire.serve.model.fingerprint import fingerprint
 
-__all__ = [
-    "ModelConfig",
-    "ModelError",
-    "RopeScaling",
-    "default_model_path",
-    "fingerprint",
-    "load_config",
-]
+__all__ = ["ModelConfig", "ModelError", "RopeScaling", "default_model_path", "fingerprint", "load_config"]

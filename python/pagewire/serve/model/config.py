@@ -20,9 +20,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 1.0  # llama3
     original_max_context: int = 0  # llama3
-    factors: tuple[
-        float, ...
-    ] = ()  # factors: one divisor per frequency, [head_dim / 2] (GGUF's rope_freqs.weight)
+    factors: tuple[float, ...] = ()  # factors: one divisor per frequency, [head_dim / 2] (GGUF's rope_freqs.weight)
 
 
 @dataclass(frozen=True)
@@ -69,22 +67,14 @@ class ModelConfig:
                 f"got {self.num_qo_heads} and {self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ModelError(
-                f"{where}: head_dim: expected an even number (RoPE pairs), got {self.head_dim}"
-            )
+            raise ModelError(f"{where}: head_dim: expected an even number (RoPE pairs), got {self.head_dim}")
         for field in ("rms_norm_eps", "rope_theta"):
             if not getattr(self, field) > 0:
-                raise ModelError(
-                    f"{where}: {field}: expected a positive number, got {getattr(self, field)}"
-                )
-        for token_id in (
-            *self.eos_token_ids,
-            *(() if self.bos_token_id is None else (self.bos_token_id,)),
-        ):
+                raise ModelError(f"{where}: {field}: expected a positive number, got {getattr(self, field)}")
+        for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if not 0 <= token_id < self.vocab_size:
                 raise ModelError(
-                    f"{where}: bos/eos token id: expected 0 to {self.vocab_size - 1} "
-                    f"(vocab_size), got {token_id}"
+                    f"{where}: bos/eos token id: expected 0 to {self.vocab_size - 1} (vocab_size), got {token_id}"
                 )
         self._check_rope(where)
 
@@ -93,9 +83,7 @@ class ModelConfig:
         if rope is None:
             return
         if not rope.factor > 0:
-            raise ModelError(
-                f"{where}: RoPE scaling factor: expected a positive number, got {rope.factor}"
-            )
+            raise ModelError(f"{where}: RoPE scaling factor: expected a positive number, got {rope.factor}")
         if rope.kind == "llama3":
             if not 0 < rope.low_freq_factor < rope.high_freq_factor:
                 raise ModelError(
@@ -107,9 +95,7 @@ class ModelConfig:
                     f"{where}: llama3 RoPE scaling: expected "
                     f"original_max_position_embeddings >= 1, got {rope.original_max_context}"
                 )
-        if rope.kind == "factors" and (
-            len(rope.factors) != self.head_dim // 2 or not all(f > 0 for f in rope.factors)
-        ):
+        if rope.kind == "factors" and (len(rope.factors) != self.head_dim // 2 or not all(f > 0 for f in rope.factors)):
             raise ModelError(
                 f"{where}: rope_freqs.weight: expected {self.head_dim // 2} positive numbers "
                 f"(head_dim / 2), got {len(rope.factors)}"

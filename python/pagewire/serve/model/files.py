@@ -12,14 +12,10 @@ def is_gguf(path: Path) -> bool:
     if path.is_dir():
         return False
     if not path.exists():
-        raise ModelError(
-            f"{path}: expected a Hugging Face directory or a .gguf file, got no such file"
-        )
+        raise ModelError(f"{path}: expected a Hugging Face directory or a .gguf file, got no such file")
     if path.is_file() and path.suffix == ".gguf":
         return True
-    raise ModelError(
-        f"{path}: expected a Hugging Face directory or a .gguf file, got another kind of file"
-    )
+    raise ModelError(f"{path}: expected a Hugging Face directory or a .gguf file, got another kind of file")
 
 
 def load_config(path: str | Path) -> ModelConfig:

@@ -31,9 +31,7 @@ def fingerprint(path: str | Path, config: ModelConfig | None = None) -> str:
         files = {file.name: file for file in weight_files(path)}
         files |= {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
     digests = {name: _file_digest(file) for name, file in files.items()}
-    text = json.dumps(
-        {"config": canonical, "files": digests}, sort_keys=True, separators=(",", ":")
-    )
+    text = json.dumps({"config": canonical, "files": digests}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -33,11 +33,7 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_TOP_NAMES = {
-    EMBED: "token_embd.weight",
-    FINAL_NORM: "output_norm.weight",
-    LM_HEAD: "output.weight",
-}
+_TOP_NAMES = {EMBED: "token_embd.weight", FINAL_NORM: "output_norm.weight", LM_HEAD: "output.weight"}
 
 _INTEGERS = (
     GGUFValueType.UINT8,
@@ -67,9 +63,7 @@ class _Reader(GGUFReader):
     def data(self, mapped: np.ndarray) -> None:
         self._bytes = np.asarray(mapped)  # slicing a memmap is what makes the parse slow
 
-    def _get(
-        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
-    ) -> np.ndarray:
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         end = int(offset) + int(count) * np.dtype(dtype).itemsize
         if end > self._bytes.size:
             raise ValueError(f"a value that ends at byte {end} of a {self._bytes.size}-byte file")
@@ -136,9 +130,7 @@ class GGUFFile:
             raise ModelError(f"{self.path}: {key}: expected UTF-8 text, got {error}") from error
 
     def _unexpected(self, key: str, expected: str, types: list[GGUFValueType]) -> ModelError:
-        return ModelError(
-            f"{self.path}: {key}: expected {expected}, got {' of '.join(t.name for t in types)}"
-        )
+        return ModelError(f"{self.path}: {key}: expected {expected}, got {' of '.join(t.name for t in types)}")
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -154,21 +146,12 @@ def config_of(file: GGUFFile) -> ModelConfig:
         raise ModelError(f"{where}: general.architecture: expected 'llama', got {architecture!r}")
     num_experts = file.integer("llama.expert_count", 0)
     if num_experts:
-        raise ModelError(
-            f"{where}: llama.expert_count: expected 0 (no mixture of experts), got {num_experts}"
-        )
-    hidden_size, num_qo_heads = (
-        file.integer("llama.embedding_length"),
-        file.integer("llama.attention.head_count"),
-    )
-    head_dim = file.integer("llama.attention.key_length", None) or hidden_size // max(
-        num_qo_heads, 1
-    )
+        raise ModelError(f"{where}: llama.expert_count: expected 0 (no mixture of experts), got {num_experts}")
+    hidden_size, num_qo_heads = (file.integer("llama.embedding_length"), file.integer("llama.attention.head_count"))
+    head_dim = file.integer("llama.attention.key_length", None) or hidden_size // max(num_qo_heads, 1)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if file.integer(key, head_dim) != head_dim:
-            raise ModelError(
-                f"{where}: {key}: expected {head_dim} (head_dim), got {file.integer(key)}"
-            )
+            raise ModelError(f"{where}: {key}: expected {head_dim} (head_dim), got {file.integer(key)}")
     eos_token_ids = [file.integer(f"tokenizer.ggml.{end}_token_id", None) for end in ("eos", "eot")]
     config = ModelConfig(
         name=file.path.stem,
@@ -178,8 +161,7 @@ def config_of(file: GGUFFile) -> ModelConfig:
         num_kv_heads=file.integer("llama.attention.head_count_kv", num_qo_heads),
         head_dim=head_dim,
         intermediate_size=file.integer("llama.feed_forward_length"),
-        vocab_size=file.integer("llama.vocab_size", None)
-        or len(file.texts("tokenizer.ggml.tokens")),
+        vocab_size=file.integer("llama.vocab_size", None) or len(file.texts("tokenizer.ggml.tokens")),
         max_context=file.integer("llama.context_length"),
         rms_norm_eps=file.number("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=file.number("llama.rope.freq_base", 10000.0),
@@ -233,9 +215,7 @@ def _dequantize(tensor: Any, path: Path) -> np.ndarray:
     try:
         return dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
-        raise ModelError(
-            f"{path}: {tensor.name}: expected a type gguf can dequantise, got {error}"
-        ) from error
+        raise ModelError(f"{path}: {tensor.name}: expected a type gguf can dequantise, got {error}") from error
 
 
 def _gguf_name(name: str) -> str:
@@ -250,9 +230,7 @@ def _rope_scaling(file: GGUFFile) -> RopeScaling | None:
     kind = file.text("llama.rope.scaling.type", "none")
     tensor = file.tensors.get(ROPE_FREQS)
     if kind not in ("none", "linear"):
-        raise ModelError(
-            f"{file.path}: llama.rope.scaling.type: expected 'none' or 'linear', got {kind!r}"
-        )
+        raise ModelError(f"{file.path}: llama.rope.scaling.type: expected 'none' or 'linear', got {kind!r}")
     if kind == "linear" and tensor is None:
         return RopeScaling("linear", factor=file.number("llama.rope.scaling.factor"))
     if tensor is None:

@@ -57,9 +57,7 @@ def read_config(path: Path) -> ModelConfig:
         hidden_size=hidden_size,
         num_qo_heads=num_qo_heads,
         # Llama's default is one KV head per query head, Mistral's is 8: there it must be said.
-        num_kv_heads=_int(
-            raw, "num_key_value_heads", where, _REQUIRED if mistral else num_qo_heads
-        ),
+        num_kv_heads=_int(raw, "num_key_value_heads", where, _REQUIRED if mistral else num_qo_heads),
         head_dim=_int(raw, "head_dim", where, None) or hidden_size // num_qo_heads,
         intermediate_size=_int(raw, "intermediate_size", where),
         vocab_size=_int(raw, "vocab_size", where),
@@ -92,12 +90,9 @@ class HFWeights:
                     raise ModelError(f"{file}: expected a tensor {name} (from the index), got none")
                 described = opened.get_slice(name)
                 shapes[name] = tuple(described.get_shape())
-                if described.get_dtype() not in STORED_DTYPES and not name.endswith(
-                    "rotary_emb.inv_freq"
-                ):
+                if described.get_dtype() not in STORED_DTYPES and not name.endswith("rotary_emb.inv_freq"):
                     raise ModelError(
-                        f"{file}: {name}: expected dtype {', '.join(STORED_DTYPES)}, "
-                        f"got {described.get_dtype()}"
+                        f"{file}: {name}: expected dtype {', '.join(STORED_DTYPES)}, got {described.get_dtype()}"
                     )
                 self._file_of[name] = opened
         check_shapes(shapes, self.config, str(path))
@@ -114,26 +109,16 @@ def weight_files(path: Path) -> dict[Path, list[str] | None]:
     if not index.is_file():
         pickles = sorted(p.name for p in path.glob("*.bin"))
         found = f"{pickles[0]}, a pickle, which is never read" if pickles else "neither"
-        raise ModelError(
-            f"{path}: expected model.safetensors or model.safetensors.index.json, got {found}"
-        )
+        raise ModelError(f"{path}: expected model.safetensors or model.safetensors.index.json, got {found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(
-            f"{index}: weight_map: expected a non-empty object, got {type(weight_map).__name__}"
-        )
+        raise ModelError(f"{index}: weight_map: expected a non-empty object, got {type(weight_map).__name__}")
     files: dict[Path, list[str] | None] = {}
     by_name: dict[str, list[str]] = {}
     for tensor, file in weight_map.items():
         # A shard is a plain name in this directory: an index must not lead the reader elsewhere.
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith(".safetensors")
-        ):
-            raise ModelError(
-                f"{index}: {tensor}: expected the name of a .safetensors file, got {file!r}"
-            )
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(f"{index}: {tensor}: expected the name of a .safetensors file, got {file!r}")
         by_name.setdefault(file, []).append(tensor)
     for file, tensors in sorted(by_name.items()):
         files[path / file] = tensors
@@ -144,9 +129,7 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError:
-        raise ModelError(
-            f"{file}: expected a safetensors file (from the index), got no such file"
-        ) from None
+        raise ModelError(f"{file}: expected a safetensors file (from the index), got no such file") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: expected a complete safetensors file, got {error}") from error
 
@@ -154,26 +137,17 @@ def _open(file: Path) -> Any:
 def _check_architecture(raw: Mapping[str, Any], where: str) -> str:
     """The architecture, once everything that would change its computation is known to be absent."""
     architectures = raw.get("architectures")
-    if (
-        not isinstance(architectures, list)
-        or len(architectures) != 1
-        or architectures[0] not in ARCHITECTURES
-    ):
-        raise ModelError(
-            f"{where}: architectures: expected one of {list(ARCHITECTURES)}, got {architectures!r}"
-        )
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+        raise ModelError(f"{where}: architectures: expected one of {list(ARCHITECTURES)}, got {architectures!r}")
     (architecture,) = architectures
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{where}: hidden_act: expected 'silu', got {raw['hidden_act']!r}")
     if raw.get("quantization_config") is not None:
         raise ModelError(
-            f"{where}: expected unquantised weights (float32, float16 or bfloat16), "
-            "got a quantization_config"
+            f"{where}: expected unquantised weights (float32, float16 or bfloat16), got a quantization_config"
         )
     if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(
-            f"{where}: partial_rotary_factor: expected 1.0, got {raw['partial_rotary_factor']!r}"
-        )
+        raise ModelError(f"{where}: partial_rotary_factor: expected 1.0, got {raw['partial_rotary_factor']!r}")
     # An absent sliding_window means 4096 to Mistral.
     if architecture == "MistralForCausalLM" and raw.get("sliding_window", 4096) is not None:
         raise ModelError(
@@ -206,9 +180,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
             high_freq_factor=_number(scaling, "high_freq_factor", where),
             original_max_context=_int(scaling, "original_max_position_embeddings", where),
         )
-    raise ModelError(
-        f"{where}: rope_scaling type: expected 'default', 'linear' or 'llama3', got {kind!r}"
-    )
+    raise ModelError(f"{where}: rope_scaling type: expected 'default', 'linear' or 'llama3', got {kind!r}")
 
 
 def _eos_token_ids(path: Path, raw: Mapping[str, Any], where: str) -> tuple[int, ...]:
@@ -223,9 +195,7 @@ def _eos_token_ids(path: Path, raw: Mapping[str, Any], where: str) -> tuple[int,
         values = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in values:
             if type(token_id) is not int:
-                raise ModelError(
-                    f"{file}: eos_token_id: expected an integer or a list of them, got {value!r}"
-                )
+                raise ModelError(f"{file}: eos_token_id: expected an integer or a list of them, got {value!r}")
             ids.append(token_id)
     return tuple(dict.fromkeys(ids))
 

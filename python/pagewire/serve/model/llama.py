@@ -50,27 +50,19 @@ class Layer:
 class Llama:
     """The weights of one model in one dtype on one device. Build it with `Llama.load`."""
 
-    def __init__(
-        self, weights: Weights, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         if dtype not in RUN_DTYPES:
-            raise ValueError(
-                f"dtype: expected one of {', '.join(map(str, RUN_DTYPES))}, got {dtype}"
-            )
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, RUN_DTYPES))}, got {dtype}")
         self.config, self.dtype, self.device = weights.config, dtype, torch.device(device)
         load = _Loader(weights, dtype, self.device)
         self._embedding = load.stacked(EMBED)  # [vocab_size, hidden_size]
         self._layers = [load.layer(i) for i in range(self.config.num_layers)]
         self._norm = load.stacked(FINAL_NORM)
-        self._lm_head = (
-            self._embedding if self.config.tie_word_embeddings else load.stacked(LM_HEAD)
-        )
+        self._lm_head = self._embedding if self.config.tie_word_embeddings else load.stacked(LM_HEAD)
         self._frequencies = inverse_frequencies(self.config).to(self.device)
 
     @classmethod
-    def load(
-        cls, path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> Llama:
+    def load(cls, path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Llama:
         """Read a Hugging Face directory or a GGUF file.
 
         Args:
@@ -110,9 +102,7 @@ class Llama:
         """
         config = self.config
         if cache.num_layers != config.num_layers:
-            raise ValueError(
-                f"cache: expected {config.num_layers} layers (the model's), got {cache.num_layers}"
-            )
+            raise ValueError(f"cache: expected {config.num_layers} layers (the model's), got {cache.num_layers}")
         heads = [config.num_qo_heads, config.num_kv_heads, config.num_kv_heads]
         cos, sin = rotation(positions, self._frequencies)
         x = F.embedding(token_ids, self._embedding)  # [num_tokens, hidden_size]
@@ -121,9 +111,7 @@ class Llama:
             qkv = layer.qkv(self._rms_norm(x, layer.attention_norm))
             q, k, v = qkv.unflatten(1, (sum(heads), config.head_dim)).split(heads, dim=1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            described = _Described(
-                layout=cache.layout, k_scale=cache.k_scale[i], v_scale=cache.v_scale[i]
-            )
+            described = _Described(layout=cache.layout, k_scale=cache.k_scale[i], v_scale=cache.v_scale[i])
             pw.append_kv(k, v, cache.k[i], cache.v[i], slot_mapping, **described)
             if on_layer is not None:
                 on_layer(i)
@@ -159,10 +147,7 @@ class _Loader:
 
     def layer(self, i: int) -> Layer:
         prefix = f"model.layers.{i}."
-        attention_bias, mlp_bias = (
-            self._weights.config.attention_bias,
-            self._weights.config.mlp_bias,
-        )
+        attention_bias, mlp_bias = (self._weights.config.attention_bias, self._weights.config.mlp_bias)
 
         def linear(has_bias: bool, *modules: str) -> Linear:
             weight = self.stacked(*(f"{prefix}{m}_proj.weight" for m in modules))

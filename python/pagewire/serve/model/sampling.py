@@ -46,9 +46,7 @@ def uniform(seed: int, position: int) -> float:
 
 def _draw(logits: np.ndarray, sampling: Sampling, u: float) -> int:
     # In NumPy: its sort of a 49,152-token vocabulary takes 1 ms, PyTorch's 16.
-    weights = np.exp(
-        (logits - logits.max()) / sampling.temperature
-    )  # probabilities times a constant
+    weights = np.exp((logits - logits.max()) / sampling.temperature)  # probabilities times a constant
     if 0 < sampling.top_k < weights.size:
         weights = _at_least(np.partition(weights, -sampling.top_k)[-sampling.top_k], weights)
     if sampling.top_p < 1:

@@ -32,12 +32,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBED: (config.vocab_size, hidden), FINAL_NORM: (hidden,)}
     if not config.tie_word_embeddings:
         shapes[LM_HEAD] = (config.vocab_size, hidden)
-    attention = {
-        "q": (q_size, hidden),
-        "k": (kv_size, hidden),
-        "v": (kv_size, hidden),
-        "o": (hidden, q_size),
-    }
+    attention = {"q": (q_size, hidden), "k": (kv_size, hidden), "v": (kv_size, hidden), "o": (hidden, q_size)}
     mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     for i in range(config.num_layers):
         layer = f"model.layers.{i}."
@@ -64,13 +59,8 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, wher
         if name not in found:
             raise ModelError(f"{where}: expected a tensor {name} of shape {shape}, got none")
         if tuple(found[name]) != shape:
-            raise ModelError(
-                f"{where}: {name}: expected shape {shape} (from the config), "
-                f"got {tuple(found[name])}"
-            )
-    extra = sorted(
-        name for name in found if name not in expected and not _is_redundant(name, config)
-    )
+            raise ModelError(f"{where}: {name}: expected shape {shape} (from the config), got {tuple(found[name])}")
+    extra = sorted(name for name in found if name not in expected and not _is_redundant(name, config))
     if extra:
         raise ModelError(
             f"{where}: expected only the tensors of a {config.num_layers}-layer Llama, "
