@@ -1,14 +1,18 @@
-"""An op done at once: check, choose a backend, call it. The functions of `library.py`, without torch ops between."""
+"""An op done at once: check, choose a backend, call it. The functions of `library.py`, without torch ops between.
+
+Checks of shapes, dtypes, strides, devices and numbers are done once per kind of call (`memo.py`), those of memory and
+values every time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pagewire import check, registry, shared_kv
+from pagewire import check, memo, registry, shared_kv
 from pagewire.cache import nhd
 from pagewire.cache_part import CachePart, LayerViews
 from pagewire.errors import check_after_call
@@ -28,25 +32,13 @@ def append_kv(
     v_scale: Any,
     backend: str | None,
 ) -> None:
-    dims = check.Dims()
-    check.caches(dims, k_cache, v_cache, layout)
-    dims.check("k", k, "num_tokens num_kv_heads head_dim")
-    dims.check("v", v, "num_tokens num_kv_heads head_dim_v")
-    check.cache_dtype("k", k, k_cache.dtype)
-    check.dtype("v", v, (k.dtype,), " (from k)")
-    check.last_dim_contiguous(k=k, v=v)
-    dims.check("slot_mapping", slot_mapping, "<=num_tokens")
-    check.dtype("slot_mapping", slot_mapping, check.INDEX_DTYPES)
-    k_scale = check.scale_number("k_scale", k_scale, k.device)
-    v_scale = check.scale_number("v_scale", v_scale, k.device)
-    check.scale(dims, "k_scale", k_scale, k_cache.dtype, per_request=False)
-    check.scale(dims, "v_scale", v_scale, k_cache.dtype, per_request=False)
-    check.no_float_scale(k_cache.dtype, k_scale=k_scale, v_scale=v_scale)
-    check.device(
-        "k", k.device, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping,
-        k_scale=k_scale, v_scale=v_scale,
-    )  # fmt: skip
-    module = registry.choose(_problem("append_kv", k, dims, k_cache.dtype), backend)
+    of = None
+    if not (_is_read(k_scale, k) or _is_read(v_scale, k)):
+        of = memo.kind("append_kv", (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale), (layout,))
+    seen = memo.once(of, lambda: _check_append(k, v, k_cache, v_cache, slot_mapping, layout, k_scale, v_scale))
+    k_scale = k_scale if seen.k_scale is None else seen.k_scale
+    v_scale = v_scale if seen.v_scale is None else seen.v_scale
+    module = registry.choose(seen.problem, backend)
     shared = is_prefix(v_cache, k_cache)
     if shared:  # K's rows are written, and V's within them
         shared_kv.one_scale("v_scale", k_scale, v_scale, may_wait=False)
@@ -67,6 +59,53 @@ def append_kv(
     check_after_call(k.device)
 
 
+class _Append(NamedTuple):
+    """What was found of an append; scales: those that are numbers."""
+
+    problem: Problem
+    k_scale: float | None
+    v_scale: float | None
+
+
+def _check_append(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    layout: Layout,
+    k_scale: Any,
+    v_scale: Any,
+) -> _Append:
+    dims = check.Dims()
+    check.caches(dims, k_cache, v_cache, layout)
+    dims.check("k", k, "num_tokens num_kv_heads head_dim")
+    dims.check("v", v, "num_tokens num_kv_heads head_dim_v")
+    check.cache_dtype("k", k, k_cache.dtype)
+    check.dtype("v", v, (k.dtype,), " (from k)")
+    check.last_dim_contiguous(k=k, v=v)
+    dims.check("slot_mapping", slot_mapping, "<=num_tokens")
+    check.dtype("slot_mapping", slot_mapping, check.INDEX_DTYPES)
+    k_scale = check.scale_number("k_scale", k_scale, k.device)
+    v_scale = check.scale_number("v_scale", v_scale, k.device)
+    check.scale(dims, "k_scale", k_scale, k_cache.dtype, per_request=False)
+    check.scale(dims, "v_scale", v_scale, k_cache.dtype, per_request=False)
+    check.no_float_scale(k_cache.dtype, k_scale=k_scale, v_scale=v_scale)
+    check.device(
+        "k", k.device, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    numbers = (None if isinstance(scale, Tensor) else scale for scale in (k_scale, v_scale))
+    return _Append(_problem("append_kv", k, dims, k_cache.dtype), *numbers)
+
+
+def _is_read(scale: Any, x: Any) -> bool:
+    """Whether it may be a tensor of one that stands for a number: then its value counts."""
+    if not isinstance(scale, Tensor) or scale.dim() > 0:
+        return False
+    return not isinstance(x, Tensor) or (scale.dtype, scale.device) != (torch.float32, x.device)
+
+
 def _lies_in(x: Tensor, spans: Sequence[Span], tensors: Iterable[Tensor]) -> bool:
     mine = span(x)
     return any(meet(mine, other) and overlap(x, tensor) for other, tensor in zip(spans, tensors, strict=True))
@@ -76,15 +115,15 @@ def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, layout: Layout,
     options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    dims = check.Dims()
-    dims.check("q", q, "batch_size num_qo_heads head_dim")
-    check.attention(dims, q, k_cache, v_cache, page_table, seq_lens, layout)
-    m = check.modifiers(dims, q, k_cache.dtype, options)
-    check.out_and_lse(dims, q, out, lse, "batch_size")
+    of = _kind("decode", (q, k_cache, v_cache, page_table, seq_lens, out, lse), layout, options)
+    seen = memo.once(
+        of, lambda: _check_attention(q, k_cache, v_cache, page_table, seq_lens, None, layout, options, out, lse)
+    )
+    m = seen.with_tensors(options)
     if out is not None or lse is not None:
         _check_results(q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens)
-    out, lse = _results(q, dims["head_dim_v"], out, lse, return_lse)
-    module = registry.choose(_problem("decode", q, dims, k_cache.dtype), backend)
+    out, lse = _results(q, seen.head_dim_v, out, lse, return_lse)
+    module = registry.choose(seen.problem, backend)
     module.decode(q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, m, out, lse)
     check_after_call(q.device)
     return out, lse
@@ -95,21 +134,73 @@ def prefill(
     layout: Layout, options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    dims = check.Dims()
-    dims.check("q", q, "num_tokens num_qo_heads head_dim")
-    check.attention(dims, q, k_cache, v_cache, page_table, seq_lens, layout)
-    check.offsets(dims, cu_seqlens_q, q.device)
-    m = check.modifiers(dims, q, k_cache.dtype, options)
-    check.out_and_lse(dims, q, out, lse, "num_tokens")
+    of = _kind("prefill", (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, out, lse), layout, options)
+    seen = memo.once(
+        of, lambda: _check_attention(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, layout, options, out, lse)
+    )
+    m = seen.with_tensors(options)
     if out is not None or lse is not None:
         _check_results(
             q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
         )
-    out, lse = _results(q, dims["head_dim_v"], out, lse, return_lse)
-    module = registry.choose(_problem("prefill", q, dims, k_cache.dtype, m.max_q_len), backend)
+    out, lse = _results(q, seen.head_dim_v, out, lse, return_lse)
+    module = registry.choose(seen.problem, backend)
     module.prefill(q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse)
     check_after_call(q.device)
     return out, lse
+
+
+class _Attention(NamedTuple):
+    """What was found of a decode or prefill."""
+
+    problem: Problem
+    head_dim_v: int
+    modifiers: Modifiers  # without its tensors, which are each call's own
+    tensors: tuple[str, ...]  # their fields
+
+    def with_tensors(self, options: Options) -> Modifiers:
+        m = self.modifiers
+        own: dict[str, Any] = {name: getattr(options, name) for name in self.tensors}
+        return m._replace(**own) if own else m
+
+
+_TENSORS = ("alibi_slopes", "sinks", "k_scale", "v_scale")  # modifiers that may be some
+
+
+def _kind(op: str, tensors: tuple[Tensor | None, ...], layout: Layout, options: Options) -> memo.Kind | None:
+    scale, causal, window, softcap, slopes, sinks, k_scale, v_scale, split_size, max_q_len = options
+    if type(window) is not tuple or _is_read(k_scale, tensors[0]) or _is_read(v_scale, tensors[0]):
+        return None
+    numbers = (layout, scale, causal, softcap, split_size, max_q_len, *window)
+    return memo.kind(op, (*tensors, slopes, sinks, k_scale, v_scale), numbers)
+
+
+def _check_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    layout: Layout,
+    options: Options,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> _Attention:
+    dims = check.Dims()
+    op, rows = ("decode", "batch_size") if cu_seqlens_q is None else ("prefill", "num_tokens")
+    dims.check("q", q, f"{rows} num_qo_heads head_dim")
+    check.attention(dims, q, k_cache, v_cache, page_table, seq_lens, layout)
+    if cu_seqlens_q is not None:
+        check.offsets(dims, cu_seqlens_q, q.device)
+    m = check.modifiers(dims, q, k_cache.dtype, options)
+    check.out_and_lse(dims, q, out, lse, rows)
+    tensors = tuple(name for name in _TENSORS if isinstance(getattr(m, name), Tensor))
+    none: dict[str, Any] = dict.fromkeys(tensors)
+    return _Attention(
+        _problem(op, q, dims, k_cache.dtype, m.max_q_len), dims["head_dim_v"],
+        m._replace(**none), tensors,
+    )  # fmt: skip
 
 
 def _check_results(
@@ -126,6 +217,21 @@ def merge_state(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, lse: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tensors = (out_a, lse_a, out_b, lse_b, out, lse)
+    problem = memo.once(memo.kind("merge_state", tensors, ()), lambda: _check_two(*tensors))
+    if out is not None or lse is not None:
+        states = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+        in_place = [(name[:3], name) for name in states]
+        check.memory({"out": out, "lse": lse}, states, in_place)
+    out, lse = _results(out_a, problem.head_dim, out, lse, True)
+    module = registry.choose(problem, backend)
+    module.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
+    return out, lse  # type: ignore[return-value]
+
+
+def _check_two(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, lse: Tensor | None
+) -> Problem:
     dims = check.Dims()
     for name, o, s in (("a", out_a, lse_a), ("b", out_b, lse_b)):
         dims.check(f"out_{name}", o, "num_tokens num_qo_heads head_dim")
@@ -135,26 +241,14 @@ def merge_state(
     check.last_dim_contiguous(out_a=out_a, out_b=out_b)
     check.device("out_a", out_a.device, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     check.out_and_lse(dims, out_a, out, lse, "num_tokens", width="head_dim")
-    states = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-    in_place = [(name[:3], name) for name in states]
-    check.memory({"out": out, "lse": lse}, states, in_place)
-    out, lse = _results(out_a, dims["head_dim"], out, lse, True)
-    module = registry.choose(_movement("merge_state", out_a, dims["head_dim"]), backend)
-    module.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
-    return out, lse  # type: ignore[return-value]
+    return _movement("merge_state", out_a, dims["head_dim"])
 
 
 def merge_states(
     outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    dims = check.Dims()
-    dims.check("outs", outs, "n num_tokens num_qo_heads head_dim")
-    dims.check("lses", lses, "n num_tokens num_qo_heads")
-    check.dtype("outs", outs, FLOAT_DTYPES)
-    check.dtype("lses", lses, (torch.float32,))
-    check.last_dim_contiguous(outs=outs)
-    check.device("outs", outs.device, lses=lses)
-    check.out_and_lse(dims, outs, out, lse, "num_tokens", width="head_dim")
+    tensors = (outs, lses, out, lse)
+    problem = memo.once(memo.kind("merge_states", tensors, ()), lambda: _check_many(*tensors))
     if out is not None or lse is not None:
         states = {f"outs[{i}]": o for i, o in enumerate(outs)}
         states |= {f"lses[{i}]": s for i, s in enumerate(lses)}
@@ -164,9 +258,21 @@ def merge_states(
         out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
     if lse is None:
         lse = torch.empty(lses.shape[1:], dtype=torch.float32, device=outs.device)
-    module = registry.choose(_movement("merge_states", outs, dims["head_dim"]), backend)
+    module = registry.choose(problem, backend)
     module.merge_states(outs, lses, out, lse)
     return out, lse
+
+
+def _check_many(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None) -> Problem:
+    dims = check.Dims()
+    dims.check("outs", outs, "n num_tokens num_qo_heads head_dim")
+    dims.check("lses", lses, "n num_tokens num_qo_heads")
+    check.dtype("outs", outs, FLOAT_DTYPES)
+    check.dtype("lses", lses, (torch.float32,))
+    check.last_dim_contiguous(outs=outs)
+    check.device("outs", outs.device, lses=lses)
+    check.out_and_lse(dims, outs, out, lse, "num_tokens", width="head_dim")
+    return _movement("merge_states", outs, dims["head_dim"])
 
 
 def pack_kv(part: CachePart, slots: Tensor, packed: PackedKV, backend: str | None) -> None:

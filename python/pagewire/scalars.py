@@ -47,7 +47,7 @@ def real(name: str, value: Any, expected: str = "a finite number") -> float:
             value = value.item()
         if not isinstance(value, Real):
             raise TypeError(f"{name}: expected {expected}, got {show(value)}")
-    number = float(value)
+    number = float(value) + 0.0  # -0 is 0
     if not abs(number) <= _FLOAT32.max:  # NaN too
         past = " (past float32)" if math.isfinite(number) else ""
         raise ValueError(f"{name}: expected {expected}, got {value!r}{past}")
