@@ -97,7 +97,8 @@ class Runner:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            while thread.is_alive():  # a signal's handler runs between two waits, whichever thread the signal came to
+                thread.join(0.2)
         return states
 
     def run(self, step: Step) -> State:

@@ -115,10 +115,9 @@ def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, layout: Layout,
     options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    of = _kind("decode", (q, k_cache, v_cache, page_table, seq_lens, out, lse), layout, options)
-    seen = memo.once(
-        of, lambda: _check_attention(q, k_cache, v_cache, page_table, seq_lens, None, layout, options, out, lse)
-    )
+    tensors = (q, k_cache, v_cache, page_table, seq_lens, out, lse)
+    of = _kind("decode", tensors, layout, options)
+    seen = memo.once(of, lambda: _check_attention("decode", tensors, None, layout, options))
     m = seen.with_tensors(options)
     if out is not None or lse is not None:
         _check_results(q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens)
@@ -134,10 +133,9 @@ def prefill(
     layout: Layout, options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    of = _kind("prefill", (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, out, lse), layout, options)
-    seen = memo.once(
-        of, lambda: _check_attention(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, layout, options, out, lse)
-    )
+    tensors = (q, k_cache, v_cache, page_table, seq_lens, out, lse)
+    of = _kind("prefill", (*tensors, cu_seqlens_q), layout, options)
+    seen = memo.once(of, lambda: _check_attention("prefill", tensors, cu_seqlens_q, layout, options))
     m = seen.with_tensors(options)
     if out is not None or lse is not None:
         _check_results(
@@ -176,22 +174,14 @@ def _kind(op: str, tensors: tuple[Tensor | None, ...], layout: Layout, options: 
 
 
 def _check_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None,
-    layout: Layout,
-    options: Options,
-    out: Tensor | None,
-    lse: Tensor | None,
+    op: str, tensors: tuple[Any, ...], cu_seqlens_q: Any, layout: Layout, options: Options
 ) -> _Attention:
+    q, k_cache, v_cache, page_table, seq_lens, out, lse = tensors
     dims = check.Dims()
-    op, rows = ("decode", "batch_size") if cu_seqlens_q is None else ("prefill", "num_tokens")
+    rows = "batch_size" if op == "decode" else "num_tokens"
     dims.check("q", q, f"{rows} num_qo_heads head_dim")
     check.attention(dims, q, k_cache, v_cache, page_table, seq_lens, layout)
-    if cu_seqlens_q is not None:
+    if op == "prefill":
         check.offsets(dims, cu_seqlens_q, q.device)
     m = check.modifiers(dims, q, k_cache.dtype, options)
     check.out_and_lse(dims, q, out, lse, rows)

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python" / "pagewire"
 # lowest first; a module may import its own layer and those before it
 LAYERS = [
     {"kernels", "version"},
-    {"types", "errors", "emulation", "overlap", "scalars", "views"},
+    {"types", "errors", "emulation", "memo", "overlap", "scalars", "views"},
     {"quant", "packed", "pages", "allocator", "cache", "shared_kv"},
     {"check", "registry", "cache_part"},
     {"backends"},  # reached by name only, from the registry
