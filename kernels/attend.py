@@ -133,10 +133,13 @@ def attend(
         q = to_float32(q, "float", True)
         power = _fp16_power(q, 1)
         q = (q * power[:, None]).to(tl.float16)
-        scale_log2 *= _inverse(power)
+        unscale = _inverse(power)
+        if spec.K_SCALE != "token":
+            scale_log2 *= unscale
     if SCALE_LAST:  # of a scale of 0, -inf would make NaN
         scale_log2 = tl.maximum(scale_log2, 1e-37)
-    scale_of_rows = scale_log2[:, None] if NARROW else scale_log2
+    BY_ROW: tl.constexpr = NARROW and spec.K_SCALE != "token"
+    scale_of_rows = scale_log2[:, None] if BY_ROW else scale_log2
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
     k_ptrs = k_ptr + dim[None, :]
@@ -167,6 +170,8 @@ def attend(
         qk = dot(q, tl.trans(to_operand(k_tile, q.dtype, spec)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
 
         if spec.K_SCALE == "token":
+            if NARROW:  # first: a scale of 2^90 times the power would be infinite
+                qk *= unscale[:, None]
             qk *= _token_scale(k_scale, page, slot, taking_part, MASKED)[None, :]
         if not SCALE_LAST:
             qk *= scale_of_rows
@@ -187,8 +192,8 @@ def attend(
             new_maximum = tl.maximum(maximum, tl.max(qk, 1) * scale_log2)
         else:
             new_maximum = tl.maximum(maximum, tl.max(qk, 1))
-        # a row that has seen no key yet: exp2(-inf - 0), not exp2(-inf + inf)
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
+        # a row whose logits were all -inf so far, or that has seen no key: exp2(-inf - 0), not exp2(-inf + inf)
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         if SCALE_LAST:
             p = tl.exp2(qk * scale_of_rows - shift[:, None])
         else:

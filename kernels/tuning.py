@@ -82,10 +82,11 @@ DECODE = {
     Key(90, "16", 256, 32): KernelConfig(32, 32, 8, 3),  # 64 KiB
     Key(90, "16", 256, 64): KernelConfig(32, 32, 8, 3),  # 64 rows of 256 spill: two tiles share K and V through L2
     # 8 bit: the converted tile passes through registers, half the bytes a key
-    Key(90, "16x8", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # 24 KiB
+    Key(90, "16x8", 64, 16): KernelConfig(16, 128, 4, 4, 2),  # 1.07x of 64 keys (H200, as below)
     Key(90, "16x8", 64, 32): KernelConfig(32, 32, 4, 6, 2),  # 20 KiB
     Key(90, "16x8", 64, 64): KernelConfig(64, 32, 4, 6, 2),  # 20 KiB
-    Key(90, "16x8", 128, 16): KernelConfig(16, 32, 4, 6, 2),  # 40 KiB; 64 keys spill where a tile lies in a page
+    # 1.20x of 32 keys in 6 stages (H200, benches/results/h200-2026-11-26)
+    Key(90, "16x8", 128, 16): KernelConfig(16, 128, 4, 3, 2),
     Key(90, "16x8", 128, 32): KernelConfig(32, 32, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 128, 64): KernelConfig(64, 32, 4, 4, 2),  # 24 KiB
     Key(90, "16x8", 256, 16): KernelConfig(16, 32, 4, 4, 2),  # 48 KiB
@@ -113,12 +114,11 @@ DECODE = {
     Key(90, "32x8", 256, 64): KernelConfig(16, 16, 16, 1),
 }
 DECODE |= {k._replace(arch=80): c for k, c in DECODE.items()}
-DECODE |= {  # e4m3 is decoded from its bits there: a fourth stage spills 8 bytes
-    Key(80, "16x8", 256, rows): KernelConfig(32, 32, 8, 3) for rows in (32, 64)
-}
-DECODE |= {  # measured on an H200, benches/results/h200-2026-11-26
-    Key(90, "16x8", 64, 16): KernelConfig(16, 128, 4, 4, 2),  # 1.07x of 64 keys
-    Key(90, "16x8", 128, 16): KernelConfig(16, 128, 4, 3, 2),  # 1.20x of 32 keys in 6 stages
+DECODE |= {  # e4m3 is decoded from its bits there: narrower tiles, and a fourth stage of 256 dims spills 8 bytes
+    Key(80, "16x8", 64, 16): KernelConfig(16, 64, 4, 4, 2),  # in flight 24 KiB
+    Key(80, "16x8", 128, 16): KernelConfig(16, 32, 4, 6, 2),  # 40 KiB
+    Key(80, "16x8", 256, 32): KernelConfig(32, 32, 8, 3),
+    Key(80, "16x8", 256, 64): KernelConfig(32, 32, 8, 3),
 }
 
 PREFILL = {

@@ -32,10 +32,10 @@ def append_kv(
     v_scale: Any,
     backend: str | None,
 ) -> None:
-    of = None
-    if not (_is_read(k_scale, k) or _is_read(v_scale, k)):
-        of = memo.kind("append_kv", (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale), (layout,))
-    seen = memo.once(of, lambda: _check_append(k, v, k_cache, v_cache, slot_mapping, layout, k_scale, v_scale))
+    given = (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    reads = _is_read(k_scale, k) or _is_read(v_scale, k)
+    of = None if reads else memo.kind("append_kv", given, (layout,))
+    seen = memo.once(of, lambda: _check_append(given, layout))
     k_scale = k_scale if seen.k_scale is None else seen.k_scale
     v_scale = v_scale if seen.v_scale is None else seen.v_scale
     module = registry.choose(seen.problem, backend)
@@ -67,16 +67,8 @@ class _Append(NamedTuple):
     v_scale: float | None
 
 
-def _check_append(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    layout: Layout,
-    k_scale: Any,
-    v_scale: Any,
-) -> _Append:
+def _check_append(given: tuple[Any, ...], layout: Layout) -> _Append:
+    k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale = given
     dims = check.Dims()
     check.caches(dims, k_cache, v_cache, layout)
     dims.check("k", k, "num_tokens num_kv_heads head_dim")
@@ -185,12 +177,10 @@ def _check_attention(
         check.offsets(dims, cu_seqlens_q, q.device)
     m = check.modifiers(dims, q, k_cache.dtype, options)
     check.out_and_lse(dims, q, out, lse, rows)
-    tensors = tuple(name for name in _TENSORS if isinstance(getattr(m, name), Tensor))
-    none: dict[str, Any] = dict.fromkeys(tensors)
-    return _Attention(
-        _problem(op, q, dims, k_cache.dtype, m.max_q_len), dims["head_dim_v"],
-        m._replace(**none), tensors,
-    )  # fmt: skip
+    names = tuple(name for name in _TENSORS if isinstance(getattr(m, name), Tensor))
+    none: dict[str, Any] = dict.fromkeys(names)
+    problem = _problem(op, q, dims, k_cache.dtype, m.max_q_len)
+    return _Attention(problem, dims["head_dim_v"], m._replace(**none), names)
 
 
 def _check_results(

@@ -31,6 +31,20 @@ def recorded(words: str) -> None:
     pw.check_errors()  # reading clears it
 
 
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_a_pool_without_pages_has_none_to_read(op, guarded, device):
+    """Every page is outside: rows without keys, and the first entry is named."""
+    caches = [torch.zeros(0, 16, 1, 32, dtype=torch.float16, device=device) for _ in range(2)]
+    table, lens = torch.zeros(1, 20, dtype=torch.int32, device=device), torch.tensor([300], device=device).int()
+    q = torch.ones(3 if op == "prefill" else 1, 2, 32, dtype=torch.float16, device=device)
+    more = (torch.tensor([0, 3], device=device).int(),) if op == "prefill" else ()
+    promise = {"max_q_len": 3} if op == "prefill" else {}
+    out, lse = getattr(pw, op)(q, *caches, table, lens, *more, **promise, return_lse=True, backend=guarded)
+    with pytest.raises(pw.BadIndexError, match=rf"{op}: page_table\[0, \d+\] is outside"):
+        pw.check_errors()
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 @pytest.mark.parametrize("q_lens", [None, (4, 9)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("page", [-1, 99, 2147480000])
 def test_bad_page_leaves_the_softmax(page, q_lens, guarded, device):

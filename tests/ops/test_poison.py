@@ -155,3 +155,26 @@ def test_rows_nobody_owns_read_nothing(backend, device):
     call.args = (call.args[0], *caches, *call.args[3:])
     out, lse = call.run(backend, **scales)
     assert (out == 0).all() and (lse == -INF).all()
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["decode", "prefill"])
+def test_whole_tiles_of_infinitely_unlikely_keys_weigh_nothing(ragged, backend, device):
+    """Logits of -inf, for longer than any tile, before and between others."""
+    g = torch.Generator().manual_seed(3)
+    k_cache, v_cache = (torch.randn(20, 16, 1, 16, generator=g).to(fp16) for _ in range(2))
+    k_cache[..., 0] = 1.0
+    k_cache[:9, ..., 0] = k_cache[11:19, ..., 0] = -INF
+    q = torch.randn(3 if ragged else 1, 2, 16, generator=g).to(fp16)
+    q[..., 0] = 1.0
+    table, lens = torch.arange(20, dtype=torch.int32)[None], torch.tensor([318], dtype=torch.int32)
+    args = [x.to(device) for x in (q, k_cache, v_cache, table, lens)]
+    more = {}
+    if ragged:
+        args.append(torch.tensor([0, 3], dtype=torch.int32, device=device))
+        more["max_q_len"] = 3
+    op = pw.prefill if ragged else pw.decode
+    out, lse = op(*args, return_lse=True, backend=backend, **more)
+    expected, expected_lse = op(*args, return_lse=True, backend="reference", **more)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
