@@ -188,10 +188,12 @@ def attend(
                 visible &= key[None, :] - position[:, None] <= window_right
             qk = tl.where(visible, qk, float("-inf"))
 
+        largest = tl.max(qk, 1)
         if SCALE_LAST:
-            new_maximum = tl.maximum(maximum, tl.max(qk, 1) * scale_log2)
-        else:
-            new_maximum = tl.maximum(maximum, tl.max(qk, 1))
+            largest *= scale_log2
+        if q.dtype == tl.float16:
+            largest = _below_in_fp16(largest, spec)
+        new_maximum = tl.maximum(maximum, largest)
         # a row whose logits were all -inf so far, or that has seen no key: exp2(-inf - 0), not exp2(-inf + inf)
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         if SCALE_LAST:
@@ -217,6 +219,17 @@ def attend(
         v_tile = _load_rows(v_ptrs + v_offset[:, None], taking_part, dim_v, spec.HEAD_DIM_V, MASKED, EVICT)
         acc = dot(from_float32(p, q.dtype), to_operand(v_tile, q.dtype, spec), acc * rescale[:, None])
     return acc, maximum, total, lift, bad_entry
+
+
+@triton.jit
+def _below_in_fp16(largest, spec: tl.constexpr):
+    """What exponents are relative to, so that fp16 holds the weights: the heaviest is 2^15, one 2^39 times lighter is
+    not lost yet. Any reference serves `finish`; near 2^24 its own rounding would carry a weight out of fp16.
+    """
+    if spec.LIFTS:  # the per-token scales bring a power of their own
+        return largest
+    else:
+        return tl.where(tl.abs(largest) < 2.0**20, largest - 15.0, largest)
 
 
 @triton.jit

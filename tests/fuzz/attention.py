@@ -11,7 +11,7 @@ from torch import Tensor
 import pagewire as pw
 from fuzz import compare, oracle
 from fuzz.contents import INFINITE, caches, filled, generator, nhd, normal, pick, poison, uniform, write
-from fuzz.formats import LARGEST, bits, decode
+from fuzz.formats import FLOATS, LARGEST, bits, decode
 from fuzz.problems import Attention
 from fuzz.tensors import carve, ship
 
@@ -193,7 +193,15 @@ def meaning(p: Attention, given: dict) -> oracle.Attention:
         v_scale=_scale_of(given.get("v_scale"), p.num_kv_heads),
         dtype=p.dtype,
         out_dtype=p.out_dtype or p.dtype,
+        least_weight=_least_weight(p),
     )
+
+
+def _least_weight(p: Attention) -> float:
+    if p.dtype == "fp16":
+        return 2.0**-24
+    # bf16 weights may meet an 8-bit cache in fp16, the heaviest as 2^15
+    return 2.0**-39 if p.dtype == "bf16" and p.kv_dtype not in FLOATS else 0.0
 
 
 def _scale_of(scale: Tensor | float | None, num_kv_heads: int):

@@ -62,6 +62,7 @@ class Attention:
     v_scale: Callable[[int, int, int], np.ndarray]
     dtype: str  # of q
     out_dtype: str
+    least_weight: float  # relative to the heaviest: a smaller one may be lost, where it meets its value in fp16
 
 
 def attention(a: Attention) -> tuple[Expected, Expected]:
@@ -87,7 +88,7 @@ def attention(a: Attention) -> tuple[Expected, Expected]:
                     slope = 0.0 if a.slopes is None else a.slopes[b, h]
                     logits, error = _logits(a, a.q[row, h], k, slope * distance)
                     sink = -math.inf if a.sinks is None else a.sinks[h]
-                    _softmax(a.dtype, logits, error, v, sink, out, lse, (row, h))
+                    _softmax(a.dtype, a.least_weight, logits, error, v, sink, out, lse, (row, h))
     return out, lse
 
 
@@ -124,7 +125,7 @@ def _logits(a: Attention, q: np.ndarray, k: np.ndarray, bias: np.ndarray) -> tup
 
 
 def _softmax(
-    dtype: str, x: np.ndarray, error: np.ndarray, v: np.ndarray, sink: float,
+    dtype: str, least_weight: float, x: np.ndarray, error: np.ndarray, v: np.ndarray, sink: float,
     out: Expected, lse: Expected, at: tuple[int, int],
 ) -> None:  # fmt: skip
     """One row of one head: x, error [num_visible], v [num_visible, head_dim_v]."""
@@ -157,8 +158,7 @@ def _softmax(
     out.value[at] = (weights[:, None] * finite).sum(0)
     # a weight beside a heavy sink may be subnormal, or flushed
     allowed = (relative * wv + SMALLEST["fp32"] * np.abs(finite)).sum(0) + SMALLEST[out.dtype]
-    if dtype == "fp16":  # weights below 2^-14 of the heaviest are subnormal there
-        allowed += SMALLEST["fp16"] * math.exp(top - lse.value[at]) * np.abs(finite).sum(0)
+    allowed += least_weight * math.exp(top - lse.value[at]) * np.abs(finite).sum(0)
     out.allowed[at] = allowed + 1.01 * ROUNDOFF[out.dtype] * (np.abs(out.value[at]) + allowed)
     lse.allowed[at] = math.log1p(shared) + 8 * U32 * (1 + abs(lse.value[at]))
 
@@ -185,5 +185,5 @@ def merge(outs: np.ndarray, lses: np.ndarray, out_dtype: str) -> tuple[Expected,
                 continue
             x = np.array([lses[(i, *at)] for i in live])
             v = np.array([outs[(i, *at)] for i in live])
-            _softmax("fp32", x, U32 * 4 * np.abs(x), v, -math.inf, out, lse, at)
+            _softmax("fp32", 0.0, x, U32 * 4 * np.abs(x), v, -math.inf, out, lse, at)
     return out, lse

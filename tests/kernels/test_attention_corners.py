@@ -1,5 +1,7 @@
 """What the shared cases leave out: corners that only a kernel with tiles, strides and device-side scheduling has."""
 
+import math
+
 import pytest
 import torch
 
@@ -75,3 +77,39 @@ def test_transposed_lse(device):
     transposed = torch.full((lse.shape[1], lse.shape[0]), torch.nan, device=device).T
     out, got = call.run("triton", lse=transposed)
     assert got is transposed and torch.equal(out, expected) and torch.equal(got, lse)
+
+
+@pytest.mark.parametrize("q_lens", [None, (2,)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_faint_weight_beside_a_row_of_zeros(stored, q_lens, device):
+    """Weights meet 8-bit values in fp16: what is left of one 2^30 times lighter than the heaviest is not nothing."""
+    rows = 1 if q_lens is None else 2
+    q = torch.ones(rows, 1, 16, dtype=bf16, device=device)
+    k = torch.zeros(1, 16, 1, 16, device=device)
+    k[0, 0] = 1.0  # a logit of 30 ln 2, the others 0
+    v = torch.ones(1, 16, 1, 16, device=device)
+    v[0, 0] = 0.0
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    lens = torch.full_like(table[0], 16)
+    scale = 30 * math.log(2) / 16
+    unscaled = dict(k_scale=1.0, v_scale=1.0, backend="triton")
+    args = (q, k.to(stored), v.to(stored), table, lens)
+    if q_lens is None:
+        out = pw.decode(*args, softmax_scale=scale, **unscaled)
+    else:
+        starts = torch.tensor([0, rows], dtype=torch.int32, device=device)
+        out = pw.prefill(*args, starts, max_q_len=rows, causal=False, softmax_scale=scale, **unscaled)
+    assert torch.allclose(out.float(), torch.full_like(out, 15 * 2.0**-30).float(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [bf16, torch.float16])
+def test_logits_whose_rounding_exceeds_fp16(dtype, device):
+    """At 2^26 a logit is known to within 4: the heaviest weight must not become an infinity of fp16."""
+    q = torch.full((1, 1, 16), 2.0**7, dtype=dtype, device=device)
+    stored = torch.float8_e5m2 if dtype == bf16 else dtype
+    k = torch.full((1, 16, 1, 16), 2.0**15, device=device).to(stored)
+    v = torch.ones(1, 16, 1, 16, device=device).to(stored)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    lens = torch.full_like(table[0], 16)
+    out = pw.decode(q, k, v, table, lens, softmax_scale=0.7, k_scale=1.0, v_scale=1.0, backend="triton")
+    assert torch.equal(out, torch.ones_like(out))
