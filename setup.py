@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 SANITIZE = os.environ.get("PAGEWIRE_SANITIZE", "")  # e.g. address,undefined
 SOURCES = sorted(["csrc/bindings/cpu.cpp", *glob("csrc/cpu/*.cpp")])
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
-FLAGS = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own AVX-512 headers, when inlined
 MISSING = "_cpu_missing.txt"  # next to the extension: why it was not built
 CUDA_MISSING = "_cuda_missing.txt"

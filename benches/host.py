@@ -51,7 +51,7 @@ def calls() -> dict[str, Callable[[], Any]]:
 @contextmanager
 def no_backend() -> Iterator[None]:
     """Every op reaches a function that does nothing."""
-    nothing = SimpleNamespace(**dict.fromkeys(registry.OPS, lambda *arguments: None))
+    nothing = SimpleNamespace(**dict.fromkeys(registry.METHODS, lambda *arguments: None))
     registry._choose.cache_clear()
     with mock.patch.object(registry, "_load", lambda module: nothing):
         yield

@@ -28,7 +28,7 @@ MANIFEST = "objects.json"  # of a folder of compiled kernels: what they were com
 # sm_80 code runs on every 8.x, sm_90a on Hopper, the PTX of sm_90 on what comes after
 EVERYWHERE = ("80", "90a", "90+PTX")
 # without NDEBUG or fast-math: division and square root stay IEEE, which quantising relies on
-FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-O2", "-Xptxas=-v")
+FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-O2", "-Xptxas=-v")
 
 
 class CannotBuild(RuntimeError):

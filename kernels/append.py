@@ -18,19 +18,16 @@ _TILE = 2048  # elements per program when quantising: 16 fp32 values a thread
 
 
 def append_kv(
-    k: Tensor,  # [num_tokens, num_kv_heads, head_dim], free strides
-    v: Tensor,
-    k_cache: Tensor,  # [num_pages, page_size, num_kv_heads, head_dim], free strides
-    v_cache: Tensor,
+    k: Any,  # Part of pagewire/moves.py: rows [num_tokens, num_kv_heads, head_dim], free strides
+    v: Any,
     slot_mapping: Tensor,  # [<= num_tokens] int32 or int64; negative = skip
-    k_scale: Tensor | float | None,  # float, fp32 [] or [num_kv_heads]: read
-    v_scale: Tensor | float | None,  # [num_pages, page_size, num_kv_heads]: written
     error_word: Tensor,
 ) -> None:
-    if slot_mapping.shape[0] == 0 or k.shape[1] == 0:
+    if k.rows.shape[1] == 0:
         return
-    with current(k.device):
-        _launch(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, error_word)
+    k_scale, v_scale = (part.cache_scales[0] if part.cache_scales else None for part in (k, v))
+    with current(k.rows.device):
+        _launch(k.rows, v.rows, k.caches[0], v.caches[0], slot_mapping, k_scale, v_scale, error_word)
 
 
 def _launch(

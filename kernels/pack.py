@@ -35,60 +35,27 @@ _CHUNKS = 512  # per program of 128 threads: 4 independent 16-byte copies a thre
 _TILE = 2048  # elements per program when converting: 16 fp32 values a thread
 
 
-def pack_kv(
-    k_caches: Sequence[Tensor],  # per layer [num_pages, page_size, num_heads, head_dim]
-    v_caches: Sequence[Tensor],  # empty when V is a view of K
-    k_scales: Sequence[Tensor],  # per layer [], [num_heads] or [num_pages, page_size, num_heads]
-    v_scales: Sequence[Tensor],  # both empty for a cache without scales
+def move(
+    parts: Sequence[Any],  # Part of pagewire/moves.py: K and, unless it is a view of K, V
     slots: Tensor,  # [num_tokens] int64
     packed: Any,  # PackedKV
     error_word: Tensor,
+    *,
+    pack: bool,
 ) -> None:
-    same = packed.shape.dtype == k_caches[0].dtype
     with current(slots.device):
-        _launch(k_caches, v_caches, k_scales, v_scales, slots, packed, error_word, pack=True, copy=same)
-
-
-def unpack_kv(
-    packed: Any,  # PackedKV
-    k_caches: Sequence[Tensor],
-    v_caches: Sequence[Tensor],
-    k_scales: Sequence[Tensor],
-    v_scales: Sequence[Tensor],
-    slots: Tensor,
-    error_word: Tensor,
-) -> None:
-    kind, shape = _scale_kind(k_scales), packed.shape
-    same = shape.dtype == k_caches[0].dtype and kind == shape.scale_kind
-    copy = same and kind in ("none", "token_head")
-    with current(slots.device):
-        _launch(k_caches, v_caches, k_scales, v_scales, slots, packed, error_word, pack=False, copy=copy)
+        _launch(parts, slots, packed, error_word, pack=pack, copy=parts[0].how == 0)
 
 
 def _scale_kind(scales: Sequence[Tensor]) -> str:
     return ("tensor", "head", "", "token_head")[scales[0].dim()] if scales else "none"
 
 
-def _launch(
-    k_caches: Sequence[Tensor],
-    v_caches: Sequence[Tensor],
-    k_scales: Sequence[Tensor],
-    v_scales: Sequence[Tensor],
-    slots: Tensor,
-    packed: Any,
-    error_word: Tensor,
-    *,
-    pack: bool,
-    copy: bool,
-) -> None:
+def _launch(parts: Sequence[Any], slots: Tensor, packed: Any, error_word: Tensor, *, pack: bool, copy: bool) -> None:
     """grid: [num_tiles * num_heads, K and V, num_layers]: adjacent programs take the heads of the same tokens."""
-    shape, cache = packed.shape, k_caches[0]
-    if shape.num_tokens == 0:
-        return
-    entries, cache_align = _entries(
-        _places(k_caches), _places(v_caches), _places(k_scales), _places(v_scales),
-        tuple(cache.shape[:-1]), cache.element_size(),
-    )  # fmt: skip
+    shape, cache, cache_scales = packed.shape, parts[0].caches[0], parts[0].cache_scales
+    places = tuple((_places(part.caches), _places(part.cache_scales)) for part in parts)
+    entries, cache_align = _entries(places, tuple(cache.shape[:-1]), cache.element_size())
     table = device_table(entries, cache.device)
     widths = [shape.head_dim * shape.dtype.itemsize, shape.head_dim_v * shape.dtype.itemsize]
     packed_align = alignment(packed.buffer.data_ptr(), *widths)
@@ -114,7 +81,7 @@ def _launch(
         *args, *sizes, PACK=pack, PAGE_SIZE=page_size, K_DIM=shape.head_dim, V_DIM=shape.head_dim_v,
         WIDTH=width, ROWS=rows, NATIVE=native_fp8(cache.device),
         CACHE=ELEMENTS[cache.dtype], CACHE_FORMAT=format_of(cache.dtype),
-        CACHE_SCALE=_scale_kind(k_scales), CACHE_ALIGN=cache_align,
+        CACHE_SCALE=_scale_kind(cache_scales), CACHE_ALIGN=cache_align,
         PACKED=ELEMENTS[shape.dtype], PACKED_FORMAT=format_of(shape.dtype),
         PACKED_SCALE=shape.scale_kind, PACKED_ALIGN=packed_align,
     )  # fmt: skip
@@ -129,12 +96,12 @@ def _places(tensors: Sequence[Tensor]) -> _Places:
 
 @functools.lru_cache(256)
 def _entries(
-    k_caches: _Places, v_caches: _Places, k_scales: _Places, v_scales: _Places, shape: tuple[int, ...], itemsize: int
+    parts: tuple[tuple[_Places, _Places], ...], shape: tuple[int, ...], itemsize: int
 ) -> tuple[tuple[int, ...], int]:
     """(the table: _FIELDS numbers per K or V and layer, alignment of the caches' rows)."""
     table: list[int] = []
     align = VECTOR_BYTES
-    for caches, scales in ((k_caches, k_scales), (v_caches, v_scales)):
+    for caches, scales in parts:
         nowhere = ((0, ()),) * len(caches)
         for (cache, stride), (scale, scale_stride) in zip(caches, scales or nowhere, strict=True):
             strides = byte_strides(shape, stride[:-1], itemsize)

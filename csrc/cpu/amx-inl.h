@@ -81,7 +81,7 @@ inline __m512i load_words(const T* p, int n) {
 
 // Key j's pair of elements d, d + 1 is column j of a tile's row d / 2.
 template <class T, int kKeys>
-void pack_key_tiles(const TileKeys<kKeys>& keys, int64_t width, BFloat16* tiles) {
+void pack_key_tiles(const KeyBlock<kKeys>& keys, int64_t width, BFloat16* tiles) {
     for (int j = 0; j < round_up(keys.num_keys, 2 * kTileSide); j += kTileSide) {
         for (int64_t d = 0; d < width; d += kTileDepth, tiles += kTileSize) {
             F x[kTileSide];
@@ -97,7 +97,7 @@ void pack_key_tiles(const TileKeys<kKeys>& keys, int64_t width, BFloat16* tiles)
 
 // Values of keys j, j + 1 are pairs of a tile's row j / 2; zeros past the last key.
 template <class T, int kKeys>
-void pack_value_tiles(const TileKeys<kKeys>& keys, int64_t width, BFloat16* tiles) {
+void pack_value_tiles(const KeyBlock<kKeys>& keys, int64_t width, BFloat16* tiles) {
     alignas(64) uint16_t order[2][32];  // word i of b: 32 + i
     for (int i = 0; i < 32; ++i) {
         order[0][i] = uint16_t(i / 2 + i % 2 * 32);
@@ -148,7 +148,7 @@ struct AmxTile {
             _mm512_store_si512(to, load_words(from, clip(D - d, 0, kTileDepth)));
         }
     }
-    void pack(const TileKeys<kKeys>& block) const {
+    void pack(const KeyBlock<kKeys>& block) const {
         pack_key_tiles<T>(block, D, keys());
         pack_value_tiles<T>(block, Dv, values());
     }

@@ -27,8 +27,7 @@ constexpr int64_t kBytesPerThread = 128 * 1024;  // of KV, below which waking a 
 
 struct Split {  // a request whose keys are shared out
     int64_t row_begin, num_rows, num_splits;
-    int64_t out_offset,
-        lse_offset;  // into the partial results, [num_splits, num_rows, num_qo_heads(, head_dim_v)]
+    int64_t out_offset, lse_offset;  // into the partial results, [num_splits, num_rows, num_qo_heads(, head_dim_v)]
 };
 
 struct Plan {
@@ -74,7 +73,11 @@ void plan_rows(const AttentionParams& p, Piece piece, bool few, bool may_split, 
     const int64_t first = begin / length, num_splits = (end + length - 1) / length - first;
     const int64_t lse_size = rows * p.q.num_heads, out_size = lse_size * p.v.width;
     if (num_splits > 1) {
-        plan.splits.push_back({piece.row_begin, rows, num_splits, plan.partial_out, plan.partial_lse});
+        plan.splits.push_back({.row_begin = piece.row_begin,
+                               .num_rows = rows,
+                               .num_splits = num_splits,
+                               .out_offset = plan.partial_out,
+                               .lse_offset = plan.partial_lse});
         plan.partial_out += num_splits * out_size;
         plan.partial_lse += num_splits * lse_size;
     }
@@ -99,13 +102,13 @@ Plan make_plan(const AttentionParams& p) {
         piece.head_end = p.k.num_kv_heads;
         const int64_t tile_tokens =
             std::max<int64_t>(1, std::clamp<int64_t>(q_len * group / kTilesWanted, kTileRows, kMaxTileRows) / group);
-        const bool few = q_len * group <= kFewRows, one = few || q_len <= tile_tokens;
-        const int64_t step = one ? q_len : tile_tokens;
+        const bool few = q_len * group <= kFewRows, may_split = few || q_len <= tile_tokens;
+        const int64_t step = may_split ? q_len : tile_tokens;
         for (int64_t at = row; at < row_end; at += step) {
             piece.row_begin = at;
             piece.row_end = std::min(at + step, row_end);
             piece.position = piece.seq_len - row_end + at;
-            plan_rows(p, piece, few, one, plan);
+            plan_rows(p, piece, few, may_split, plan);
         }
     }
     return plan;
@@ -128,16 +131,27 @@ void merge_splits(const AttentionParams& p, const Plan& plan, float* outs, float
                   int num_threads) {
     parallel_for(num_threads, int64_t(plan.splits.size()), [&](int64_t i, int) {
         const Split& split = plan.splits[i];
-        RowsView states[kMaxSplits + 1];
-        MatrixView state_lses[kMaxSplits + 1];
         float weights[kMaxSplits + 1];
         const int64_t heads = p.q.num_heads, width = p.v.width, lse_size = split.num_rows * heads;
-        for (int64_t s = 0; s < split.num_splits; ++s) {
-            char* data = reinterpret_cast<char*>(outs + split.out_offset + s * lse_size * width);
-            states[s] = {data, DType::kFloat32, split.num_rows, heads, width, heads * width, width};
-            state_lses[s] = {lses + split.lse_offset + s * lse_size, heads, 1};
-        }
-        MergeParams merge{states, state_lses, split.num_splits, p.out, p.lse, p.sinks};
+        const auto state = [&](int64_t s) -> StateView {
+            char* out = reinterpret_cast<char*>(outs + split.out_offset + s * lse_size * width);
+            return {.out = {.data = out,
+                            .dtype = DType::kFloat32,
+                            .num_rows = split.num_rows,
+                            .num_heads = heads,
+                            .width = width,
+                            .stride_row = heads * width,
+                            .stride_head = width},
+                    .lse = {.data = lses + split.lse_offset + s * lse_size, .stride_row = heads, .stride_head = 1}};
+        };
+        MergeParams merge{.first = state(0),
+                          .second = state(1),
+                          .stride_out = lse_size * width,
+                          .stride_lse = lse_size,
+                          .n = split.num_splits,
+                          .out = p.out,
+                          .lse = p.lse,
+                          .sinks = p.sinks};
         merge.out.data += split.row_begin * p.out.stride_row * item_size(p.out.dtype);
         if (merge.lse.data != nullptr) merge.lse.data += split.row_begin * p.lse.stride_row;
         kernels.merge_states(merge, 0, split.num_rows, weights);
@@ -190,11 +204,11 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
     if (tiles.empty()) num_threads = int(std::clamp<int64_t>(plan.kv_bytes / kBytesPerThread, 1, num_threads));
     char* scratch = workspace.reserve(bytes * num_threads);
     const int64_t num_tiles = int64_t(tiles.size());
-    parallel_for(num_threads, num_tiles + int64_t(few.size()), [&](int64_t i, int slot) {
+    parallel_for(num_threads, num_tiles + int64_t(few.size()), [&](int64_t i, int thread) {
         if (i < num_tiles) {
-            kernels.attend_tile(p, tiles[i], scratch + slot * bytes);
+            kernels.attend_tile(p, tiles[i], scratch + thread * bytes);
         } else {
-            kernels.attend_few_rows(p, few[i - num_tiles], scratch + slot * bytes);
+            kernels.attend_few_rows(p, few[i - num_tiles], scratch + thread * bytes);
         }
     });
     merge_splits(p, plan, outs, lses, kernels, num_threads);

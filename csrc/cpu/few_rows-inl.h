@@ -2,37 +2,6 @@
 // memory: every KV byte is read once for all rows of its group, K and V straight from the pages.
 // FmaRows and AmxRows do the arithmetic.
 
-// Addresses of head 0's rows of a block of keys; entries past num_keys repeat the last, so that
-// tiles need no tail.
-template <int kKeys>
-struct KeyBlock {
-    int64_t begin;
-    int num_keys;
-    const char *k[kKeys], *v[kKeys];
-    int64_t page[kKeys], offset[kKeys];
-
-    // From `at` up to the next multiple of kKeys.
-    void locate(const AttentionParams& p, const Piece& piece, int64_t at) {
-        begin = at;
-        num_keys = clip(piece.key_end - at, 0, int(kKeys - at % kKeys));
-        const int64_t item = item_size(p.k.dtype);
-        for (int i = 0; i < num_keys;) {
-            const int64_t entry = (at + i) / p.k.page_size, id = p.page_table.at(piece.request, entry);
-            int64_t slot = at + i - entry * p.k.page_size;
-            for (; i < num_keys && slot < p.k.page_size; ++i, ++slot) {
-                page[i] = id;
-                offset[i] = slot;
-                k[i] = p.k.data + (id * p.k.stride_page + slot * p.k.stride_token) * item;
-                v[i] = p.v.data + (id * p.v.stride_page + slot * p.v.stride_token) * item;
-            }
-        }
-        for (int i = num_keys; i < kKeys && i > 0; ++i) {
-            k[i] = k[i - 1];
-            v[i] = v[i - 1];
-        }
-    }
-};
-
 // Keys of a block, counted from its first.
 struct BlockRange {
     int begin, end;
@@ -127,11 +96,14 @@ void attend_few(const AttentionParams& p, const Piece& piece, char* scratch) {
     }
 
     KeyBlock<Rows::kKeys> blocks[2];
-    blocks[0].locate(p, piece, piece.key_begin);
+    const auto locate = [&](KeyBlock<Rows::kKeys>& block, int64_t at) {  // up to the next multiple of kKeys, of head 0
+        block.locate(p, piece, at, int(Rows::kKeys - at % Rows::kKeys), 0);
+    };
+    locate(blocks[0], piece.key_begin);
     for (int turn = 0; blocks[turn].num_keys > 0; turn ^= 1) {
         const auto& block = blocks[turn];
         auto& following = blocks[turn ^ 1];
-        following.locate(p, piece, block.begin + block.num_keys);
+        locate(following, block.begin + block.num_keys);
         for (int64_t h = 0; h < f.H; ++h) {
             if (f.token_k || f.token_v) f.take_token_scales(block, h);
             const bool last = h + 1 == f.H;  // the next step is the next head or the next keys

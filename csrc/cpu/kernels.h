@@ -133,7 +133,8 @@ struct Kernels {
     void (*attend_tile)(const AttentionParams&, const Piece&, char* scratch);
     void (*merge_states)(const MergeParams&, int64_t row_begin, int64_t row_end,
                          float* weights);  // weights [n]
-    void (*move_rows)(const MoveParams&, int64_t token_begin, int64_t token_end);
+    // `stream`: so many bytes that no cache would keep them: past the caches
+    void (*move_rows)(const MoveParams&, const Move&, int64_t token_begin, int64_t token_end, bool stream);
     float (*read)(const float* data, int64_t count);  // nothing but loads: the roof of decode
 };
 

@@ -3,8 +3,10 @@
 constexpr int kMergeVecs = 4;  // vectors of a row that stay in registers while the states go by
 
 // -inf: empty. Some libraries mark that with +inf.
-inline float lse_of(const MatrixView& lses, int64_t row, int64_t head) {
-    const float lse = lses.data[row * lses.stride_row + head * lses.stride_head];
+inline float lse_of(const MergeParams& p, int64_t state, int64_t row, int64_t head) {
+    const MatrixView& m = state == 0 ? p.first.lse : p.second.lse;
+    const int64_t behind = state == 0 ? 0 : (state - 1) * p.stride_lse;
+    const float lse = m.data[behind + row * m.stride_row + head * m.stride_head];
     return __builtin_isinf(lse) ? -infinity() : lse;
 }
 
@@ -13,7 +15,7 @@ inline float weigh_states(const MergeParams& p, int64_t row, int64_t head, float
     const float sink = p.sinks.data == nullptr ? -infinity() : p.sinks.data[head * p.sinks.stride_head];
     float top = sink;
     for (int64_t i = 0; i < p.n; ++i) {
-        weights[i] = lse_of(p.lses[i], row, head);
+        weights[i] = lse_of(p, i, row, head);
         if (top == top && !(weights[i] <= top)) top = weights[i];  // NaN stays
     }
     if (top == -infinity()) {
@@ -35,10 +37,11 @@ template <class T>
 void add_states(const MergeParams& p, int64_t row, int64_t head, int64_t column, int64_t width, const float* weights,
                 float* sums) {
     for (int64_t i = 0; i < p.n; ++i) {
-        if (lse_of(p.lses[i], row, head) == -infinity()) continue;  // its out may be anything
-        const RowsView& state = p.outs[i];
+        if (lse_of(p, i, row, head) == -infinity()) continue;  // its out may be anything
+        const RowsView& out = i == 0 ? p.first.out : p.second.out;
+        const int64_t behind = i == 0 ? 0 : (i - 1) * p.stride_out;
         const T* from =
-            reinterpret_cast<const T*>(state.data) + row * state.stride_row + head * state.stride_head + column;
+            reinterpret_cast<const T*>(out.data) + behind + row * out.stride_row + head * out.stride_head + column;
         const F w = set1(weights[i]);
         for (int64_t u = 0; u < width; u += kLanes) {
             store(sums + u, fma(w, load_some(from + u, clip(width - u, 0, kLanes)), load(sums + u)));

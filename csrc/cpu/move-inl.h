@@ -12,15 +12,15 @@ inline float finite_amax(const float* row, int64_t width) {
     return maximum(top);
 }
 
-// row / over, saturated, if the target is quantised; a plain cast otherwise.
+// row / divisor, saturated, if the target is quantised; a plain cast otherwise.
 template <class Target>
-void quantise_row(const float* row, int64_t width, float over, Target* to) {
+void quantise_row(const float* row, int64_t width, float divisor, Target* to) {
     constexpr float kLimit = QuantMax<Target>::value;
     for (int64_t i = 0; i < width; i += kLanes) {
         const int n = clip(width - i, 0, kLanes);
         F x = load_some(row + i, n);
         if constexpr (kLimit > 0.0f) {
-            x = div(x, set1(over));
+            x = div(x, set1(divisor));
             x = min(set1(kLimit), max(set1(-kLimit), x));  // NaN stays
         }
         store_some(to + i, x, n);
@@ -33,36 +33,36 @@ struct Place {  // of a token on one side
     int64_t page, token;
 };
 
-inline char* row_of(const MoveParams::Side& side, Place at, int64_t head) {
+inline char* row_of(const MoveSide& side, Place at, int64_t head) {
     const int64_t element = at.page * side.stride_page + at.token * side.stride_token + head * side.stride_head;
     return side.data + element * item_size(side.dtype);
 }
 
-inline float* scale_of(const MoveParams::Side& side, Place at, int64_t head) {
-    return side.scale.kind == ScaleKind::kNone ? nullptr : side.scale.at(at.page, at.token, head);
+inline float* scale_of(const MoveSide& side, Place at, int64_t head) { return side.scale.at(at.page, at.token, head); }
+
+inline float read_scale(const MoveSide& side, Place at, int64_t head) {
+    return side.scale.has_data() ? *scale_of(side, at, head) : side.scale.value;
 }
 
-inline void convert_token(const MoveParams& p, Place from, Place to) {
+inline void convert_token(const MoveParams& p, const Move& m, Place from, Place to) {
     alignas(64) float row[kMaxWidth];
     for (int64_t head = 0; head < p.num_heads; ++head) {
-        const float* source_scale = scale_of(p.source, from, head);
-        load_row(p.source.dtype, row_of(p.source, from, head), p.width, row);
-        if (source_scale != nullptr) {
-            const F times = set1(*source_scale);
-            for (int64_t i = 0; i < p.width; i += kLanes) store(row + i, mul(load(row + i), times));
+        load_row(m.source.dtype, row_of(m.source, from, head), m.width, row);
+        if (m.source.scale.kind != ScaleKind::kNone) {
+            const F times = set1(read_scale(m.source, from, head));
+            for (int64_t i = 0; i < m.width; i += kLanes) store(row + i, mul(load(row + i), times));
         }
-        float* target_scale = scale_of(p.target, to, head);
-        float over = 1.0f;
-        if (p.make_scale) {
-            over = finite_amax(row, p.width) / quant_max(p.target.dtype);
-            if (over == 0.0f) over = 1.0f;
-            *target_scale = over;
-        } else if (target_scale != nullptr) {
-            over = *target_scale;
+        float divisor = 1.0f;
+        if (m.how == MoveHow::kQuantise) {
+            divisor = finite_amax(row, m.width) / quant_max(m.target.dtype);
+            if (divisor == 0.0f) divisor = 1.0f;
+            *scale_of(m.target, to, head) = divisor;
+        } else {
+            divisor = read_scale(m.target, to, head);
         }
-        with_dtype(p.target.dtype, [&](auto tag) {
+        with_dtype(m.target.dtype, [&](auto tag) {
             using Target = typename decltype(tag)::type;
-            quantise_row(row, p.width, over, reinterpret_cast<Target*>(row_of(p.target, to, head)));
+            quantise_row(row, m.width, divisor, reinterpret_cast<Target*>(row_of(m.target, to, head)));
         });
     }
 }
@@ -78,48 +78,56 @@ inline void copy_bytes(char* to, const char* from, int64_t bytes, bool stream) {
 // The heads of a token that lie in a row, and how often.
 struct Runs {
     int64_t num, bytes;
-    Runs(const MoveParams& p, bool together) {
-        const int64_t head = p.width * item_size(p.source.dtype);
+    Runs(const MoveParams& p, const Move& m, bool together) {
+        const int64_t head = m.width * item_size(m.source.dtype);
         num = together ? 1 : p.num_heads;
         bytes = together ? head * p.num_heads : head;
     }
 };
 
-inline void copy_token(const MoveParams& p, Place from, Place to) {
-    const Runs runs(p, p.source.stride_head == p.width && p.target.stride_head == p.width);
+inline void copy_token(const MoveParams& p, const Move& m, Place from, Place to, bool stream) {
+    const Runs runs(p, m, m.source.stride_head == m.width && m.target.stride_head == m.width);
     for (int64_t head = 0; head < runs.num; ++head)
-        copy_bytes(row_of(p.target, to, head), row_of(p.source, from, head), runs.bytes, p.stream);
-    if (p.source.scale.kind == ScaleKind::kTokenHead) {
+        copy_bytes(row_of(m.target, to, head), row_of(m.source, from, head), runs.bytes, stream);
+    if (m.source.scale.per_token()) {
         for (int64_t head = 0; head < p.num_heads; ++head)
-            *scale_of(p.target, to, head) = *scale_of(p.source, from, head);
+            *scale_of(m.target, to, head) = *scale_of(m.source, from, head);
     }
 }
 
-inline void fetch_token(const MoveParams& p, int64_t slot) {  // from its page
+// A scale that belongs to no token: once a move.
+inline void copy_shared_scale(const MoveParams& p, const Move& m) {
+    if (!m.source.scale.has_data() || m.source.scale.per_token()) return;
+    const int64_t count = m.source.scale.kind == ScaleKind::kTensor ? 1 : p.num_heads;
+    for (int64_t head = 0; head < count; ++head) *scale_of(m.target, {}, head) = *scale_of(m.source, {}, head);
+}
+
+inline void fetch_token(const MoveParams& p, const Move& m, int64_t slot) {  // from its page
     const Place at{slot / p.page_size, slot % p.page_size};
-    const Runs runs(p, p.source.stride_head == p.width);
+    const Runs runs(p, m, m.source.stride_head == m.width);
     for (int64_t head = 0; head < runs.num; ++head) {
-        const char* row = row_of(p.source, at, head);
+        const char* row = row_of(m.source, at, head);
         for (int64_t byte = 0; byte < runs.bytes; byte += 64) prefetch(row + byte);
     }
 }
 
-template <class Move>
-void over_tokens(const MoveParams& p, int64_t begin, int64_t end, Move move) {
+template <class MoveToken>
+void over_tokens(const MoveParams& p, const Move& m, int64_t begin, int64_t end, MoveToken move) {
     for (int64_t i = begin; i < end; ++i) {
         const int64_t slot = p.slots[i];
         if (slot < 0) continue;
-        if (!p.to_slots && i + kTokensAhead < end) fetch_token(p, p.slots[i + kTokensAhead]);
+        if (!p.to_cache && i + kTokensAhead < end) fetch_token(p, m, p.slots[i + kTokensAhead]);
         const Place in_pages{slot / p.page_size, slot % p.page_size}, in_rows{0, i};
-        p.to_slots ? move(in_rows, in_pages) : move(in_pages, in_rows);
+        p.to_cache ? move(in_rows, in_pages) : move(in_pages, in_rows);
     }
 }
 
-void move_rows(const MoveParams& p, int64_t begin, int64_t end) {
-    if (p.copy) {
-        over_tokens(p, begin, end, [&](Place from, Place to) { copy_token(p, from, to); });
+void move_rows(const MoveParams& p, const Move& m, int64_t begin, int64_t end, bool stream) {
+    if (m.how == MoveHow::kCopy) {
+        if (begin == 0) copy_shared_scale(p, m);
+        over_tokens(p, m, begin, end, [&](Place from, Place to) { copy_token(p, m, from, to, stream); });
         stream_end();
     } else {
-        over_tokens(p, begin, end, [&](Place from, Place to) { convert_token(p, from, to); });
+        over_tokens(p, m, begin, end, [&](Place from, Place to) { convert_token(p, m, from, to); });
     }
 }

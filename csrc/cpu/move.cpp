@@ -14,25 +14,21 @@ constexpr int64_t kStreamBytes = 4 << 20;  // of a call: more than the caches of
 
 }  // namespace
 
-void move(const char* op, const char* slots_name, int64_t num_slots, const std::vector<MoveParams>& moves,
-          const Kernels& kernels, int num_threads) {
-    if (moves.empty()) return;
-    const IndexView& slots = moves[0].slots;
-    check_slots(op, slots_name, slots, num_slots, moves[0].skip_negative);
+void move(const MoveParams& p, const Kernels& kernels, int num_threads) {
+    check_slots(p);
     int64_t token_bytes = 1, all_bytes = 0;
-    for (const MoveParams& m : moves) {
-        const int64_t bytes = m.num_heads * m.width * item_size(m.source.dtype);
+    for (int64_t i = 0; i < p.num_moves; ++i) {
+        const Move& m = p.moves[i];
+        const int64_t bytes = p.num_heads * m.width * item_size(m.source.dtype);
         token_bytes = std::max(token_bytes, bytes);
-        all_bytes += bytes * slots.size;
+        all_bytes += bytes * p.slots.size;
     }
     const bool stream = all_bytes >= kStreamBytes;
     const int64_t tokens_each = std::max<int64_t>(16, kBytesPerTask / token_bytes);
-    const int64_t chunks = (slots.size + tokens_each - 1) / tokens_each;
-    parallel_for(num_threads, chunks * int64_t(moves.size()), [&](int64_t i, int) {
-        const int64_t begin = i % chunks * tokens_each;
-        MoveParams part = moves[i / chunks];
-        part.stream = stream;
-        kernels.move_rows(part, begin, std::min(begin + tokens_each, slots.size));
+    const int64_t chunks = (p.slots.size + tokens_each - 1) / tokens_each;
+    parallel_for(num_threads, chunks * p.num_moves, [&](int64_t i, int) {
+        const int64_t begin = i % chunks * tokens_each, end = std::min(begin + tokens_each, p.slots.size);
+        kernels.move_rows(p, p.moves[i / chunks], begin, end, stream);
     });
 }
 
@@ -41,17 +37,17 @@ void merge_states(const MergeParams& p, const Kernels& kernels, int num_threads)
     const int64_t rows_each = std::max<int64_t>(1, kBytesPerTask / row_bytes);
     const int64_t chunks = (p.out.num_rows + rows_each - 1) / rows_each;
     std::vector<float> weights(std::max<int64_t>(p.n, 1) * num_threads);
-    parallel_for(num_threads, chunks, [&](int64_t i, int slot) {
+    parallel_for(num_threads, chunks, [&](int64_t i, int thread) {
         kernels.merge_states(p, i * rows_each, std::min((i + 1) * rows_each, p.out.num_rows),
-                             weights.data() + slot * p.n);
+                             weights.data() + thread * p.n);
     });
 }
 
 float read(const float* data, int64_t count, const Kernels& kernels, int num_threads) {
     const int64_t each = kBytesPerTask;
     std::vector<float> tops(num_threads, data[0]);
-    parallel_for(num_threads, (count + each - 1) / each, [&](int64_t i, int slot) {
-        tops[slot] = std::max(tops[slot], kernels.read(data + i * each, std::min(each, count - i * each)));
+    parallel_for(num_threads, (count + each - 1) / each, [&](int64_t i, int thread) {
+        tops[thread] = std::max(tops[thread], kernels.read(data + i * each, std::min(each, count - i * each)));
     });
     return *std::max_element(tops.begin(), tops.end());
 }

@@ -1,8 +1,6 @@
 // The ops on a CPU: check every index, plan, run on the pool.
 #pragma once
 
-#include <vector>
-
 #include "cpu/kernels.h"
 #include "pagewire/params.h"
 
@@ -11,9 +9,7 @@ namespace pagewire::cpu {
 // All throw BadIndex before anything is written.
 void attention(const AttentionParams& p, const Kernels& kernels, int num_threads);
 void merge_states(const MergeParams& p, const Kernels& kernels, int num_threads);
-// One entry per layer and K or V, all with the same slots.
-void move(const char* op, const char* slots_name, int64_t num_slots, const std::vector<MoveParams>& moves,
-          const Kernels& kernels, int num_threads);
+void move(const MoveParams& p, const Kernels& kernels, int num_threads);
 // Reads `count` floats on all threads; benchmarks time it. Returns their maximum.
 float read(const float* data, int64_t count, const Kernels& kernels, int num_threads);
 

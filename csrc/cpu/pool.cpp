@@ -28,16 +28,16 @@ struct Job {
     Task task;
     void* context;
     int64_t num_tasks;
-    int max_slots;
+    int max_threads;
     std::atomic<int64_t> next{0};
-    int slots = 1;                // slot 0 is the caller's; guarded by the pool's mutex
+    int threads = 1;              // thread 0 is the caller's; guarded by the pool's mutex
     std::atomic<int> running{0};  // workers inside; changed with the pool's mutex held
     std::condition_variable done{};
 
-    void work(int slot) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(context, i, slot);
+    void work(int thread) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(context, i, thread);
     }
-    bool wants_help() const { return slots < max_slots && next.load(std::memory_order_relaxed) < num_tasks; }
+    bool wants_help() const { return threads < max_threads && next.load(std::memory_order_relaxed) < num_tasks; }
 };
 
 class Pool {
@@ -45,7 +45,7 @@ class Pool {
     void run(Job& job) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            grow(job.max_slots - 1);
+            grow(job.max_threads - 1);
             jobs_.push_back(&job);
             posted_.fetch_add(1, std::memory_order_relaxed);
         }
@@ -88,10 +88,10 @@ class Pool {
                 continue;
             }
             Job& job = **found;
-            const int slot = job.slots++;
+            const int thread = job.threads++;
             ++job.running;
             lock.unlock();
-            job.work(slot);
+            job.work(thread);
             lock.lock();
             if (--job.running == 0) job.done.notify_all();
         }
@@ -124,12 +124,12 @@ Pool& pool() {
 }  // namespace
 
 void parallel_for(int num_threads, int64_t num_tasks, Task task, void* context) {
-    const int slots = int(std::min<int64_t>(num_threads, num_tasks));
-    if (slots <= 1) {
+    const int threads = int(std::min<int64_t>(num_threads, num_tasks));
+    if (threads <= 1) {
         for (int64_t i = 0; i < num_tasks; ++i) task(context, i, 0);
         return;
     }
-    Job job{task, context, num_tasks, slots};
+    Job job{task, context, num_tasks, threads};
     pool().run(job);
 }
 

@@ -9,8 +9,7 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
 }
 
 void merge_states(const MergeParams& p, int64_t row_begin, int64_t row_end, float* weights) {
-    if (p.n == 0) return merge_states<float>(p, row_begin, row_end, weights);
-    with_dtype(p.outs[0].dtype,
+    with_dtype(p.first.out.dtype,
                [&](auto tag) { merge_states<typename decltype(tag)::type>(p, row_begin, row_end, weights); });
 }
 

@@ -15,6 +15,7 @@ namespace {
 #include "cpu/simd_avx512.h"
 #include "cpu/math-inl.h"
 #include "cpu/softmax-inl.h"
+#include "cpu/keys-inl.h"
 #include "cpu/few_rows-inl.h"
 #include "cpu/fma_rows-inl.h"
 #include "cpu/tile-inl.h"

@@ -47,37 +47,9 @@ inline void gemm(const float* a, int64_t lda, int64_t rows, const float* panels,
     }
 }
 
-// Addresses of one head's rows of a block of keys; entries past num_keys repeat the last.
-template <int kKeys>
-struct TileKeys {
-    int64_t begin;
-    int num_keys;
-    const char *k[kKeys], *v[kKeys];
-    int64_t page[kKeys], offset[kKeys];
-
-    void locate(const AttentionParams& p, const Piece& piece, int64_t at) {
-        begin = at;
-        num_keys = clip(piece.key_end - at, 0, kKeys);
-        const int64_t item = item_size(p.k.dtype), head = piece.head_begin;
-        int64_t entry = at / p.k.page_size, slot = at % p.k.page_size;
-        for (int i = 0; i < num_keys; ++i) {
-            const int64_t id = p.page_table.at(piece.request, entry);
-            page[i] = id;
-            offset[i] = slot;
-            k[i] = p.k.data + (id * p.k.stride_page + slot * p.k.stride_token + head * p.k.stride_head) * item;
-            v[i] = p.v.data + (id * p.v.stride_page + slot * p.v.stride_token + head * p.v.stride_head) * item;
-            if (++slot == p.k.page_size) {
-                slot = 0;
-                ++entry;
-            }
-        }
-        for (int i = num_keys; i < kKeys && i > 0; ++i) k[i] = k[i - 1];
-    }
-};
-
 // K transposed: element d of key j at panels[j / kPanel][d][j % kPanel].
 template <class T, int kKeys>
-void pack_keys(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
+void pack_keys(const KeyBlock<kKeys>& keys, int64_t width, float* panels) {
     for (int j = 0; j < keys.num_keys; j += kLanes) {
         float* column = panels + j / kPanel * width * kPanel + j % kPanel;
         for (int64_t d = 0; d < width; d += kLanes) {
@@ -92,7 +64,7 @@ void pack_keys(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
 
 // Element d of key j at panels[d / kPanel][j][d % kPanel]; columns past the width are 0.
 template <class T, int kKeys>
-void pack_values(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
+void pack_values(const KeyBlock<kKeys>& keys, int64_t width, float* panels) {
     for (int64_t d = 0; d < round_up(width, kPanel); d += kLanes) {
         float* column = panels + d / kPanel * kKeys * kPanel + d % kPanel;
         const int n = clip(width - d, 0, kLanes);
@@ -105,7 +77,7 @@ void pack_values(const TileKeys<kKeys>& keys, int64_t width, float* panels) {
 
 // acc = acc * rescale + weights . V over keys [begin, end) of a block.
 template <class T, int kKeys>
-__attribute__((noinline)) void add_some_values(const TileKeys<kKeys>& keys, int begin, int end, int64_t width,
+__attribute__((noinline)) void add_some_values(const KeyBlock<kKeys>& keys, int begin, int end, int64_t width,
                                                const float* weights, float rescale, float* acc) {
     for (int64_t d = 0; d < width; d += kLanes) {
         F sum = mul(load(acc + d), set1(rescale));
@@ -129,7 +101,7 @@ struct FmaTile {
     const int64_t D, Dv;
 
     void take_query(int64_t r, DType dtype, const char* row) const { load_row(dtype, row, D, s.q + r * D); }
-    void pack(const TileKeys<kKeys>& keys) const {
+    void pack(const KeyBlock<kKeys>& keys) const {
         pack_keys<T>(keys, D, s.keys);
         pack_values<T>(keys, Dv, s.values);
     }
@@ -169,9 +141,9 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
 
     const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead, token_v = p.v_scale.kind == ScaleKind::kTokenHead;
     const KeyRange all = keys_all_see(p, piece.seq_len, piece.position, piece.row_end - piece.row_begin);
-    TileKeys<kKeys> keys;
+    KeyBlock<kKeys> keys;
     for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kKeys) {
-        keys.locate(p, piece, begin);
+        keys.locate(p, piece, begin, kKeys, piece.head_begin);
         tile.pack(keys);
         for (int i = 0; (token_k || token_v) && i < kKeys; ++i) {
             const bool real = i < keys.num_keys;

@@ -4,28 +4,17 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "pagewire/dtype.h"
+#include "cuda/call.h"
+#include "pagewire/params.h"
 
 namespace pagewire {
-
-enum class ScaleForm : int { kNone, kValue, kPerHead, kTokenHead };
-
-// real = stored * scale. kPerHead: data[request * stride_request + head * stride_head], covers [],
-// [heads] and [batch_size, heads]. kTokenHead: data[page * stride_page + offset * stride_token +
-// head * stride_head].
-struct AttentionScale {
-    ScaleForm form;
-    float value;
-    const float* data;
-    int64_t stride_request, stride_page, stride_token, stride_head;  // in elements
-};
 
 struct AttentionCache {
     const char* data;  // [num_pages, page_size, num_kv_heads, width], the last dim contiguous
     int64_t stride_page, stride_token, stride_head;  // in bytes
     int width;
     bool aligned;  // every row starts on 16 bytes
-    AttentionScale scale;
+    ScaleView scale;
 };
 
 struct AttentionPlan {
@@ -70,19 +59,17 @@ struct AttentionPlan {
     int* blocks_done;  // of this launch; zero before and after
 };
 
-struct AttentionRequest {
-    AttentionPlan plan;
-    DType q_dtype, kv_dtype;
-    int device;
-    uintptr_t stream;
-};
-
 // What a call needs besides its arguments.
 struct AttentionSpace {
     int64_t partial_floats, num_counters;
 };
 
-AttentionSpace attention_space(const AttentionRequest& request);
-void attention(const AttentionRequest& request);
+AttentionSpace attention_space(const AttentionParams& p, const Call& call);
+// partial: fp32 [partial_floats]; counters: [num_counters] and blocks_done: one more, zero before and after.
+struct AttentionWorkspace {
+    float* partial;
+    int *counters, *blocks_done;
+};
+void attention(const AttentionParams& p, const AttentionWorkspace& space, const Call& call);
 
 }  // namespace pagewire

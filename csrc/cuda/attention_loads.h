@@ -93,8 +93,8 @@ struct AttentionLoads : AttentionRequests<S, Q, KV> {
         store_shared(reinterpret_cast<Vec16*>(target), chunk.whole);
     }
 
-    PW_DEVICE void issue_scales(const AttentionScale& scale, int head, int stage, int which, Page at) const {
-        if (scale.form != ScaleForm::kTokenHead || lane >= S::kKeys) return;
+    PW_DEVICE void issue_scales(const ScaleView& scale, int head, int stage, int which, Page at) const {
+        if (scale.kind != ScaleKind::kTokenHead || lane >= S::kKeys) return;
         const float* source = scale.data;
         if (at.page >= 0) {
             source += at.page * scale.stride_page + at.offset * scale.stride_token + head * scale.stride_head;

@@ -60,12 +60,11 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
         return rows;
     }
 
-    PW_DEVICE static float shared_scale(const AttentionScale& scale, int request, int head) {
-        if (scale.form == ScaleForm::kValue) return scale.value;
-        if (scale.form == ScaleForm::kPerHead) {
-            return load_global(scale.data + request * scale.stride_request + head * scale.stride_head);
-        }
-        return 1.0f;
+    // 1 where each token has its own.
+    PW_DEVICE static float shared_scale(const ScaleView& scale, int request, int head) {
+        if (scale.data == nullptr) return scale.value;
+        if (scale.kind == ScaleKind::kTokenHead) return 1.0f;
+        return load_global(scale.data + request * scale.stride_batch + head * scale.stride_head);
     }
 
     PW_DEVICE void load_q_step(uint32_t (&a)[4], int m, int step) const {
@@ -87,7 +86,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
         mask_and_scale(x, rows, stage, group, first_key, scale);
         float rescale[2];
         softmax(x, state, rescale);
-        if (p.v.scale.form == ScaleForm::kTokenHead) {
+        if (p.v.scale.kind == ScaleKind::kTokenHead) {
             scale_weights(x, stage, group);
             if constexpr (kLifts) lift_weights(x, state, rescale);
         }
@@ -152,7 +151,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
                                   float scale) const {
         const uint32_t bits = load_shared(key_bits(stage, group));
         const bool plain = p.softcap == 0.0f && p.alibi_slopes == nullptr;
-        const bool per_token = p.k.scale.form == ScaleForm::kTokenHead;
+        const bool per_token = p.k.scale.kind == ScaleKind::kTokenHead;
         PW_UNROLL
         for (int n = 0; n < kTiles; ++n) {
             PW_UNROLL
@@ -273,7 +272,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
     PW_DEVICE static float power_of_two(int n) { return float_from_bits(static_cast<uint32_t>(n + 127) << 23); }
     // What 1 in a row's out stands for.
     PW_DEVICE float out_unit(const State& state, int half) const {
-        if (!kLifts || p.v.scale.form != ScaleForm::kTokenHead) return 1.0f;
+        if (!kLifts || p.v.scale.kind != ScaleKind::kTokenHead) return 1.0f;
         return power_of_two(-lift_exponent(state.largest[half]));
     }
 
@@ -314,7 +313,7 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
     }
 
     PW_DEVICE float token_scale(int stage, int key) const {
-        return p.v.scale.form == ScaleForm::kTokenHead ? load_shared(key_scale(stage, 1, key)) : 1.0f;
+        return p.v.scale.kind == ScaleKind::kTokenHead ? load_shared(key_scale(stage, 1, key)) : 1.0f;
     }
 
     // `word`: the elements of a chunk of V that column_of gives this thread.

@@ -48,14 +48,14 @@ PW_DEVICE void from_float(float x, Float8E4M3& y) {
 #if defined(PW_HAS_FLOAT8)
     y.bits = static_cast<uint8_t>(pack_e4m3(x, 0.0f));
 #else
-    y.bits = encode_float8<3, 7>(x, 448.0f, 0x7f);
+    y.bits = encode_float8<3, 7>(x, QuantMax<Float8E4M3>::value, 0x7f);
 #endif
 }
 PW_DEVICE void from_float(float x, Float8E5M2& y) {
 #if defined(PW_HAS_FLOAT8)
     y.bits = static_cast<uint8_t>(pack_e5m2(x, 0.0f));
 #else
-    y.bits = encode_float8<2, 15>(x, 57344.0f, 0x7f);
+    y.bits = encode_float8<2, 15>(x, QuantMax<Float8E5M2>::value, 0x7f);
 #endif
 }
 PW_DEVICE void from_float(float x, int8_t& y) {

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/convert.h"
 #include "cuda/error_word.h"
@@ -26,10 +27,36 @@ constexpr int kElements = 16;     // converted at a time by a lane
 constexpr int kManyLayers = 240;  // pointers that fit in the 32 KiB of kernel arguments sm_70+ takes
 constexpr int kUsualLayers = 48;  // and in the 4 KiB every driver takes
 
+// A MoveSide without its addresses, in bytes.
+struct ByteSide {
+    DType dtype;
+    int64_t stride_page, stride_token, stride_head;
+    ScaleKind scale_kind;
+    float scale_value;
+    int64_t scale_stride_page, scale_stride_token, scale_stride_head;
+
+    bool operator==(const ByteSide&) const = default;
+};
+
+struct MovePart {  // K or V, of all layers
+    int width;     // elements of a row
+    MoveHow how;
+    ByteSide source, target;
+
+    bool operator==(const MovePart&) const = default;
+};
+
+struct MovePointers {  // of one layer's K or V
+    const char* source;
+    char* target;
+    const char* source_scale;
+    char* target_scale;
+};
+
 struct Slots {
-    const void* data;
-    int64_t stride, num_slots, page_size;
-    bool int64, on_source, skip_negative;
+    IndexView index;
+    int64_t num_slots, page_size;
+    bool on_source, skip_negative;
     ErrorKind error_kind;
     int64_t* error_word;
 };
@@ -61,9 +88,9 @@ PW_DEVICE Row locate(const MovePlan<kLayers>& p, uint32_t row, bool reports) {
     r.token = p.head_fastest ? row / p.num_heads : row % p.num_tokens;
     r.head = p.head_fastest ? row % p.num_heads : row / p.num_tokens;
     const Slots& s = p.slots;
-    const int64_t at = r.token * s.stride;
-    const int64_t slot = s.int64 ? load_global(static_cast<const int64_t*>(s.data) + at)
-                                 : load_global(static_cast<const int32_t*>(s.data) + at);
+    const int64_t at = r.token * s.index.stride;
+    const int64_t slot = s.index.is_int64 ? load_global(static_cast<const int64_t*>(s.index.data) + at)
+                                          : load_global(static_cast<const int32_t*>(s.index.data) + at);
     if (slot < 0 || slot >= s.num_slots) {
         if (!(slot < 0 && s.skip_negative) && reports && r.head == 0) {
             record_error(s.error_word, s.error_kind, 0, r.token);
@@ -83,11 +110,11 @@ PW_DEVICE Row locate(const MovePlan<kLayers>& p, uint32_t row, bool reports) {
 }
 
 // Byte offset of a row on a side.
-PW_DEVICE int64_t offset_of(const MoveSide& side, const Row& r, bool by_slot) {
+PW_DEVICE int64_t offset_of(const ByteSide& side, const Row& r, bool by_slot) {
     return (by_slot ? r.page * side.stride_page + r.offset * side.stride_token : r.token * side.stride_token) +
            r.head * side.stride_head;
 }
-PW_DEVICE int64_t scale_offset_of(const MoveSide& side, const Row& r, bool by_slot) {
+PW_DEVICE int64_t scale_offset_of(const ByteSide& side, const Row& r, bool by_slot) {
     return (by_slot ? r.page * side.scale_stride_page + r.offset * side.scale_stride_token
                     : r.token * side.scale_stride_token) +
            r.head * side.scale_stride_head;
@@ -123,8 +150,7 @@ PW_DEVICE void copy_rows(const MovePlan<kLayers>& p, const MovePart& part, const
         fate[i] = r.fate;
         from[i] = reinterpret_cast<const Chunk*>(pointers.source + offset_of(part.source, r, by_slot));
         to[i] = reinterpret_cast<Chunk*>(pointers.target + offset_of(part.target, r, !by_slot));
-        if (part.target.scale == ScaleUse::kCopy && part.target.scale_stride_token != 0 && lane == 0 &&
-            r.fate != Fate::kSkip) {
+        if (part.target.scale_kind == ScaleKind::kTokenHead && lane == 0 && r.fate != Fate::kSkip) {
             float scale = 1.0f;
             if (r.fate == Fate::kMove) {
                 scale = load_global(
@@ -151,10 +177,9 @@ PW_DEVICE void copy_rows(const MovePlan<kLayers>& p, const MovePart& part, const
 // Scales that belong to the layer or the head, not to a token.
 template <int kLayers>
 PW_DEVICE void copy_shared_scales(const MovePlan<kLayers>& p, const MovePart& part, const MovePointers& pointers) {
-    if (part.target.scale != ScaleUse::kCopy || part.target.scale_stride_token != 0 || block_x() != 0) {
-        return;
-    }
-    const uint32_t count = part.target.scale_stride_head ? p.num_heads : 1;
+    const ScaleKind kind = part.target.scale_kind;
+    if ((kind != ScaleKind::kTensor && kind != ScaleKind::kHead) || block_x() != 0) return;
+    const uint32_t count = kind == ScaleKind::kHead ? p.num_heads : 1;
     for (uint32_t h = static_cast<uint32_t>(thread_index()); h < count; h += kThreads) {
         store_global(
             reinterpret_cast<float*>(pointers.target_scale + h * part.target.scale_stride_head),
@@ -272,13 +297,8 @@ PW_DEVICE void store_any(DType dtype, const float (&x)[kElements], char* p, int 
     }
 }
 
-PW_DEVICE float largest_stored(DType dtype) {
-    return dtype == DType::kFloat8E4M3 ? 448.0f : dtype == DType::kFloat8E5M2 ? 57344.0f : 127.0f;
-}
-
-PW_DEVICE float read_scale(const MoveSide& side, const char* base, const Row& r, bool by_slot) {
-    if (side.scale == ScaleUse::kNone) return 1.0f;
-    if (side.scale == ScaleUse::kValue) return side.scale_value;
+PW_DEVICE float read_scale(const ByteSide& side, const char* base, const Row& r, bool by_slot) {
+    if (side.scale_kind <= ScaleKind::kNumber) return side.scale_value;
     return load_global(reinterpret_cast<const float*>(base + scale_offset_of(side, r, by_slot)));
 }
 
@@ -288,8 +308,8 @@ void convert_kernel(const MovePlan<kLayers> p) {
     const int part_idx = static_cast<int>(block_y()) % p.num_parts;
     const MovePart& part = p.part[part_idx];
     const MovePointers& pointers = p.pointers[static_cast<int>(block_y()) / p.num_parts][part_idx];
-    const MoveSide &source = part.source, &target = part.target;
-    const bool by_slot = p.slots.on_source, vector = p.align == 16, make = target.scale == ScaleUse::kMake;
+    const ByteSide &source = part.source, &target = part.target;
+    const bool by_slot = p.slots.on_source, vector = p.align == 16, make = part.how == MoveHow::kQuantise;
     const int lanes = 1 << p.log2_lanes, lane = thread_index() & (lanes - 1);
     const uint32_t group = static_cast<uint32_t>(thread_index() >> p.log2_lanes);
     const uint32_t groups = kThreads >> p.log2_lanes;
@@ -332,7 +352,7 @@ void convert_kernel(const MovePlan<kLayers> p) {
                 const float other = shuffle_xor(amax, mask);
                 amax = other > amax ? other : amax;
             }
-            divisor = divide(amax, largest_stored(target.dtype));
+            divisor = divide(amax, quant_max(target.dtype));
             if (divisor == 0.0f) divisor = 1.0f;
             if (lane == 0 && r.fate != Fate::kSkip) {
                 store_global(reinterpret_cast<float*>(pointers.target_scale + scale_offset_of(target, r, !by_slot)),
@@ -356,40 +376,45 @@ void convert_kernel(const MovePlan<kLayers> p) {
 
 int64_t alignment(int64_t bits) { return bits ? std::min<int64_t>(bits & -bits, 16) : 16; }
 
+ByteSide bytes_of(const MoveSide& side) {
+    const int64_t item = item_size(side.dtype), scale_item = sizeof(float);
+    const ScaleView& scale = side.scale;
+    return {.dtype = side.dtype,
+            .stride_page = side.stride_page * item,
+            .stride_token = side.stride_token * item,
+            .stride_head = side.stride_head * item,
+            .scale_kind = scale.kind,
+            .scale_value = scale.value,
+            .scale_stride_page = scale.stride_page * scale_item,
+            .scale_stride_token = scale.stride_token * scale_item,
+            .scale_stride_head = scale.stride_head * scale_item};
+}
+
+MovePart part_of(const Move& m) {
+    return {
+        .width = static_cast<int>(m.width), .how = m.how, .source = bytes_of(m.source), .target = bytes_of(m.target)};
+}
+
+MovePointers pointers_of(const Move& m) {
+    return {.source = m.source.data,
+            .target = m.target.data,
+            .source_scale = reinterpret_cast<const char*>(m.source.scale.data),
+            .target_scale = reinterpret_cast<char*>(m.target.scale.data)};
+}
+
+// 16-byte units, or kElements, of the longest row; and what all addresses and strides are multiples of.
 template <int kLayers>
-void run(const MoveRequest& q, int first_layer, int num_layers) {
-    MovePlan<kLayers> p{};
-    const int num_parts = static_cast<int>(q.parts.size());
-    p.num_parts = num_parts;
-    p.slots = {q.slots,
-               q.slot_stride,
-               q.num_slots,
-               q.page_size,
-               q.slots_int64,
-               q.source_has_slots,
-               q.error_kind == ErrorKind::kAppendSlot,
-               q.error_kind,
-               q.error_word};
-    p.num_rows = static_cast<uint32_t>(q.num_tokens * q.num_heads);
-    p.num_tokens = static_cast<uint32_t>(q.num_tokens);
-    p.num_heads = static_cast<uint32_t>(q.num_heads);
-    bool copies = true;
-    int64_t bits = 0, row_units = 1;
-    for (int i = 0; i < num_parts; ++i) {
-        const MovePart& part = q.parts[static_cast<size_t>(i)];
-        p.part[i] = part;
-        copies = copies && part.source.dtype == part.target.dtype &&
-                 (part.source.scale == ScaleUse::kNone || part.source.scale == ScaleUse::kCopy);
-        for (const MoveSide* side : {&part.source, &part.target}) {
+int64_t align(MovePlan<kLayers>& p, int num_layers, bool copies) {
+    int64_t bits = 0, units = 1;
+    for (int i = 0; i < p.num_parts; ++i) {
+        const MovePart& part = p.part[i];
+        for (const ByteSide* side : {&part.source, &part.target}) {
             bits |= side->stride_page | side->stride_token | side->stride_head;
         }
         for (int layer = 0; layer < num_layers; ++layer) {
-            const MovePointers& at = q.pointers[static_cast<size_t>((first_layer + layer) * num_parts + i)];
-            p.pointers[layer][i] = at;
+            const MovePointers& at = p.pointers[layer][i];
             bits |= reinterpret_cast<intptr_t>(at.source) | reinterpret_cast<intptr_t>(at.target);
         }
-    }
-    for (const MovePart& part : q.parts) {
         if (copies) {
             bits |= part.width * item_size(part.source.dtype);
         } else if (part.width % kElements) {
@@ -397,43 +422,85 @@ void run(const MoveRequest& q, int first_layer, int num_layers) {
         }
     }
     p.align = static_cast<int>(alignment(bits));
-    for (const MovePart& part : q.parts) {
-        const int64_t row =
-            copies ? part.width * item_size(part.source.dtype) / p.align : (part.width + kElements - 1) / kElements;
-        row_units = std::max(row_units, row);
+    for (int i = 0; i < p.num_parts; ++i) {
+        const MovePart& part = p.part[i];
+        units = std::max(units, copies ? part.width * item_size(part.source.dtype) / p.align
+                                       : (part.width + kElements - 1) / kElements);
     }
-    while ((1 << p.log2_lanes) < row_units && p.log2_lanes < 5) ++p.log2_lanes;
-    const MoveSide& slotted = q.source_has_slots ? q.parts[0].source : q.parts[0].target;
-    p.head_fastest = slotted.stride_head <= slotted.stride_token;
+    return units;
+}
+
+ErrorKind error_kind_of(const MoveParams& p) {
+    return p.is_append ? ErrorKind::kAppendSlot : p.to_cache ? ErrorKind::kUnpackSlot : ErrorKind::kPackSlot;
+}
+
+template <int kLayers>
+void run(const MoveParams& q, const Move* moves, int num_layers, const Call& call) {
+    MovePlan<kLayers> p{};
+    p.num_parts = q.num_parts;
+    p.slots = {.index = q.slots,
+               .num_slots = q.num_slots,
+               .page_size = q.page_size,
+               .on_source = !q.to_cache,
+               .skip_negative = q.is_append,
+               .error_kind = error_kind_of(q),
+               .error_word = call.error_word};
+    p.num_rows = static_cast<uint32_t>(q.slots.size * q.num_heads);
+    p.num_tokens = static_cast<uint32_t>(q.slots.size);
+    p.num_heads = static_cast<uint32_t>(q.num_heads);
+    for (int i = 0; i < q.num_parts; ++i) {
+        p.part[i] = part_of(moves[i]);
+        for (int layer = 0; layer < num_layers; ++layer) {
+            p.pointers[layer][i] = pointers_of(moves[layer * q.num_parts + i]);
+        }
+    }
+    const bool copies = moves[0].how == MoveHow::kCopy;  // K and V alike
+    const int64_t units = align(p, num_layers, copies);
+    while ((1 << p.log2_lanes) < units && p.log2_lanes < 5) ++p.log2_lanes;
+    const ByteSide& paged = q.to_cache ? p.part[0].target : p.part[0].source;
+    p.head_fastest = paged.stride_head <= paged.stride_token;
     const int64_t rows_per_block = int64_t(kThreads >> p.log2_lanes) * kRows;
-    const LaunchConfig config{copies ? "copy_kernel" : "convert_kernel",
-                              (int64_t(p.num_rows) + rows_per_block - 1) / rows_per_block,
-                              num_layers * num_parts,
-                              kThreads,
-                              0,
-                              q.stream};
-    if (copies) {
-        launch(copy_kernel<kLayers>, config, p);
-    } else {
-        launch(convert_kernel<kLayers>, config, p);
+    const LaunchConfig config{.name = copies ? "copy_kernel" : "convert_kernel",
+                              .grid_x = (int64_t(p.num_rows) + rows_per_block - 1) / rows_per_block,
+                              .grid_y = num_layers * q.num_parts,
+                              .num_threads = kThreads,
+                              .shared_bytes = 0,
+                              .stream = call.stream};
+    launch(copies ? copy_kernel<kLayers> : convert_kernel<kLayers>, config, p);
+}
+
+// How many layers from the first on have the same strides and scales: these are one launch.
+int num_alike(const MoveParams& p, const Move* moves, int num_layers) {
+    for (int layer = 1; layer < num_layers; ++layer) {
+        for (int i = 0; i < p.num_parts; ++i) {
+            if (!(part_of(moves[layer * p.num_parts + i]) == part_of(moves[i]))) return layer;
+        }
     }
+    return num_layers;
 }
 
 }  // namespace
 
-void move(const MoveRequest& q) {
-    if (q.num_tokens * q.num_heads == 0) return;
-    if (q.num_tokens * q.num_heads >= (int64_t(1) << 31)) {
+void move(const MoveParams& p, const Call& call) {
+    const int64_t num_rows = p.slots.size * p.num_heads;
+    if (num_rows == 0 || p.num_moves == 0) return;  // a grid without blocks is an error
+    if (num_rows >= (int64_t(1) << 31)) {
         throw std::invalid_argument("pagewire: expected fewer than 2^31 rows (tokens * heads), got " +
-                                    std::to_string(q.num_tokens * q.num_heads));
+                                    std::to_string(num_rows));
     }
-    UseDevice guard(q.device);
-    const int num_layers = static_cast<int>(q.pointers.size() / q.parts.size());
-    if (num_layers == 0) return;  // a grid without blocks is an error
-    if (num_layers == 1) return run<1>(q, 0, 1);
-    if (num_layers <= kUsualLayers) return run<kUsualLayers>(q, 0, num_layers);
-    for (int first = 0; first < num_layers; first += kManyLayers) {
-        run<kManyLayers>(q, first, std::min(kManyLayers, num_layers - first));
+    UseDevice guard(call.device);
+    int left = static_cast<int>(p.num_moves / p.num_parts);
+    for (const Move* moves = p.moves; left > 0;) {
+        const int layers = std::min(kManyLayers, num_alike(p, moves, left));
+        if (layers == 1) {
+            run<1>(p, moves, layers, call);
+        } else if (layers <= kUsualLayers) {
+            run<kUsualLayers>(p, moves, layers, call);
+        } else {
+            run<kManyLayers>(p, moves, layers, call);
+        }
+        moves += layers * p.num_parts;
+        left -= layers;
     }
 }
 

@@ -69,15 +69,14 @@ inline void check_pages(const AttentionParams& p) {
     }
 }
 
-// Negative slots are skipped by append and wrong elsewhere.
-inline void check_slots(const char* op, const char* name, const IndexView& slots, int64_t num_slots,
-                        bool negative_skips) {
+inline void check_slots(const MoveParams& p) {
     using std::to_string;
-    for (int64_t i = 0; i < slots.size; ++i) {
-        const int64_t slot = slots[i];
-        if (slot >= num_slots || (slot < 0 && !negative_skips)) {
-            throw BadIndex(std::string(op) + ": " + name + "[" + to_string(i) + "]: expected a slot in [0, " +
-                           to_string(num_slots) + ") (num_pages * page_size), got " + to_string(slot));
+    for (int64_t i = 0; i < p.slots.size; ++i) {
+        const int64_t slot = p.slots[i];
+        if (slot >= p.num_slots || (slot < 0 && !p.is_append)) {
+            throw BadIndex(std::string(p.op) + (p.is_append ? ": slot_mapping[" : ": slots[") + to_string(i) +
+                           "]: expected a slot in [0, " + to_string(p.num_slots) + ") (num_pages * page_size), got " +
+                           to_string(slot));
         }
     }
 }

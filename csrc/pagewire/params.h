@@ -31,31 +31,49 @@ struct AttentionParams {
     int64_t max_q_len;   // 0: unbounded
 };
 
-// Moves tokens between rows and slots of one layer's K or V, converting: append and unpack (rows -> slots), pack (slots
-// -> rows). On the side of the slots a token sits at page * stride_page + offset * stride_token, on the other at token
-// * stride_token; the strides of the scale are meant alike.
-struct MoveParams {
-    struct Side {
-        char* data;
-        DType dtype;
-        int64_t stride_page, stride_token, stride_head;
-        ScaleView scale;
-    };
-    Side source, target;
-    IndexView slots;  // [num_tokens]; negative: skip
-    int64_t page_size, num_heads, width;
-    bool to_slots;       // the target has the slots
-    bool skip_negative;  // slots below 0 are skipped (append), else they are wrong
-    bool make_scale;     // per token and head, from amax; written to target.scale
-    bool copy;           // same dtype: bytes; a source scale per token and head travels along
-    bool stream;         // so many bytes that no cache would keep them: past the caches
+// How rows get from one side of a move to the other.
+enum class MoveHow : int {
+    kCopy,      // bytes; what scale the source has travels along
+    kConvert,   // source times its scale, over the target's
+    kQuantise,  // the same, and the target's scale is made: per token and head, from the row's amax
 };
 
-// n attention states over disjoint keys, each [num_rows, num_heads, width] with its lse [num_rows,
-// num_heads], natural log; lse +inf and -inf are empty. out and lse may be one of the states.
+// Where the row of a token and head lies: page * stride_page + offset * stride_token + head * stride_head elements on,
+// in a cache; token * stride_token + head * stride_head elsewhere. The strides of the scale are meant alike.
+struct MoveSide {
+    char* data;
+    DType dtype;
+    int64_t stride_page, stride_token, stride_head;
+    ScaleView scale;
+};
+
+struct Move {  // of one layer's K or V
+    MoveSide source, target;
+    int64_t width;
+    MoveHow how;
+};
+
+// append_kv, pack_kv and unpack_kv: the same slots in every layer.
+struct MoveParams {
+    const char* op;   // for messages
+    IndexView slots;  // [num_tokens]
+    bool to_cache;    // the target has the slots, else the source
+    bool is_append;   // its slots are called slot_mapping, and negative ones are skipped
+    int64_t page_size, num_slots, num_heads;
+    const Move* moves;  // [num_layers, num_parts]
+    int64_t num_moves;
+    int num_parts;  // K and V; 1: V is a view of K
+};
+
+struct StateView {
+    RowsView out;    // [num_rows, num_heads, width]
+    MatrixView lse;  // [num_rows, num_heads], natural log; +inf and -inf are empty
+};
+
+// n attention states over disjoint keys. out and lse may be one of the states.
 struct MergeParams {
-    const RowsView* outs;    // [n]
-    const MatrixView* lses;  // [n]
+    StateView first, second;         // state i > 0 lies i - 1 strides behind the second
+    int64_t stride_out, stride_lse;  // in elements
     int64_t n;
     RowsView out;
     MatrixView lse;

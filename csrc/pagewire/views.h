@@ -45,17 +45,21 @@ struct PageTableView {
     int32_t at(int64_t request, int64_t entry) const { return data[request * stride_row + entry]; }
 };
 
-enum class ScaleKind : int { kNone, kTensor, kHead, kBatchHead, kTokenHead };
+// The words of pagewire/types.py, and a number that the host knows.
+enum class ScaleKind : int { kNone, kNumber, kTensor, kHead, kBatchHead, kTokenHead };
 
-// real = stored * scale. Unused strides are 0, so that one formula serves every kind.
+// real = stored * scale. Unused strides are 0, so that one formula serves every kind that has data.
 struct ScaleView {
-    ScaleKind kind;
-    float* data;  // [], [heads], [batch_size, heads] or [num_pages, page_size, heads]; null for kNone
-    int64_t stride_batch, stride_page, stride_token, stride_head;
+    ScaleKind kind = ScaleKind::kNone;
+    float value = 1.0f;     // kNumber
+    float* data = nullptr;  // [], [heads], [batch_size, heads] or [num_pages, page_size, heads]
+    int64_t stride_batch = 0, stride_page = 0, stride_token = 0, stride_head = 0;
 
+    bool has_data() const { return data != nullptr; }
+    bool per_token() const { return kind == ScaleKind::kTokenHead; }
     // Not for kTokenHead.
     float of(int64_t request, int64_t head) const {
-        return kind == ScaleKind::kNone ? 1.0f : data[request * stride_batch + head * stride_head];
+        return has_data() ? data[request * stride_batch + head * stride_head] : value;
     }
     float* at(int64_t page, int64_t offset, int64_t head) const {
         return data + page * stride_page + offset * stride_token + head * stride_head;

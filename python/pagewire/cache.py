@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pagewire import overlap, scalars, shared_kv, views
-from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, dispatches, dtype_name
+from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, StoredScaleKind, dispatches, dtype_name
 
-CacheScale = Literal["none", "tensor", "head", "token_head"]
 CACHE_SCALES: tuple[str, ...] = ("none", "tensor", "head", "token_head")
 
 
@@ -30,7 +29,7 @@ class Geometry:
     head_dim_v: int
     dtype: torch.dtype
     layout: Layout
-    scale: CacheScale
+    scale: StoredScaleKind
     shares_kv: bool  # V is a view of K (MLA): one copy on the wire
 
     @property
@@ -172,7 +171,7 @@ class PagedKVCache:
         device: torch.device | str,
         layout: Layout = "NHD",
         head_dim_v: int | None = None,
-        scale: CacheScale = "none",
+        scale: StoredScaleKind = "none",
     ) -> PagedKVCache:
         """A zero-filled cache with tensors of its own; scales start at 1.
 
@@ -300,7 +299,7 @@ def _shares_kv(cache: PagedKVCache, said: bool | None) -> bool:
     return seen if said is None else said
 
 
-def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_heads: int) -> CacheScale:
+def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_heads: int) -> StoredScaleKind:
     quantised = cache.k[0].dtype in QUANT_MAX
     kinds: set[str] = set()
     shapes = {(): "tensor", (num_kv_heads,): "head", (num_pages, page_size, num_kv_heads): "token_head"}

@@ -1,4 +1,4 @@
-"""An op done at once: check, choose a backend, call it. The functions of `library.py`, without torch ops between.
+"""An op done at once: check, choose a backend, call it. The functions of `torch_ops/`, without torch ops between.
 
 Checks of shapes, dtypes, strides, devices and numbers are done once per kind of call (`memo.py`), those of memory and
 values every time.
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pagewire import check, memo, registry, shared_kv
+from pagewire import check, memo, moves, registry, shared_kv
 from pagewire.cache import nhd
 from pagewire.cache_part import CachePart, LayerViews
 from pagewire.errors import check_after_call
 from pagewire.overlap import Span, is_prefix, meet, overlap, span
 from pagewire.packed import PackedKV
-from pagewire.types import FLOAT_DTYPES, Layout, Modifiers, Options, Problem
+from pagewire.types import FLOAT_DTYPES, SHORT_QUERY, Layout, Modifiers, Options, Problem
 
 
 def append_kv(
@@ -38,7 +38,7 @@ def append_kv(
     seen = memo.once(of, lambda: _check_append(given, layout))
     k_scale = k_scale if seen.k_scale is None else seen.k_scale
     v_scale = v_scale if seen.v_scale is None else seen.v_scale
-    module = registry.choose(seen.problem, backend)
+    implementation = registry.choose(seen.problem, backend)
     shared = is_prefix(v_cache, k_cache)
     if shared:  # K's rows are written, and V's within them
         shared_kv.one_scale("v_scale", k_scale, v_scale, may_wait=False)
@@ -55,7 +55,9 @@ def append_kv(
     # rows of the cache itself are read before any is written
     own = [span(w) for w in written.values()]
     k, v = (x.clone() if _lies_in(x, own, written.values()) else x for x in (k, v))
-    module.append_kv(k, v, nhd(k_cache, layout), nhd(v_cache, layout), slot_mapping, k_scale, v_scale)
+    caches = nhd(k_cache, layout), nhd(v_cache, layout)
+    if slot_mapping.shape[0]:
+        implementation.move(moves.append(k, v, *caches, slot_mapping, k_scale, v_scale))
     check_after_call(k.device)
 
 
@@ -114,8 +116,9 @@ def decode(
     if out is not None or lse is not None:
         _check_results(q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens)
     out, lse = _results(q, seen.head_dim_v, out, lse, return_lse)
-    module = registry.choose(seen.problem, backend)
-    module.decode(q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, m, out, lse)
+    implementation = registry.choose(seen.problem, backend)
+    caches = nhd(k_cache, layout), nhd(v_cache, layout)
+    implementation.decode(q, *caches, page_table, seq_lens, m, out, lse)
     check_after_call(q.device)
     return out, lse
 
@@ -134,8 +137,10 @@ def prefill(
             q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
         )
     out, lse = _results(q, seen.head_dim_v, out, lse, return_lse)
-    module = registry.choose(seen.problem, backend)
-    module.prefill(q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse)
+    implementation = registry.choose(seen.problem, backend)
+    implementation.prefill(
+        q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse
+    )
     check_after_call(q.device)
     return out, lse
 
@@ -204,9 +209,10 @@ def merge_state(
         in_place = [(name[:3], name) for name in states]
         check.memory({"out": out, "lse": lse}, states, in_place)
     out, lse = _results(out_a, problem.head_dim, out, lse, True)
-    module = registry.choose(problem, backend)
-    module.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
-    return out, lse  # type: ignore[return-value]
+    assert lse is not None
+    implementation = registry.choose(problem, backend)
+    implementation.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
+    return out, lse
 
 
 def _check_two(
@@ -238,8 +244,13 @@ def merge_states(
         out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
     if lse is None:
         lse = torch.empty(lses.shape[1:], dtype=torch.float32, device=outs.device)
-    module = registry.choose(problem, backend)
-    module.merge_states(outs, lses, out, lse)
+    implementation = registry.choose(problem, backend)
+    if outs.shape[0] == 0:
+        with torch.inference_mode():  # they may be inference tensors
+            out.zero_()
+            lse.fill_(-torch.inf)
+    else:
+        implementation.merge_states(outs, lses, out, lse)
     return out, lse
 
 
@@ -269,11 +280,11 @@ def unpack_kv(packed: PackedKV, part: CachePart, slots: Tensor, backend: str | N
 
 
 def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
-    module = registry.choose(_cache_problem("pack_kv", packed, views.k[0]), backend)
+    implementation = registry.choose(_cache_problem("pack_kv", packed, views.k[0]), backend)
     if slots.shape[0] == 0:  # what travels without any token
         packed.take_shared_scales(views.k_scale, views.v_scale)
     else:
-        module.pack_kv(*views, slots, packed)
+        implementation.move(moves.pack(views, slots, packed))
     # rarely any: what lay there before must not travel, and equal contents must give equal buffers
     padding = packed.buffer[packed.shape.payload_bytes : packed.shape.scales_start]
     if padding.numel():
@@ -283,8 +294,9 @@ def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | 
 
 
 def run_unpack(packed: PackedKV, views: LayerViews, slots: Tensor, backend: str | None) -> None:
-    module = registry.choose(_cache_problem("unpack_kv", packed, views.k[0]), backend)
-    module.unpack_kv(packed, *views, slots)
+    implementation = registry.choose(_cache_problem("unpack_kv", packed, views.k[0]), backend)
+    if slots.shape[0]:
+        implementation.move(moves.unpack(packed, views, slots))
     check_after_call(slots.device)
 
 
@@ -301,7 +313,7 @@ def _results(
 def _problem(op: str, x: Tensor, dims: check.Dims, kv_dtype: torch.dtype, max_q_len: int | None = None) -> Problem:
     """Only a max_q_len that makes every request short tells backends apart: keep the number of problems small."""
     group_size = x.shape[1] // max(dims["num_kv_heads"], 1)
-    max_q_len = max_q_len if max_q_len is not None and max_q_len <= 16 else None
+    max_q_len = max_q_len if max_q_len is not None and max_q_len <= SHORT_QUERY else None
     return Problem(
         op, x.device.type, x.dtype, kv_dtype, dims["head_dim"], dims["head_dim_v"], dims["page_size"], group_size,
         max_q_len, x.device.index,

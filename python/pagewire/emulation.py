@@ -53,7 +53,7 @@ def sources() -> list[Path]:
 
 
 def flags(kind: str) -> list[str]:
-    common = ["-std=c++17", "-g1", "-fPIC", "-DPAGEWIRE_EMULATE", f"-I{CSRC}"]
+    common = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-DPAGEWIRE_EMULATE", f"-I{CSRC}"]
     if kind == "asan":
         # a null base plus an offset is how an absent tensor looks; it is never read
         return [*common, "-O1", "-fsanitize=address,undefined", "-fno-sanitize=pointer-overflow,vptr",

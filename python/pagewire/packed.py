@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pagewire import scalars
-from pagewire.types import dtype_name
+from pagewire.types import StoredScaleKind, dtype_name
 
 _ALIGN = 16  # bytes; the scales behind the payload start on this boundary
 
@@ -29,7 +29,7 @@ class PackedShape:
     head_dim: int
     head_dim_v: int  # 0: V is a view of K and is not packed
     dtype: torch.dtype
-    scale_kind: str  # "none" "tensor" "head" "token_head"
+    scale_kind: StoredScaleKind
 
     @property
     def payload_bytes(self) -> int:
@@ -75,7 +75,7 @@ class PackedKV:
     v_scale: Tensor | None
 
     @property
-    def scale_kind(self) -> str:
+    def scale_kind(self) -> StoredScaleKind:
         return self.shape.scale_kind
 
     @property

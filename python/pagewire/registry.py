@@ -8,59 +8,86 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
 
 from pagewire import emulation
 from pagewire.errors import BackendError
-from pagewire.types import FLOAT_DTYPES, KV_DTYPES, Problem, dtype_name
+from pagewire.moves import Movement
+from pagewire.types import FLOAT_DTYPES, KV_DTYPES, SHORT_QUERY, Modifiers, Problem, dtype_name
 
 OPS = ("append_kv", "decode", "prefill", "merge_state", "merge_states", "pack_kv", "unpack_kv")
 
 
+class Implementation(Protocol):
+    """What a module of backends/ has. Arguments have been checked; page ids, slots and lengths have not, and a backend
+    checks or masks every one. Caches are NHD views, `[num_pages, page_size, num_kv_heads, width]` with free strides but
+    a contiguous last dim. Results go into the tensors given for them.
+    """
+
+    def decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
+        modifiers: Modifiers, out: Tensor, lse: Tensor | None, /,
+    ) -> None: ...  # fmt: skip
+
+    def prefill(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
+        modifiers: Modifiers, out: Tensor, lse: Tensor | None, /,
+    ) -> None: ...  # fmt: skip
+
+    def merge_state(
+        self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor, /
+    ) -> None: ...
+
+    def merge_states(self, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, /) -> None:
+        """Of one state or more."""
+
+    def move(self, movement: Movement, /) -> None:
+        """append_kv, pack_kv or unpack_kv of one token or more."""
+
+
+METHODS = ("decode", "prefill", "merge_state", "merge_states", "move")
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the ops. `module` has a function per op and is imported on first use."""
+    """One module of backends/, imported on first use, and what it refuses."""
 
     name: str
-    module: str
-    ops: frozenset[str]
     unavailable: Callable[[str], str | None]  # device type -> why it cannot run there on this machine, or None
-    limits: Mapping[str, frozenset] = field(default_factory=dict)  # Problem field -> accepted values
     max_head_dim: int | None = None
     special: Callable[[Problem], str | None] = lambda problem: None
 
     def refuses(self, problem: Problem) -> str | None:
         """None = takes it; else one line a user can act on."""
-        if problem.op not in self.ops:
-            return f"does not have {problem.op}"
-        reason = self.unavailable(problem.device)
+        reason = self.unavailable(problem.device) or _other_dtype(problem)
         if reason is not None:
             return reason
-        for name, accepted in self.limits.items():
-            value = getattr(problem, name)
-            if value not in accepted:
-                return f"{name} = {_show(value)} is not one of {', '.join(sorted(map(_show, accepted)))}"
         widest = max(problem.head_dim, problem.head_dim_v)
         if self.max_head_dim is not None and widest > self.max_head_dim:
             return f"head_dim = {widest} is above {self.max_head_dim}"
         return self.special(problem)
 
-    def load(self) -> ModuleType:
-        return _load(self.module)
+    def load(self) -> Implementation:
+        return _load(self.name)
 
 
-def _show(value: object) -> str:
-    return dtype_name(value) if isinstance(value, torch.dtype) else repr(value)
+def _other_dtype(problem: Problem) -> str | None:
+    """Only `explain` can ask for one: the public functions have checked theirs."""
+    for name, dtype in (("dtype", problem.dtype), ("kv_dtype", problem.kv_dtype)):
+        if dtype not in KV_DTYPES:
+            return f"{name} = {dtype_name(dtype)} is not one of {', '.join(sorted(map(dtype_name, KV_DTYPES)))}"
+    return None
 
 
 @functools.cache
-def _load(module: str) -> ModuleType:
-    return importlib.import_module(module)
+def _load(name: str) -> Implementation:
+    return cast(Implementation, importlib.import_module(f"pagewire.backends.{name}"))
 
 
 def interpreting() -> bool:
@@ -158,50 +185,23 @@ def _cuda_special(problem: Problem) -> str | None:
     if widest > 256:
         return f"head_dim = {widest} is above 256"
     if problem.op == "prefill" and problem.max_q_len is None:
-        return "prefill is for short queries: it needs the caller's promise max_q_len <= 16"
+        return f"prefill is for short queries: it needs the caller's promise max_q_len <= {SHORT_QUERY}"
     return None
 
 
 # in order of preference; adding one is an entry here and a file in backends/. triton before cuda: it was the faster in
 # every case on an H200 (benches/results/h200-2026-11-26)
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "triton",
-        "pagewire.backends.triton",
-        frozenset(OPS),
-        _triton_unavailable,
-        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
-        max_head_dim=256,
-    ),
-    Backend(
-        "cuda",
-        "pagewire.backends.cuda",
-        frozenset(OPS),
-        _cuda_unavailable,
-        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
-        special=_cuda_special,
-    ),
-    Backend(
-        "cpu",
-        "pagewire.backends.cpu",
-        frozenset(OPS),
-        _cpu_unavailable,
-        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
-        max_head_dim=1024,
-    ),
-    Backend(
-        "reference",
-        "pagewire.backends.reference",
-        frozenset(OPS),
-        lambda device: None,
-        {"dtype": frozenset(KV_DTYPES), "kv_dtype": frozenset(KV_DTYPES)},
-    ),
+    Backend("triton", _triton_unavailable, max_head_dim=256),
+    Backend("cuda", _cuda_unavailable, special=_cuda_special),
+    Backend("cpu", _cpu_unavailable, max_head_dim=1024),
+    Backend("reference", lambda device: None),
 )
 _BY_NAME = {b.name: b for b in BACKENDS}
 _warned: set[tuple[str, str]] = set()
 
 
-def choose(problem: Problem, backend: str | None) -> ModuleType:
+def choose(problem: Problem, backend: str | None) -> Implementation:
     """The module that runs `problem`.
 
     Raises:
@@ -210,12 +210,13 @@ def choose(problem: Problem, backend: str | None) -> ModuleType:
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: expected one of {', '.join(_BY_NAME)} or None, got {backend!r}")
     if problem.device == "meta":
-        return _load("pagewire.backends.meta")
+        return _load("meta")
     environment = None if backend is not None else os.environ.get("PAGEWIRE_BACKEND") or None
-    on_cpu = None
+    # what a choice by name depends on besides: triton and cuda run on a CPU only if a variable says so
+    variables: tuple[object, ...] = ()
     if problem.device == "cpu" and (backend or environment) in ("triton", "cuda"):
-        on_cpu = (interpreting(), emulation.mode())
-    return _choose(problem, backend, environment, on_cpu)
+        variables = (interpreting(), emulation.mode())
+    return _choose(problem, backend, environment, variables)
 
 
 @functools.cache
@@ -223,8 +224,8 @@ def _choose(
     problem: Problem,
     argument: str | None,
     environment: str | None,
-    on_cpu: tuple[bool, str | None] | None,  # of backends that run there by name only
-) -> ModuleType:
+    variables: tuple[object, ...],  # a part of the key only
+) -> Implementation:
     taken = _select(problem, argument, environment)
     if taken.name == "reference" and argument is None and environment is None:
         _warn_slow(problem)

@@ -12,6 +12,7 @@ Layout = Literal["NHD", "HND"]
 LAYOUTS: tuple[str, ...] = ("NHD", "HND")
 
 ScaleKind = Literal["none", "tensor", "head", "batch_head", "token_head"]
+StoredScaleKind = Literal["none", "tensor", "head", "token_head"]  # of a cache and of packed rows: no request is in it
 Scale = float | Tensor | None
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -70,6 +71,9 @@ class Modifiers(NamedTuple):
     max_q_len: int | None = None  # None: num_tokens
 
 
+SHORT_QUERY = 16  # rows of a request: what a kernel for short queries takes
+
+
 class Problem(NamedTuple):
     """The facts a backend may refuse on. Hashable, so that a choice is made once per kind of problem."""
 
@@ -81,5 +85,5 @@ class Problem(NamedTuple):
     head_dim_v: int
     page_size: int = 1
     group_size: int = 1
-    max_q_len: int | None = None
+    max_q_len: int | None = None  # a promise of at most SHORT_QUERY, or none
     device_index: int | None = None

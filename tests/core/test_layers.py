@@ -13,7 +13,9 @@ LAYERS = [
     {"kernels", "version"},
     {"types", "errors", "emulation", "memo", "overlap", "scalars", "views"},
     {"quant", "packed", "pages", "allocator", "cache", "shared_kv"},
-    {"check", "registry", "cache_part"},
+    {"check", "cache_part"},
+    {"moves"},
+    {"registry"},
     {"backends"},  # reached by name only, from the registry
     {"eager", "library"},
     {"ops"},

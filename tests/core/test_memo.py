@@ -26,7 +26,7 @@ class Sub(torch.Tensor):
 def reached(monkeypatch):
     """What the backend was handed, call by call; it does nothing."""
     seen: list = []
-    ops = {op: (lambda *arguments, op=op: seen.append((op, arguments))) for op in registry.OPS}
+    ops = {op: (lambda *arguments, op=op: seen.append((op, arguments))) for op in registry.METHODS}
     monkeypatch.setattr(registry, "_load", lambda module: SimpleNamespace(**ops))
     registry._choose.cache_clear()
     memo.forget()

@@ -138,14 +138,17 @@ def workspace(monkeypatch, extension, case) -> int:
     found = []
 
     class Watched:
-        def attention(self, *arguments):
-            *given, allocate = arguments
+        def __getattr__(self, op):
+            def call(*arguments):
+                *given, allocate = arguments
 
-            def watched(partial_floats, num_counters):
-                found.append(4 * partial_floats)
-                return allocate(partial_floats, num_counters)
+                def watched(partial_floats, num_counters):
+                    found.append(4 * partial_floats)
+                    return allocate(partial_floats, num_counters)
 
-            return extension.attention(*given, watched)
+                return getattr(extension, op)(*given, watched)
+
+            return call
 
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "_extension", lambda device: Watched())

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import pagewire as pw
+from pagewire import moves
 from pagewire.cache_part import CachePart
 from pagewire.kernels import append, merge, pack, tables
 from pagewire.types import dtype_name
@@ -79,7 +80,8 @@ def append_call(dtype, kv_dtype, scale, dim, dim_v=None, pad=0) -> None:
     shape = {"tensor": (), "head": (2,), "token_head": (8, 16, 2)}.get(scale)
     s = 1.0 if scale == "float" else None if shape is None else torch.ones(shape)
     word = torch.zeros(1, dtype=torch.int64)
-    append.append_kv(*x, *caches, torch.arange(40), s, s, word)
+    movement = moves.append(*x, *caches, torch.arange(40), s, s)
+    append.append_kv(*movement.parts, movement.slots, word)
 
 
 def move_call(op, kv_dtype, scale, wire, dim, dim_v=None, heads=(0, 4), page_size=16) -> None:
@@ -91,10 +93,8 @@ def move_call(op, kv_dtype, scale, wire, dim, dim_v=None, heads=(0, 4), page_siz
     packed = pw.PackedKV.empty(pw.packed_shape(cache, len(slots), heads=heads, dtype=wire), "cpu")
     views = CachePart.of(cache, None, heads).views
     word = torch.zeros(1, dtype=torch.int64)
-    if op == "pack":
-        pack.pack_kv(*views, slots, packed, word)
-    else:
-        pack.unpack_kv(packed, *views, slots, word)
+    movement = moves.pack(views, slots, packed) if op == "pack" else moves.unpack(packed, views, slots)
+    pack.move(movement.parts, slots, packed, word, pack=movement.from_cache)
 
 
 def merge_call(num_states, dtype, out_dtype, dim) -> None:

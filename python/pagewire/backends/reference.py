@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pagewire.errors import BadIndexError
-from pagewire.packed import PackedKV
+from pagewire.moves import How, Layer, Movement, layers
 from pagewire.quant import dequantise, quantise, token_head_scale
 from pagewire.types import QUANT_MAX, Modifiers, Scale, scale_kind
 
@@ -26,8 +26,7 @@ def _bound_by_nobody(op: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(op)
     def run(first: Any, *args: Any, **keywords: Any) -> None:
-        x = first.buffer if isinstance(first, PackedKV) else first
-        device = (x if isinstance(x, Tensor) else x[0]).device
+        device = (first.slots if isinstance(first, Movement) else first).device
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             op(first, *args, **keywords)
 
@@ -222,42 +221,66 @@ def _check_pages(
             )
 
 
-# ---------------------------------------------------------------------------------------------- append
+# ---------------------------------------------------------------------------------------------- append, pack, unpack
 
 
 @_bound_by_nobody
-def append_kv(
-    k: Tensor,  # [num_tokens, num_kv_heads, head_dim]
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,  # [<= num_tokens] int32 or int64; negative = skip
-    k_scale: Scale,
-    v_scale: Scale,
-) -> None:
-    slots = slot_mapping.long()
-    num_slots = k_cache.shape[0] * k_cache.shape[1]
-    _check_slots("append_kv", "slot_mapping", slots, num_slots, negative_skips=True)
+def move(movement: Movement) -> None:
+    slots = movement.slots.long()
+    appends = movement.op == "append_kv"
+    cache = movement.parts[0].caches[0]
+    num_pages, page_size = cache.shape[:2]
+    _check_slots(movement, slots, num_pages * page_size, negative_skips=appends)
     kept = slots >= 0
-    page, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
-    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        _store(x[: len(slots)][kept], cache, page, offset, scale)
+    page, offset = slots[kept] // page_size, slots[kept] % page_size
+    for layer in layers(movement):
+        if movement.from_cache:
+            _pack(layer, page, offset)
+        else:
+            _store(layer._replace(rows=layer.rows[: len(slots)][kept]), page, offset)
 
 
-def _store(x: Tensor, cache: Tensor, page: Tensor, offset: Tensor, scale: Scale) -> None:
-    """Write real values `x [n, num_kv_heads, width]`; per-token-head scales are written, others read."""
-    if cache.dtype not in QUANT_MAX:
-        cache[page, offset] = x.to(cache.dtype)
+def _pack(layer: Layer, page: Tensor, offset: Tensor) -> None:
+    """Rows of the cache, [num_tokens, num_heads, width], into `layer.rows`, and their scales."""
+    scale = layer.cache_scale
+    taken = scale[page, offset] if isinstance(scale, Tensor) and scale.dim() == 3 else scale
+    stored = _take(layer.cache, page, offset)
+    if layer.how is How.COPY:
+        layer.rows.copy_(stored)
+        if layer.row_scale is not None:
+            assert isinstance(taken, Tensor)
+            layer.row_scale.copy_(taken)
         return
-    divisor: Tensor | float | None
-    if scale_kind(scale) == "token_head":
+    x = dequantise(stored, _of_rows(taken))
+    divisor = None
+    if layer.how is How.QUANTISE:
+        assert layer.row_scale is not None
+        layer.row_scale.copy_(token_head_scale(x, layer.rows.dtype))
+        divisor = _of_rows(layer.row_scale)
+    layer.rows.copy_(quantise(x, divisor, layer.rows.dtype))
+
+
+def _store(layer: Layer, page: Tensor, offset: Tensor) -> None:
+    """`layer.rows`, [num_tokens, num_heads, width], into slots of the cache, and their scales."""
+    cache, scale = layer.cache, layer.cache_scale
+    if layer.how is How.COPY:
+        _put(cache, page, offset, layer.rows)
+        if layer.row_scale is not None:
+            assert isinstance(scale, Tensor)
+            scale[page, offset] = layer.row_scale
+        return
+    x = dequantise(layer.rows, _of_rows(layer.row_scale))
+    if layer.how is How.QUANTISE:
         assert isinstance(scale, Tensor)
-        divisor = token_head_scale(x, cache.dtype)  # [n, num_kv_heads]
+        divisor = token_head_scale(x, cache.dtype)  # [num_tokens, num_heads]
         scale[page, offset] = divisor
-        divisor = divisor[..., None]
-    else:
-        divisor = scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
-    _put(cache, page, offset, quantise(x, divisor, cache.dtype))
+        scale = divisor
+    _put(cache, page, offset, quantise(x, _of_rows(scale), cache.dtype))
+
+
+def _of_rows(scale: Scale) -> Scale:
+    """A scale that is a number, [], [num_heads] or [num_tokens, num_heads], against [num_tokens, num_heads, width]."""
+    return scale[..., None] if isinstance(scale, Tensor) and scale.dim() else scale
 
 
 def _take(cache: Tensor, page: Tensor, offset: Tensor) -> Tensor:
@@ -274,14 +297,14 @@ def _put(cache: Tensor, page: Tensor, offset: Tensor, stored: Tensor) -> None:
     cache[page, offset] = stored
 
 
-def _check_slots(op: str, name: str, slots: Tensor, num_slots: int, *, negative_skips: bool = False) -> None:
+def _check_slots(movement: Movement, slots: Tensor, num_slots: int, *, negative_skips: bool) -> None:
     low = torch.zeros_like(slots, dtype=torch.bool) if negative_skips else slots < 0
     bad = (low | (slots >= num_slots)).nonzero()
     if bad.numel():
         entry = int(bad[0])
         raise BadIndexError(
-            f"{op}: {name}[{entry}]: expected a slot in [0, {num_slots}) (num_pages * page_size), "
-            f"got {int(slots[entry])}"
+            f"{movement.op}: {movement.slots_name}[{entry}]: expected a slot in [0, {num_slots}) "
+            f"(num_pages * page_size), got {int(slots[entry])}"
         )
 
 
@@ -300,10 +323,6 @@ def merge_states(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    if outs.shape[0] == 0:
-        out.zero_()
-        lse.fill_(-torch.inf)
-        return
     lses = lses.masked_fill(lses == torch.inf, -torch.inf)
     merged = lses.logsumexp(0)
     weights = torch.exp(lses - merged.masked_fill(merged == -torch.inf, 0.0))[..., None]
@@ -311,94 +330,3 @@ def merge_states(
     values = torch.where(live, outs.float(), 0.0)  # an empty state's out may be anything
     out.copy_((weights * values).sum(0))
     lse.copy_(merged)
-
-
-# ---------------------------------------------------------------------------------------------- pack / unpack
-
-
-@_bound_by_nobody
-def pack_kv(
-    k_caches: Sequence[Tensor],  # per layer, NHD view of the heads to pack
-    v_caches: Sequence[Tensor],  # empty when V is a view of K
-    k_scales: Sequence[Tensor],  # per layer [], [num_heads] or [num_pages, page_size, num_heads]; empty for none
-    v_scales: Sequence[Tensor],
-    slots: Tensor,  # [num_tokens] int64
-    packed: PackedKV,
-) -> None:
-    num_slots = k_caches[0].shape[0] * k_caches[0].shape[1]
-    _check_slots("pack_kv", "slots", slots, num_slots)
-    for caches, scales, target, target_scale in (
-        (k_caches, k_scales, packed.k, packed.k_scale),
-        (v_caches, v_scales, packed.v, packed.v_scale),
-    ):
-        for layer, cache in enumerate(caches):
-            assert target is not None
-            scale = scales[layer] if scales else None
-            stored_scale = None if target_scale is None else target_scale[layer]
-            _pack_layer(cache, scale, slots, target[layer], stored_scale)
-
-
-def _pack_layer(
-    cache: Tensor, scale: Tensor | None, slots: Tensor, target: Tensor, target_scale: Tensor | None
-) -> None:
-    page, offset = slots // cache.shape[1], slots % cache.shape[1]
-    stored = _take(cache, page, offset).transpose(0, 1)  # [num_heads, num_tokens, width]
-    row_scale = _per_head_token(scale, page, offset)
-    if target.dtype == cache.dtype:
-        target.copy_(stored)
-        if target_scale is not None and scale is not None:
-            target_scale.copy_(scale if scale.dim() < 3 else scale[page, offset].transpose(0, 1))
-        return
-    x = dequantise(stored, row_scale)
-    divisor = None
-    if target_scale is not None:  # a new quantised dtype: per token and head, from the same pass
-        target_scale.copy_(token_head_scale(x, target.dtype))
-        divisor = target_scale[..., None]
-    target.copy_(quantise(x, divisor, target.dtype))
-
-
-@_bound_by_nobody
-def unpack_kv(
-    packed: PackedKV,
-    k_caches: Sequence[Tensor],
-    v_caches: Sequence[Tensor],
-    k_scales: Sequence[Tensor],
-    v_scales: Sequence[Tensor],
-    slots: Tensor,
-) -> None:
-    num_slots = k_caches[0].shape[0] * k_caches[0].shape[1]
-    _check_slots("unpack_kv", "slots", slots, num_slots)
-    for caches, scales, source, source_scale in (
-        (k_caches, k_scales, packed.k, packed.k_scale),
-        (v_caches, v_scales, packed.v, packed.v_scale),
-    ):
-        for layer, cache in enumerate(caches):
-            assert source is not None
-            scale = scales[layer] if scales else None
-            stored_scale = None if source_scale is None else source_scale[layer]
-            _unpack_layer(source[layer], stored_scale, cache, scale, slots)
-
-
-def _unpack_layer(
-    source: Tensor, source_scale: Tensor | None, cache: Tensor, scale: Tensor | None, slots: Tensor
-) -> None:
-    page, offset = slots // cache.shape[1], slots % cache.shape[1]
-    source_per_token = source_scale is not None and source_scale.dim() == 2
-    cache_per_token = scale is not None and scale.dim() == 3
-    if source.dtype == cache.dtype and (source_scale is None or (source_per_token and cache_per_token)):
-        _put(cache, page, offset, source.transpose(0, 1))
-        if cache_per_token:
-            assert scale is not None and source_scale is not None
-            scale[page, offset] = source_scale.transpose(0, 1)
-        return
-    if source_scale is not None and source_scale.dim() >= 1:
-        source_scale = source_scale[..., None] if source_per_token else source_scale[:, None, None]
-    x = dequantise(source, source_scale).transpose(0, 1)  # [num_tokens, num_heads, width]
-    _store(x, cache, page, offset, scale)
-
-
-def _per_head_token(scale: Tensor | None, page: Tensor, offset: Tensor) -> Tensor | None:
-    """A cache scale broadcast against `[num_heads, num_tokens, width]`."""
-    if scale is None or scale.dim() == 0:
-        return scale
-    return scale[:, None, None] if scale.dim() == 1 else scale[page, offset].transpose(0, 1)[..., None]

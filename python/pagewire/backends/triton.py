@@ -5,8 +5,6 @@ Caches arrive as NHD views, `[num_pages, page_size, num_kv_heads, head_dim]` wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 import pagewire.kernels.append as _append
@@ -16,16 +14,10 @@ import pagewire.kernels.merge as _merge
 import pagewire.kernels.pack as _pack
 import pagewire.kernels.prefill as _prefill
 from pagewire.errors import device_word
-from pagewire.packed import PackedKV
-from pagewire.types import Modifiers, Scale
+from pagewire.moves import Movement
+from pagewire.types import Modifiers
 
 _cache_keys.settle()
-
-
-def append_kv(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Scale, v_scale: Scale
-) -> None:
-    _append.append_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, device_word(k.device))
 
 
 def decode(
@@ -51,15 +43,11 @@ def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
     _merge.merge_states(outs, lses, out, lse)
 
 
-def pack_kv(
-    k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], k_scales: Sequence[Tensor], v_scales: Sequence[Tensor],
-    slots: Tensor, packed: PackedKV,
-) -> None:  # fmt: skip
-    _pack.pack_kv(k_caches, v_caches, k_scales, v_scales, slots, packed, device_word(slots.device))
-
-
-def unpack_kv(
-    packed: PackedKV, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], k_scales: Sequence[Tensor],
-    v_scales: Sequence[Tensor], slots: Tensor,
-) -> None:  # fmt: skip
-    _pack.unpack_kv(packed, k_caches, v_caches, k_scales, v_scales, slots, device_word(slots.device))
+def move(movement: Movement) -> None:
+    word = device_word(movement.slots.device)
+    if movement.op == "append_kv":
+        k, v = movement.parts
+        _append.append_kv(k, v, movement.slots, word)
+    else:
+        assert movement.packed is not None
+        _pack.move(movement.parts, movement.slots, movement.packed, word, pack=movement.from_cache)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 import pagewire as pw
+from pagewire import moves
 from pagewire.backends import reference
 from pagewire.bench.arena import Arena
 from pagewire.bench.cases import Append, Merge, Pack
 from pagewire.bench.work import Contender, Verdict, Work
 from pagewire.cache import nhd
+from pagewire.cache_part import LayerViews
 from pagewire.packed import PackedKV
 from pagewire.types import QUANT_MAX
 
@@ -105,10 +107,9 @@ class AppendWork(Work):
     def check(self, contender: Contender) -> Verdict:
         cache = self.cache
         self._poison()
-        reference.append_kv(
-            self.k[0], self.v[0], nhd(cache.k[0], cache.layout), nhd(cache.v[0], cache.layout), self.slots[0],
-            cache.k_scale[0], cache.v_scale[0],
-        )  # fmt: skip
+        k, v = (nhd(t, cache.layout) for t in (cache.k[0], cache.v[0]))
+        scales = cache.k_scale[0], cache.v_scale[0]
+        reference.move(moves.append(self.k[0], self.v[0], k, v, self.slots[0], *scales))
         expected = self._stored()
         self._poison()
         contender.once(0)
@@ -137,13 +138,13 @@ class PackWork(Work):
             for packed in self.packed[1:]:
                 packed.buffer.copy_(self.packed[0].buffer)
 
-    def _views(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _views(self) -> LayerViews:
         taken = slice(*self.heads)
         k, v = ([nhd(t, self.cache.layout)[:, :, taken] for t in ts] for ts in (self.cache.k, self.cache.v))
-        return k, v
+        return LayerViews(k, v, [], [])
 
     def _reference_pack(self, packed: PackedKV, slots: Tensor) -> None:
-        reference.pack_kv(*self._views(), [], [], slots, packed)
+        reference.move(moves.pack(self._views(), slots, packed))
 
     def ours(self, backend: str) -> Contender:
         def pack(copy: int) -> PackedKV:
@@ -158,12 +159,12 @@ class PackWork(Work):
         return Contender(backend, pack if self.case.op == "pack" else unpack, version=pw.__version__)
 
     def _stored(self) -> list[Tensor]:
-        k, v = self._views()
-        return [_at(t, "NHD", self.slots[0]) for t in (*k, *v)]
+        views = self._views()
+        return [_at(t, "NHD", self.slots[0]) for t in (*views.k, *views.v)]
 
     def _poison(self) -> None:
         page, offset = self.slots[0] // self.cache.page_size, self.slots[0] % self.cache.page_size
-        for t in (*self._views()[0], *self._views()[1]):
+        for t in (*self._views().k, *self._views().v):
             t.view(torch.uint8)[page, offset] = 0x55
 
     def check(self, contender: Contender) -> Verdict:
@@ -176,7 +177,7 @@ class PackWork(Work):
             contender.once(0)
             return _differing([self.packed[0].buffer], [expected.buffer])
         self._poison()
-        reference.unpack_kv(self.packed[0], *self._views(), [], [], self.slots[0])
+        reference.move(moves.unpack(self.packed[0], self._views(), self.slots[0]))
         stored = self._stored()
         self._poison()
         contender.once(0)
