@@ -1,7 +1,6 @@
 """Everything `import pagewire` offers. Importing this module imports torch and registers the torch ops."""
 
 # ruff: noqa: F401  (names for pagewire/__init__.py)
-from pagewire import torch_ops as _torch_ops  # registers torch.ops.pagewire.*
 from pagewire.allocator import OutOfPages, PageAllocator
 from pagewire.cache import Geometry, PagedKVCache
 from pagewire.errors import BackendError, BadIndexError, check_errors

@@ -1,4 +1,4 @@
-"""The public ops. Each is done at once (`eager.py`) or, under torch.compile, through the torch op (`library.py`)."""
+"""The public ops. Each is done at once (`eager.py`) or, under torch.compile, through the torch op (`torch_ops/`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagewire import eager, library
+from pagewire import eager, torch_ops
 from pagewire.cache import PagedKVCache
 from pagewire.cache_part import CachePart
 from pagewire.packed import PackedKV, PackedShape
@@ -249,5 +249,5 @@ def packed_shape(
 
 
 def _route(first: Any) -> Any:
-    """`library` under torch.compile and for tensors that only a torch op can take, else `eager`: the same functions."""
-    return library if library.traced(first) else eager
+    """`torch_ops` under torch.compile and for tensors only a torch op can take, else `eager`: the same functions."""
+    return torch_ops if torch_ops.traced(first) else eager

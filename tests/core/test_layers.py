@@ -17,9 +17,9 @@ LAYERS = [
     {"moves"},
     {"registry"},
     {"backends"},  # reached by name only, from the registry
-    {"eager", "library"},
-    {"ops"},
+    {"eager"},
     {"torch_ops"},
+    {"ops"},
     {"_api"},
     {"flash_attn", "info"},
     {"transfer"},

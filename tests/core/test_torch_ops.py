@@ -5,8 +5,8 @@ import torch
 
 import cases
 import pagewire as pw
-from pagewire import library
 from pagewire.cache_part import CachePart
+from pagewire.torch_ops import attention, pack
 from pagewire.types import Options
 
 ATTENTION = [
@@ -22,7 +22,7 @@ def flat(call: cases.Call) -> tuple:
     kw = dict(call.kwargs)
     layout = kw.pop("layout")
     rest = dict.fromkeys(Options._fields) | {"causal": False}
-    return (*call.args, *library.flatten(layout, Options(**(rest | kw)), "reference"))
+    return (*call.args, *attention._flatten(layout, Options(**(rest | kw)), "reference"))
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda c: c.id)
@@ -65,7 +65,7 @@ def test_pack_opcheck():
     slots = torch.tensor([3, 9, 0])
     views = CachePart.of(cache, None, None).views
     packed = pw.pack_kv(cache, slots, backend="reference")
-    shape = library._flat_shape(packed.shape)
+    shape = pack._flat(packed.shape)
     packet = torch.ops.pagewire.pack_kv
     packed.buffer.zero_()
     torch.library.opcheck(
