@@ -30,17 +30,31 @@ LAYERS = [
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level parts of pagewire that a file imports, wherever in the file."""
+# what a part of serve/, a module or a folder, may import of the others
+SHARED = {"channel", "config", "messages"}
+SERVE = dict.fromkeys(SHARED, SHARED) | {
+    "front": {"front", *SHARED},
+    "worker": {"worker", "model", *SHARED},
+    "model": {"model", *SHARED},
+    "cli": {"front", "model", *SHARED},
+}
+
+
+def modules(path: Path) -> set[str]:
+    """What a file imports, wherever in the file; `from a import b` is a and a.b, which may be a module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [a.name for a in node.names if a.name.startswith("pagewire.")]
-            found |= {n.split(".")[1] for n in names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pagewire":
-            parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: a relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level parts of pagewire that a file imports."""
+    return {name.split(".")[1] for name in modules(path) if name.startswith("pagewire.")}
 
 
 def layer_of(path: Path) -> str:
@@ -61,16 +75,30 @@ def test_python_layers_only_look_down():
     assert not wrong, wrong
 
 
+def test_front_and_worker_do_not_know_each_other_and_the_model_knows_neither():
+    wrong = []
+    for path in (PACKAGE / "serve").rglob("*.py"):
+        part = path.relative_to(PACKAGE / "serve").parts[0].removesuffix(".py")
+        for name in modules(path):
+            if name.startswith("pagewire.serve.") and name.split(".")[2] not in SERVE.get(part, ()):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong, wrong
+
+
+def test_the_front_has_no_torch():
+    """Neither in front/ nor in what it may import. That the cli reads a tokenizer without it is test_front.py's."""
+    files = [*(PACKAGE / "serve/front").rglob("*.py"), *(PACKAGE / "serve" / f"{part}.py" for part in SHARED)]
+    assert len(files) > 8
+    for path in files:
+        assert not any(name.split(".")[0] == "torch" for name in modules(path)), path
+        assert imported(path) <= {"serve"}, path
+
+
 def test_kernels_import_only_torch_triton_and_siblings():
     allowed = {"torch", "triton", "pagewire", *sys.stdlib_module_names}
     for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            roots = []
-            if isinstance(node, ast.Import):
-                roots = [a.name.split(".")[0] for a in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                roots = [(node.module or "").split(".")[0]]
-            assert set(roots) <= allowed, f"{path.name}: {roots}"
+        roots = {name.split(".")[0] for name in modules(path)}
+        assert roots <= allowed, f"{path.name}: {roots}"
         assert imported(path) <= {"kernels"}, path.name
 
 

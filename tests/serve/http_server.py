@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # what `python -m pagewire` does, with another worker
 WITH_FAKE = (
-    "import sys; from pagewire.serve import supervisor; from pagewire.__main__ import main;"
+    "import sys; from pagewire.serve.front import supervisor; from pagewire.__main__ import main;"
     f"supervisor.WORKER_COMMAND = (sys.executable, {str(Path(__file__).with_name('fake_worker.py'))!r});"
     "supervisor.BACKOFF_S = 0.01; sys.exit(main())"
 )

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagewire.serve.front.openai import ApiError, server_error
+from pagewire.serve.front.output import Delta, Output, StopText
 from pagewire.serve.messages import Sampling, Submit
-from pagewire.serve.openai import ApiError, server_error
-from pagewire.serve.output import Delta, Output, StopText
 
 
 class Letters:

@@ -282,7 +282,7 @@ def test_the_front_needs_no_torch(tiny: Path) -> None:
     program = (
         "import sys\n"
         "from pagewire.serve.model import fingerprint, load_config\n"
-        "from pagewire.serve.tokenizer import Tokenizer\n"
+        "from pagewire.serve.model.tokenizer import Tokenizer\n"
         "path = sys.argv[1]\n"
         "load_config(path), fingerprint(path)\n"
         "Tokenizer.load(path).encode('a', add_special_tokens=True)\n"

@@ -5,9 +5,9 @@ import json
 import msgspec
 import pytest
 
-from pagewire.serve.limits import Limits
+from pagewire.serve.front.limits import Limits
+from pagewire.serve.front.openai import Answer, ApiError, Usage, parse_chat, parse_completion
 from pagewire.serve.messages import Sampling
-from pagewire.serve.openai import Answer, ApiError, Usage, parse_chat, parse_completion
 
 LIMITS = Limits(max_n=4, max_prompts=3)
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from transformers import AutoTokenizer
 
 from pagewire.serve.model import ModelError, default_model_path
-from pagewire.serve.tokenizer import Detokenizer, Tokenizer
+from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
 from serve.tiny import MIN_VOCAB, make_tiny_llama, tiny_tokenizer
 from serve.tiny_gguf import make_tiny_gguf
 

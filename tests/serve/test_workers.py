@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import pagewire as pw
-from pagewire.serve import worker
 from pagewire.serve.channel import Channel
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
 from pagewire.serve.messages import Failed, Finished, Sampling
+from pagewire.serve.worker import process
 from pagewire.transfer.packing import Packing
 from serve.tiny import make_tiny_llama
 from serve.workers import Workers, prompt_of
@@ -162,11 +162,12 @@ def test_a_peer_of_another_model_is_refused(model: Path, change: dict, sentence:
     )
     packing = Packing(cache, b"f" * 32)
     ours, theirs = (
-        Channel(sock, worker.FRAME_CODEC, name="peer") for sock in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        Channel(sock, process.FRAME_CODEC, name="peer")
+        for sock in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     )
-    theirs.send(dataclasses.replace(worker._hello("prefill", packing.wire, 0, 0), **change))
+    theirs.send(dataclasses.replace(process._hello("prefill", packing.wire, 0, 0), **change))
     with pytest.raises(ValueError, match=sentence):
-        worker._create_arena(config_of(model), ours, packing)
+        process._create_arena(config_of(model), ours, packing)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +188,12 @@ def test_a_config_that_cannot_work_is_refused(
     model: Path, changes: dict, sentence: str, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PAGEWIRE_BACKEND", "reference")
-    monkeypatch.setattr(worker.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(process.signal, "signal", lambda *args: None)
     fields = {**msgspec.to_builtins(config_of(model)), **changes}
     (front, control), (peer, _other) = socket.socketpair(), socket.socketpair()
     argv = ["--role", "decode", "--config-json", msgspec.json.encode(fields).decode()]
     argv += ["--control-fd", str(control.detach()), "--peer-fd", str(peer.detach())]
-    assert worker.main(argv) == EXIT_BAD_CONFIG
+    assert process.main(argv) == EXIT_BAD_CONFIG
     stderr = capsys.readouterr().err
     assert sentence in stderr and stderr.startswith("decode: ") and stderr.count("\n") == 1
     front.setblocking(False)

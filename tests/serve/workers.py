@@ -180,10 +180,10 @@ class Stepped(FrontEnd):
 
     def __init__(self, config: WorkerConfig) -> None:
         super().__init__()
-        from pagewire.serve.decode import DecodeRole
-        from pagewire.serve.engine import Engine
-        from pagewire.serve.prefill import PrefillRole
-        from pagewire.serve.worker import FRAME_CODEC
+        from pagewire.serve.worker.decode import DecodeRole
+        from pagewire.serve.worker.engine import Engine
+        from pagewire.serve.worker.prefill import PrefillRole
+        from pagewire.serve.worker.process import FRAME_CODEC
         from pagewire.transfer.packing import Packing
         from pagewire.transfer.shm import Arena
 
@@ -200,13 +200,13 @@ class Stepped(FrontEnd):
         self.d = DecodeRole(d_engine, self.front_of_d, self.peer_of_d, packings[1], self.arena)
 
     def turn_p(self) -> None:
-        from pagewire.serve.worker import turn
+        from pagewire.serve.worker.process import turn
 
         turn(self.p, self.front_of_p, self.peer_of_p)
         self.poll()
 
     def turn_d(self) -> None:
-        from pagewire.serve.worker import turn
+        from pagewire.serve.worker.process import turn
 
         turn(self.d, self.front_of_d, self.peer_of_d)
         self.poll()

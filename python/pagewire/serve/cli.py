@@ -14,11 +14,12 @@ from pathlib import Path
 import uvicorn
 
 from pagewire.serve.config import DTYPES, WorkerConfig
-from pagewire.serve.front import Front, make_app
-from pagewire.serve.limits import Limits
+from pagewire.serve.front.app import make_app
+from pagewire.serve.front.front import Front
+from pagewire.serve.front.limits import Limits
+from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.model import ModelError, default_model_path
-from pagewire.serve.supervisor import Supervisor
-from pagewire.serve.tokenizer import Detokenizer, Tokenizer
+from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
 
 
 class ServeError(Exception):

@@ -1,7 +1,7 @@
-"""The model behind the reference server: files in, logits out, KV through pagewire ops only.
+"""The model behind the reference server: files and text in, logits and tokens out, KV through pagewire ops only.
 
-What is re-exported here needs no torch, so the front process may import it. The model itself is
-`pagewire.serve.model.llama.Llama`, the sampler `pagewire.serve.model.sampling.sample`.
+Torch is imported by `llama`, `rope` and `sampling` alone: `serve/cli.py` reads a model's tokenizer for the front, which
+stays without it.
 """
 
 from pagewire.serve.model.config import ModelConfig, ModelError, RopeScaling

@@ -6,11 +6,11 @@ import time
 from typing import Any
 
 from pagewire.serve.channel import Channel
-from pagewire.serve.engine import Engine, Request
 from pagewire.serve.messages import Submit
-from pagewire.serve.role import Role
-from pagewire.serve.steps import COMPLETE, Decoding, describe
-from pagewire.serve.timeline import now_us
+from pagewire.serve.worker.engine import Engine, Request
+from pagewire.serve.worker.role import Role
+from pagewire.serve.worker.steps import COMPLETE, Decoding, describe
+from pagewire.serve.worker.timeline import now_us
 from pagewire.transfer.frames import Abort, Chunk, Commit
 from pagewire.transfer.handoff import Action, Cancelled, Dropped, Failed, Refused, Send, Start, Unpack
 from pagewire.transfer.packing import Packing, checksum_problem

@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from pagewire.serve.channel import Channel
-from pagewire.serve.engine import Engine, Request
 from pagewire.serve.messages import Cancel, Events, Failed, Finished, FrontMessage, Gauges, Ready, Submit, Token
-from pagewire.serve.timeline import Timeline, now_us
+from pagewire.serve.worker.engine import Engine, Request
+from pagewire.serve.worker.timeline import Timeline, now_us
 
 REPORT_US = 50_000  # events and gauges travel at most this often
 GAUGES_US = 1_000_000  # and unchanged gauges at least this often

@@ -14,12 +14,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pagewire.serve import openai
-from pagewire.serve.generation import Front, Generation
-from pagewire.serve.limits import Limits
-from pagewire.serve.openai import ApiError
-from pagewire.serve.output import Delta
-from pagewire.serve.supervisor import Supervisor
+from pagewire.serve.front import openai
+from pagewire.serve.front.front import Front
+from pagewire.serve.front.generation import Generation
+from pagewire.serve.front.limits import Limits
+from pagewire.serve.front.openai import ApiError
+from pagewire.serve.front.output import Delta
+from pagewire.serve.front.supervisor import Supervisor
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The entry point of a model process: `python -m pagewire.serve.worker`; see `serve/config.py`."""
+"""The life of a model process, from its arguments (`serve/config.py`) over the handshake with its peer to its exit."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from pagewire.transfer import frames
 from pagewire.transfer.handoff import HELLO_FIELDS, Refused, Wire
 
 if TYPE_CHECKING:
-    from pagewire.serve.role import Role
+    from pagewire.serve.worker.role import Role
     from pagewire.transfer.packing import Packing
     from pagewire.transfer.shm import Arena
 
@@ -100,11 +100,11 @@ def _start(args: argparse.Namespace) -> tuple["Role", Channel, Channel | None]:
     front = Channel(_unix_socket(args.control_fd, "--control-fd"), WORKER_CODEC, name="the front")
     if config.backend:
         os.environ["PAGEWIRE_BACKEND"] = config.backend
-    from pagewire.serve.engine import Engine  # the model is not needed to refuse a config
+    from pagewire.serve.worker.engine import Engine  # the model is not needed to refuse a config
 
     engine = Engine(config)
     if args.role == "colocated":
-        from pagewire.serve.colocated import ColocatedRole
+        from pagewire.serve.worker.colocated import ColocatedRole
 
         role: Role = ColocatedRole(engine, front)
         role.send_ready(os.getpid())
@@ -112,9 +112,9 @@ def _start(args: argparse.Namespace) -> tuple["Role", Channel, Channel | None]:
 
     import torch
 
-    from pagewire.serve.decode import DecodeRole
     from pagewire.serve.model.fingerprint import fingerprint
-    from pagewire.serve.prefill import PrefillRole
+    from pagewire.serve.worker.decode import DecodeRole
+    from pagewire.serve.worker.prefill import PrefillRole
     from pagewire.transfer.packing import Packing
 
     peer = Channel(
@@ -190,7 +190,3 @@ def _unix_socket(fd: int, option: str) -> socket.socket:
 def _say(sentence: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads stderr any more
         print(sentence, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,11 +4,11 @@ from collections import deque
 from typing import Any
 
 from pagewire.serve.channel import Channel, ChannelClosed
-from pagewire.serve.engine import Engine, PromptChunk, Request
 from pagewire.serve.messages import Submit
-from pagewire.serve.role import Role
-from pagewire.serve.steps import COMPLETE, Prefilling, describe
-from pagewire.serve.timeline import now_us
+from pagewire.serve.worker.engine import Engine, PromptChunk, Request
+from pagewire.serve.worker.role import Role
+from pagewire.serve.worker.steps import COMPLETE, Prefilling, describe
+from pagewire.serve.worker.timeline import now_us
 from pagewire.transfer.frames import Abort, Ack, Credit, Reserve, crc32c
 from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Failed, Push, Refused, Send
 from pagewire.transfer.packing import Packing

@@ -2,52 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
 
 import msgspec
 
-from pagewire.serve import openai
-from pagewire.serve.limits import Limits
-from pagewire.serve.messages import Event, Events, Gauges, Ready, Submit
-from pagewire.serve.metrics import Metrics
-from pagewire.serve.openai import Answer, ApiError, GenerationRequest, Usage
-from pagewire.serve.output import Delta, Detokenizer, Output
-from pagewire.serve.supervisor import Supervisor
-from pagewire.serve.trace import EventLog
-
-
-class Tokenizer(Protocol):
-    eos_token_ids: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
-
-
-class Front:
-    """What the handlers share. `supervisor` is set once it exists: it reports events to this object."""
-
-    supervisor: Supervisor
-
-    def __init__(
-        self, model: str, tokenizer: Tokenizer, detokenizer: Callable[[], Detokenizer], limits: Limits
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.detokenizer = detokenizer
-        self.limits = limits
-        self.metrics = Metrics()
-        self.events = EventLog()
-        self.num_inflight = 0
-        self.created = int(time.time())
-
-    def on_events(self, events: Events) -> None:
-        for event in events.events:
-            self.metrics.on_event(event)
-            self.events.add(event)
-
-    def on_gauges(self, gauges: Gauges) -> None:
-        self.metrics.on_gauges(gauges)
+from pagewire.serve.front import openai
+from pagewire.serve.front.front import Front
+from pagewire.serve.front.openai import Answer, ApiError, GenerationRequest, Usage
+from pagewire.serve.front.output import Delta, Output
+from pagewire.serve.messages import Event, Ready, Submit
 
 
 class Generation:

@@ -12,9 +12,9 @@ import msgspec
 
 from pagewire.serve.channel import AsyncChannel, ChannelClosed
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
+from pagewire.serve.front.openai import server_error
+from pagewire.serve.front.output import Output
 from pagewire.serve.messages import Cancel, Events, Failed, Finished, Gauges, Ready, Shutdown, Token, WorkerMessage
-from pagewire.serve.openai import server_error
-from pagewire.serve.output import Output
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.serve.worker")
 START_TIMEOUT_S = 600.0  # from spawn to Ready; the first Triton compilations are in it

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from pagewire.serve.limits import Limits
+from pagewire.serve.front.limits import Limits
 from pagewire.serve.messages import Sampling
 
 MAX_SEED = 2**63 - 1

@@ -15,12 +15,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from pagewire.serve.chat_template import compile_template
+from pagewire.serve.model.chat_template import compile_template
 from pagewire.serve.model.config import ModelError
 from pagewire.serve.model.files import is_gguf, load_config
 from pagewire.serve.model.gguf import GGUFFile, config_of
 from pagewire.serve.model.hf import read_json
-from pagewire.serve.pieces import piece_bytes
+from pagewire.serve.model.pieces import piece_bytes
 
 # tokenizer.ggml.token_type
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5

@@ -7,9 +7,9 @@ anything else says why it failed. A failing forward fails the requests of its ba
 from collections.abc import Callable
 
 from pagewire.serve.channel import ChannelClosed
-from pagewire.serve.engine import PromptChunk, Request, next_chunks
-from pagewire.serve.role import Role
-from pagewire.serve.timeline import now_us
+from pagewire.serve.worker.engine import PromptChunk, Request, next_chunks
+from pagewire.serve.worker.role import Role
+from pagewire.serve.worker.timeline import now_us
 
 COMPLETE = ("stop", "length")
 NAN = "the model gave NaN"

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from pagewire.serve.front.openai import ApiError, server_error
 from pagewire.serve.messages import Submit
-from pagewire.serve.openai import ApiError, server_error
 
 
 class Detokenizer(Protocol):

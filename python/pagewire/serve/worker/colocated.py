@@ -3,11 +3,11 @@
 from collections import deque
 
 from pagewire.serve.channel import Channel
-from pagewire.serve.engine import Engine, Request
 from pagewire.serve.messages import Submit
-from pagewire.serve.role import Role
-from pagewire.serve.steps import COMPLETE, Decoding, Prefilling
-from pagewire.serve.timeline import now_us
+from pagewire.serve.worker.engine import Engine, Request
+from pagewire.serve.worker.role import Role
+from pagewire.serve.worker.steps import COMPLETE, Decoding, Prefilling
+from pagewire.serve.worker.timeline import now_us
 
 
 class ColocatedRole(Role):

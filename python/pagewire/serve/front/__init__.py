@@ -1,0 +1,1 @@
+"""The HTTP process: requests in, text out, and the life of the model processes. No torch, no model file."""

@@ -1,0 +1,5 @@
+import sys
+
+from pagewire.serve.worker.process import main
+
+sys.exit(main())
