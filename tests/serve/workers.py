@@ -1,4 +1,4 @@
-"""Model processes without HTTP: started as the front starts them, or both roles stepped by hand in one process."""
+"""Model processes without HTTP: started as the front starts them, or P and D stepped by hand in one process."""
 
 import os
 import signal
@@ -180,9 +180,9 @@ class Stepped(FrontEnd):
 
     def __init__(self, config: WorkerConfig) -> None:
         super().__init__()
-        from pagewire.serve.worker.decode import DecodeRole
+        from pagewire.serve.worker.decode import DecodeWorker
         from pagewire.serve.worker.engine import Engine
-        from pagewire.serve.worker.prefill import PrefillRole
+        from pagewire.serve.worker.prefill import PrefillWorker
         from pagewire.serve.worker.process import FRAME_CODEC
         from pagewire.transfer.packing import Packing
         from pagewire.transfer.shm import Arena
@@ -196,8 +196,8 @@ class Stepped(FrontEnd):
         self.front_of_p = Channel(self.connect("prefill"), WORKER_CODEC, name="the front")
         self.front_of_d = Channel(self.connect("decode"), WORKER_CODEC, name="the front")
         theirs = Arena(os.dup(self.arena.fd), self.arena.num_slots, self.arena.slot_bytes)
-        self.p = PrefillRole(p_engine, self.front_of_p, self.peer_of_p, packings[0], theirs)
-        self.d = DecodeRole(d_engine, self.front_of_d, self.peer_of_d, packings[1], self.arena)
+        self.p = PrefillWorker(p_engine, self.front_of_p, self.peer_of_p, packings[0], theirs)
+        self.d = DecodeWorker(d_engine, self.front_of_d, self.peer_of_d, packings[1], self.arena)
 
     def turn_p(self) -> None:
         from pagewire.serve.worker.process import turn
@@ -227,4 +227,4 @@ class Stepped(FrontEnd):
 
     def pages_free(self) -> bool:
         """From the pools themselves: no wait for gauges."""
-        return all(role.engine.allocator.num_free == role.config.num_pages for role in (self.p, self.d))
+        return all(worker.engine.allocator.num_free == worker.config.num_pages for worker in (self.p, self.d))

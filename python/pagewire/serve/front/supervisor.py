@@ -14,7 +14,18 @@ from pagewire.serve.channel import AsyncChannel, ChannelClosed
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
 from pagewire.serve.front.openai import server_error
 from pagewire.serve.front.output import Output
-from pagewire.serve.messages import Cancel, Events, Failed, Finished, Gauges, Ready, Shutdown, Token, WorkerMessage
+from pagewire.serve.messages import (
+    Cancel,
+    Events,
+    Failed,
+    Finished,
+    Gauges,
+    Ready,
+    Role,
+    Shutdown,
+    Token,
+    WorkerMessage,
+)
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.serve.worker")
 START_TIMEOUT_S = 600.0  # from spawn to Ready; the first Triton compilations are in it
@@ -25,10 +36,10 @@ STABLE_S = 30.0
 BACKOFF_S = 0.25  # doubles with every restart in a row
 
 
-class Worker:
+class WorkerProcess:
     """One model process and the channel to it."""
 
-    def __init__(self, role: str, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
+    def __init__(self, role: Role, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
         self.role = role
         self.process = process
         self.channel = channel
@@ -66,7 +77,7 @@ class Supervisor:
         on_gauges: Callable[[Gauges], None],
     ) -> None:
         self.roles = ("colocated",) if colocated else ("decode", "prefill")
-        self.workers: list[Worker] = []
+        self.workers: list[WorkerProcess] = []
         self.outputs: dict[str, Output] = {}
         self.pair: Ready | None = None  # the smaller of both for every limit; None: nothing can answer
         self.reason = "the model processes are starting"  # why `pair` is None
@@ -184,7 +195,7 @@ class Supervisor:
                     stderr=asyncio.subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C reaches us alone; we tell them
                 )
-            self.workers.append(Worker(role, process, await AsyncChannel.open(ours)))
+            self.workers.append(WorkerProcess(role, process, await AsyncChannel.open(ours)))
         for peer in peers:
             peer.close()
 
@@ -193,7 +204,7 @@ class Supervisor:
             for worker in self.workers:
                 worker.process.kill()
 
-    async def _read(self, worker: Worker) -> None:
+    async def _read(self, worker: WorkerProcess) -> None:
         """Ends when the channel does."""
         try:
             async for message in worker.channel:
@@ -201,7 +212,7 @@ class Supervisor:
         except (ChannelClosed, msgspec.MsgspecError) as error:
             worker.last_words = f"sent a frame that does not parse: {error}"
 
-    def _receive(self, worker: Worker, message: WorkerMessage) -> None:
+    def _receive(self, worker: WorkerProcess, message: WorkerMessage) -> None:
         match message:
             case Token(request_id, index, token_id):
                 if output := self.outputs.get(request_id):

@@ -5,13 +5,13 @@ from collections import deque
 from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Submit
 from pagewire.serve.worker.engine import Engine, Request
-from pagewire.serve.worker.role import Role
 from pagewire.serve.worker.steps import COMPLETE, Decoding, Prefilling
 from pagewire.serve.worker.timeline import now_us
+from pagewire.serve.worker.worker import Worker
 
 
-class ColocatedRole(Role):
-    name = "colocated"
+class ColocatedWorker(Worker):
+    role = "colocated"
 
     def __init__(self, engine: Engine, front: Channel) -> None:
         super().__init__(engine, front)

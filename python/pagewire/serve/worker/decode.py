@@ -8,9 +8,9 @@ from typing import Any
 from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Submit
 from pagewire.serve.worker.engine import Engine, Request
-from pagewire.serve.worker.role import Role
 from pagewire.serve.worker.steps import COMPLETE, Decoding, describe
 from pagewire.serve.worker.timeline import now_us
+from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.frames import Abort, Chunk, Commit
 from pagewire.transfer.handoff import Action, Cancelled, Dropped, Failed, Refused, Send, Start, Unpack
 from pagewire.transfer.packing import Packing, checksum_problem
@@ -18,8 +18,8 @@ from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.shm import Arena
 
 
-class DecodeRole(Role):
-    name = "decode"
+class DecodeWorker(Worker):
+    role = "decode"
 
     def __init__(self, engine: Engine, front: Channel, peer: Channel, packing: Packing, arena: Arena) -> None:
         super().__init__(engine, front)

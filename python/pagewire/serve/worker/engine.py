@@ -1,4 +1,4 @@
-"""The model, its page pool, and the two steps every role is made of: prefill and decode."""
+"""The model, its page pool, and the two steps every worker is made of: prefill and decode."""
 
 import re
 from collections.abc import Callable, Sequence

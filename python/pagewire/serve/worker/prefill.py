@@ -6,9 +6,9 @@ from typing import Any
 from pagewire.serve.channel import Channel, ChannelClosed
 from pagewire.serve.messages import Submit
 from pagewire.serve.worker.engine import Engine, PromptChunk, Request
-from pagewire.serve.worker.role import Role
 from pagewire.serve.worker.steps import COMPLETE, Prefilling, describe
 from pagewire.serve.worker.timeline import now_us
+from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.frames import Abort, Ack, Credit, Reserve, crc32c
 from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Failed, Push, Refused, Send
 from pagewire.transfer.packing import Packing
@@ -16,8 +16,8 @@ from pagewire.transfer.sender import Sender
 from pagewire.transfer.shm import Arena
 
 
-class PrefillRole(Role):
-    name = "prefill"
+class PrefillWorker(Worker):
+    role = "prefill"
 
     def __init__(self, engine: Engine, front: Channel, peer: Channel, packing: Packing, arena: Arena) -> None:
         """Raises ValueError when the arena's slots are too small for this model."""

@@ -19,7 +19,7 @@ from pagewire.transfer import frames
 from pagewire.transfer.handoff import HELLO_FIELDS, Refused, Wire
 
 if TYPE_CHECKING:
-    from pagewire.serve.worker.role import Role
+    from pagewire.serve.worker.worker import Worker
     from pagewire.transfer.packing import Packing
     from pagewire.transfer.shm import Arena
 
@@ -36,45 +36,45 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's; it tells us
     try:
-        role, front, peer = _start(args)
+        worker, front, peer = _start(args)
     except ChannelClosed as closed:
         _say(f"{args.role}: {closed}")
         return EXIT_PEER_LOST
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         _say(f"{args.role}: {error}")
         return EXIT_BAD_CONFIG
-    return serve(role, front, peer)
+    return serve(worker, front, peer)
 
 
-def serve(role: "Role", front: Channel, peer: Channel | None) -> int:
+def serve(worker: "Worker", front: Channel, peer: Channel | None) -> int:
     """The process's loop; returns its exit code."""
     channels = [front] if peer is None else [front, peer]
     try:
-        while (timeout_s := turn(role, front, peer)) is not None:
+        while (timeout_s := turn(worker, front, peer)) is not None:
             wait(channels, timeout_s)
         front.drain(LAST_WORD_S)
         return 0
     except ChannelClosed as closed:
         if closed.channel is front or _stop_intended(front):
-            _say(f"{role.name}: the front closed, exiting")
+            _say(f"{worker.role}: the front closed, exiting")
             return 0
         with contextlib.suppress(ChannelClosed):
-            role.fail_all(f"the {role.name} process lost its peer")
+            worker.fail_all(f"the {worker.role} process lost its peer")
             front.drain(LAST_WORD_S)
-        _say(f"{role.name}: {closed}, exiting")
+        _say(f"{worker.role}: {closed}, exiting")
         return EXIT_PEER_LOST
 
 
-def turn(role: "Role", front: Channel, peer: Channel | None) -> float | None:
+def turn(worker: "Worker", front: Channel, peer: Channel | None) -> float | None:
     """What arrived, one step, what is due to be reported. Seconds to wait then; None: Shutdown."""
     for message in front.poll():
         if isinstance(message, Shutdown):
             return None
-        role.on_front(message)
+        worker.on_front(message)
     for frame in peer.poll() if peer else ():
-        role.on_peer(frame)
-    worked = role.step()
-    timeout_s = role.report()
+        worker.on_peer(frame)
+    worked = worker.step()
+    timeout_s = worker.report()
     return 0 if worked else timeout_s
 
 
@@ -91,7 +91,7 @@ def _stop_intended(front: Channel) -> bool:
     return False
 
 
-def _start(args: argparse.Namespace) -> tuple["Role", Channel, Channel | None]:
+def _start(args: argparse.Namespace) -> tuple["Worker", Channel, Channel | None]:
     """Raises ValueError, TypeError, OSError or RuntimeError when the config cannot work."""
     if (args.peer_fd is None) != (args.role == "colocated"):
         raise ValueError("--peer-fd: expected for prefill and decode, and only for them")
@@ -104,17 +104,17 @@ def _start(args: argparse.Namespace) -> tuple["Role", Channel, Channel | None]:
 
     engine = Engine(config)
     if args.role == "colocated":
-        from pagewire.serve.worker.colocated import ColocatedRole
+        from pagewire.serve.worker.colocated import ColocatedWorker
 
-        role: Role = ColocatedRole(engine, front)
-        role.send_ready(os.getpid())
-        return role, front, None
+        worker: Worker = ColocatedWorker(engine, front)
+        worker.send_ready(os.getpid())
+        return worker, front, None
 
     import torch
 
     from pagewire.serve.model.fingerprint import fingerprint
-    from pagewire.serve.worker.decode import DecodeRole
-    from pagewire.serve.worker.prefill import PrefillRole
+    from pagewire.serve.worker.decode import DecodeWorker
+    from pagewire.serve.worker.prefill import PrefillWorker
     from pagewire.transfer.packing import Packing
 
     peer = Channel(
@@ -126,11 +126,11 @@ def _start(args: argparse.Namespace) -> tuple["Role", Channel, Channel | None]:
     digest = bytes.fromhex(fingerprint(config.model, engine.model.config))
     wire_dtype = getattr(torch, config.kv_wire_dtype) if config.kv_wire_dtype else None
     packing = Packing(engine.cache, digest, wire_dtype)
-    sides = {"prefill": (PrefillRole, _attach_arena), "decode": (DecodeRole, _create_arena)}
-    new_role, handshake = sides[args.role]
-    role = new_role(engine, front, peer, packing, handshake(config, peer, packing))
-    role.send_ready(os.getpid())
-    return role, front, peer
+    sides = {"prefill": (PrefillWorker, _attach_arena), "decode": (DecodeWorker, _create_arena)}
+    new_worker, handshake = sides[args.role]
+    worker = new_worker(engine, front, peer, packing, handshake(config, peer, packing))
+    worker.send_ready(os.getpid())
+    return worker, front, peer
 
 
 def _create_arena(config: WorkerConfig, peer: Channel, packing: "Packing") -> "Arena":

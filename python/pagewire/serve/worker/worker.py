@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from pagewire.serve.channel import Channel
-from pagewire.serve.messages import Cancel, Events, Failed, Finished, FrontMessage, Gauges, Ready, Submit, Token
+from pagewire.serve.messages import Cancel, Events, Failed, Finished, FrontMessage, Gauges, Ready, Role, Submit, Token
 from pagewire.serve.worker.engine import Engine, Request
 from pagewire.serve.worker.timeline import Timeline, now_us
 
@@ -12,15 +12,15 @@ REPORT_US = 50_000  # events and gauges travel at most this often
 GAUGES_US = 1_000_000  # and unchanged gauges at least this often
 
 
-class Role(ABC):
+class Worker(ABC):
     """One model process's behaviour: messages in, one unit of work per `step`."""
 
-    name: str
+    role: Role
 
     def __init__(self, engine: Engine, front: Channel) -> None:
         self.engine = engine
         self.config = engine.config
-        self.timeline = Timeline(self.name)
+        self.timeline = Timeline(self.role)
         self._front = front
         self._reported_us = 0
         self._gauges_us = 0
@@ -43,7 +43,7 @@ class Role(ABC):
     def request_ids(self) -> list[str]: ...
 
     def on_peer(self, frame: Any) -> None:
-        raise AssertionError(f"{self.name} has no peer")
+        raise AssertionError(f"{self.role} has no peer")
 
     def on_front(self, message: FrontMessage) -> None:
         match message:
@@ -55,7 +55,7 @@ class Role(ABC):
     def send_ready(self, pid: int) -> None:
         model, config = self.engine.model.config, self.config
         pool_tokens = config.num_pages * config.page_size
-        self._front.send(Ready(self.name, pid, model.name, model.max_context, pool_tokens, model.vocab_size))
+        self._front.send(Ready(self.role, pid, model.name, model.max_context, pool_tokens, model.vocab_size))
 
     def emit(self, request: Request, token_id: int) -> str:
         """Tells the front of the token; why the request ends with it, or "" if it goes on."""
@@ -88,7 +88,7 @@ class Role(ABC):
         allocator = self.engine.allocator
         pages: dict[str, int] = {state: n for state, n in allocator.counts().items()}
         pages["total"] = allocator.num_pages
-        gauges = Gauges(self.name, pages, num_running, num_waiting)
+        gauges = Gauges(self.role, pages, num_running, num_waiting)
         if gauges != self._gauges or now - self._gauges_us >= GAUGES_US:
             self._front.send(gauges)
             self._gauges, self._gauges_us = gauges, now
