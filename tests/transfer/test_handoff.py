@@ -4,7 +4,7 @@ import pytest
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
-from pagewire.transfer.handoff import NO_GENERATION, Begin, Cancelled, Dropped, Failed, Send, Start, Unpack
+from pagewire.transfer.handoff import NO_GENERATION, Begin, Cancelled, Dropped, RequestFailed, Send, Start, Unpack
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire
@@ -86,7 +86,7 @@ def test_commit_before_the_last_chunk_fails_the_request() -> None:
     for _ in range(3):
         pair.deliver(pair.next_chunk())
     failed, abort = pair.d.commit(Commit("a", 1, reserve.capability, 9, tuple(range(6)), ()))
-    assert isinstance(failed, Failed) and "not arrived" in failed.message
+    assert isinstance(failed, RequestFailed) and "not arrived" in failed.message
     assert pair.p.abort(abort.frame) == [Dropped("a")]
     assert pair.all_free()
 
@@ -106,7 +106,7 @@ def test_a_chunk_that_cannot_be_packed_gives_its_slot_back() -> None:
     pair.begin("a")
     pair.compute("a")
     failed, abort = pair.p.not_pushed(pair.p.next_send(), "pack raised")
-    assert (failed, type(abort.frame)) == (Failed("a", "pack raised"), Abort)
+    assert (failed, type(abort.frame)) == (RequestFailed("a", "pack raised"), Abort)
     pair.d.abort(abort.frame)
     assert pair.all_free()
     pair.begin("b")
@@ -121,7 +121,7 @@ def test_a_bad_payload_fails_its_request_and_returns_the_slot() -> None:
     chunk = pair.next_chunk()
     pair.d.chunk(chunk)
     credit, failed, abort = pair.d.unpacked(chunk, "checksum")
-    assert (credit.frame, failed) == (Credit(chunk.slot), Failed("a", "checksum"))
+    assert (credit.frame, failed) == (Credit(chunk.slot), RequestFailed("a", "checksum"))
     pair.p.credit(credit.frame)
     pair.p.abort(abort.frame)
     assert pair.all_free()
@@ -154,7 +154,7 @@ def test_ending_a_request_in_every_phase(side: str, phase: str, end: str) -> Non
     machine, other = (pair.d, pair.p) if side == "d" else (pair.p, pair.d)
     arguments = ("a",) if end == "cancel" else ("a", "why")
     answer, *rest = getattr(machine, end)(*arguments)
-    assert answer == (Cancelled("a") if end == "cancel" else Failed("a", "why"))
+    assert answer == (Cancelled("a") if end == "cancel" else RequestFailed("a", "why"))
     for send in rest:
         assert isinstance(send.frame, Abort)
         other.abort(send.frame)
@@ -200,7 +200,7 @@ def test_a_full_queue_refuses() -> None:
     pair = Pair()
     pair.reserve("a", num_tokens=16)
     assert pair.d.submit("b", (1,), 4) == []
-    assert isinstance(pair.d.submit("c", (1,), 4)[0], Failed)
+    assert isinstance(pair.d.submit("c", (1,), 4)[0], RequestFailed)
     assert pair.d.num_waiting == 1
 
 
@@ -220,7 +220,7 @@ def test_what_is_not_committed_in_time_fails() -> None:
     assert pair.d.tick() == []
     pair.now_ms = 100
     failed, abort = pair.d.tick()
-    assert isinstance(failed, Failed) and "100 ms" in failed.message
+    assert isinstance(failed, RequestFailed) and "100 ms" in failed.message
     pair.p.abort(abort.frame)
     assert pair.all_free()
 

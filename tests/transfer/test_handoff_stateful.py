@@ -14,7 +14,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
-from pagewire.transfer.handoff import Begin, Cancelled, Dropped, Failed, Phase, Push, Refused, Send, Start, Unpack
+from pagewire.transfer.handoff import (
+    Begin,
+    Cancelled,
+    Dropped,
+    Phase,
+    Push,
+    Refused,
+    RequestFailed,
+    Send,
+    Start,
+    Unpack,
+)
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire
@@ -53,7 +64,7 @@ class Handoff(RuleBasedStateMachine):
         self.ended_at_d: Counter = Counter()
         self.ended_at_p: Counter = Counter()
         self.honest = True  # until the peer repeats or forges a chunk
-        self.answered: Counter = Counter()  # what the front heard: Failed, Cancelled, finished
+        self.answered: Counter = Counter()  # what the front heard: RequestFailed, Cancelled, finished
 
     def new_capability(self) -> bytes:
         self.capabilities += 1
@@ -75,7 +86,7 @@ class Handoff(RuleBasedStateMachine):
                     assert self.arrived[commit.generation] == self.every_cell(request_id)
                     assert commit.token_ids == self.prompts[request_id]
                     self.running.append(request_id)
-                case Failed(request_id) | Cancelled(request_id):
+                case RequestFailed(request_id) | Cancelled(request_id):
                     self.answered[request_id] += 1
                     self.end_at_d(request_id)
                 case Dropped(request_id):
@@ -89,7 +100,7 @@ class Handoff(RuleBasedStateMachine):
                 case Begin(request_id, pages):
                     assert len(pages) * PAGE_SIZE >= len(self.prompts[request_id])
                     self.prefilling[request_id] = 0
-                case Failed(request_id) | Cancelled(request_id):
+                case RequestFailed(request_id) | Cancelled(request_id):
                     self.answered[request_id] += 1
                     self.end_at_p(request_id)
                 case Dropped(request_id):
@@ -323,7 +334,7 @@ class Handoff(RuleBasedStateMachine):
         chunk = self.chunk_for(incoming, min(self.receiver._granted_slots))
         actions = self.receiver.chunk(replace(chunk, **change))
         assert actions[0] == Send(Credit(chunk.slot))
-        assert isinstance(actions[1], Failed) and actions[1].request_id == incoming.request_id
+        assert isinstance(actions[1], RequestFailed) and actions[1].request_id == incoming.request_id
         self.d(actions)
 
     @precondition(lambda self: len(self.receiver._granted_slots) < NUM_SLOTS and self.granted())

@@ -56,7 +56,7 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Failed:
+class RequestFailed:
     """Tell the front; everything the request held here is released."""
 
     request_id: str
@@ -121,7 +121,7 @@ class Push:
     slot: int
 
 
-Action = Send | Failed | Cancelled | Dropped | Refused | Unpack | Start | Begin
+Action = Send | RequestFailed | Cancelled | Dropped | Refused | Unpack | Start | Begin
 
 
 class Phase(Enum):

@@ -13,9 +13,9 @@ from pagewire.transfer.handoff import (
     Action,
     Cancelled,
     Dropped,
-    Failed,
     Phase,
     Refused,
+    RequestFailed,
     Send,
     Start,
     Unpack,
@@ -90,7 +90,7 @@ class Receiver:
         elif len(self._waiting) >= self._max_waiting:
             problem = f"{self._max_waiting} requests are waiting for pages, no more are queued"
         if problem:
-            return [Failed(request_id, problem), abort_frame(request_id, NO_GENERATION, problem)]
+            return [RequestFailed(request_id, problem), abort_frame(request_id, NO_GENERATION, problem)]
         incoming = _Incoming(request_id, token_ids, num_pages)
         self._live[request_id] = incoming
         self._waiting.append(incoming)
@@ -158,7 +158,7 @@ class Receiver:
         return self._give_up(request_id, Cancelled(request_id), "cancelled")
 
     def fail(self, request_id: str, message: str) -> list[Action]:
-        return self._give_up(request_id, Failed(request_id, message), message)
+        return self._give_up(request_id, RequestFailed(request_id, message), message)
 
     def release(self, request_id: str) -> list[Action]:
         """A running request has ended in good order."""

@@ -11,10 +11,10 @@ from pagewire.transfer.handoff import (
     Begin,
     Cancelled,
     Dropped,
-    Failed,
     Phase,
     Push,
     Refused,
+    RequestFailed,
     Send,
     Wire,
     abort_frame,
@@ -209,7 +209,7 @@ class Sender:
         return self._give_up(request_id, Cancelled(request_id), "cancelled")
 
     def fail(self, request_id: str, message: str) -> list[Action]:
-        return self._give_up(request_id, Failed(request_id, message), message)
+        return self._give_up(request_id, RequestFailed(request_id, message), message)
 
     def _give_up(self, request_id: str, answer: Action | None, reason: str) -> list[Action]:
         outgoing = self._live.get(request_id)

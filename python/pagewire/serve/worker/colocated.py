@@ -4,7 +4,7 @@ from collections import deque
 
 from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Submit
-from pagewire.serve.worker.engine import Engine, Request
+from pagewire.serve.worker.engine import Engine, RequestState
 from pagewire.serve.worker.steps import COMPLETE, Decoding, Prefilling
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
@@ -15,7 +15,7 @@ class ColocatedWorker(Worker):
 
     def __init__(self, engine: Engine, front: Channel) -> None:
         super().__init__(engine, front)
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[RequestState] = deque()
         self._prefilling = Prefilling(self)
         self._decoding = Decoding(self)
 
@@ -29,7 +29,7 @@ class ColocatedWorker(Worker):
         if problem:
             self.send_failed(submit.request_id, problem)
             return
-        self._waiting.append(Request(submit, now_us(), []))
+        self._waiting.append(RequestState(submit, now_us(), []))
         self._admit()
 
     def cancel(self, request_id: str) -> None:
@@ -62,7 +62,7 @@ class ColocatedWorker(Worker):
         running = (*self._prefilling.requests, *self._decoding.requests)
         return [request.id for request in (*self._waiting, *running)]
 
-    def _end(self, request: Request, reason: str) -> None:
+    def _end(self, request: RequestState, reason: str) -> None:
         if reason in (*COMPLETE, "cancelled"):
             self.send_finished(request.id, reason, len(request.output))
         else:

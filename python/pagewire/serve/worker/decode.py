@@ -7,12 +7,12 @@ from typing import Any
 
 from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Submit
-from pagewire.serve.worker.engine import Engine, Request
+from pagewire.serve.worker.engine import Engine, RequestState
 from pagewire.serve.worker.steps import COMPLETE, Decoding, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.frames import Abort, Chunk, Commit
-from pagewire.transfer.handoff import Action, Cancelled, Dropped, Failed, Refused, Send, Start, Unpack
+from pagewire.transfer.handoff import Action, Cancelled, Dropped, Refused, RequestFailed, Send, Start, Unpack
 from pagewire.transfer.packing import Packing, checksum_problem
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.shm import Arena
@@ -98,7 +98,7 @@ class DecodeWorker(Worker):
         if commit.digests and not self._same_digests(request_id, pages, commit):
             self._do(self._receiver.fail(request_id, "D's KV differs from P's"))
             return
-        request = Request(*self._submits[request_id], pages, output=[commit.first_token])
+        request = RequestState(*self._submits[request_id], pages, output=[commit.first_token])
         request.computed_us = now_us()
         self._decoding.requests.append(request)
 
@@ -121,7 +121,7 @@ class DecodeWorker(Worker):
                     self._do(self._receiver.unpacked(chunk, self._unpack(chunk, pages)))
                 case Start(request_id, pages, commit):
                     self._start(request_id, pages, commit)
-                case Failed(request_id, message):
+                case RequestFailed(request_id, message):
                     self._forget(request_id)
                     self.send_failed(request_id, message)
                 case Cancelled(request_id):

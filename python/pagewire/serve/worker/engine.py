@@ -19,7 +19,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # also a file na
 
 
 @dataclass(eq=False)
-class Request:
+class RequestState:
     """One request in one process: its prompt, its pages, and how far it is."""
 
     submit: Submit
@@ -48,12 +48,12 @@ class Request:
 class PromptChunk:
     """Prompt tokens [start, stop) of a request, in one forward."""
 
-    request: Request
+    request: RequestState
     start: int
     stop: int
 
 
-def next_chunks(requests: Sequence[Request], max_tokens: int) -> list[PromptChunk]:
+def next_chunks(requests: Sequence[RequestState], max_tokens: int) -> list[PromptChunk]:
     """The next prompt tokens in FIFO order, at most `max_tokens` of them."""
     chunks = []
     for request in requests:
@@ -108,7 +108,7 @@ class Engine:
 
     def prefill(
         self, chunks: list[PromptChunk], on_layer: Callable[[int], None] | None = None
-    ) -> dict[Request, int | None]:
+    ) -> dict[RequestState, int | None]:
         """Computes the chunks' KV; the first token of every request whose prompt is complete.
 
         None instead of a token: the model gave NaN for this request.
@@ -144,7 +144,7 @@ class Engine:
                 self._record(request, "prefill", [row], [*request.submit.token_ids, token])
         return dict(zip(finished, tokens, strict=True))
 
-    def decode(self, requests: list[Request]) -> list[int | None]:
+    def decode(self, requests: list[RequestState]) -> list[int | None]:
         """The token after each request's last one, whose KV is written on the way."""
         page_size = self.config.page_size
         positions = [r.prompt_len + len(r.output) - 1 for r in requests]
@@ -164,12 +164,12 @@ class Engine:
                 request.logits.append(row.clone())
         return self._sample(requests, logits)
 
-    def record_decode(self, request: Request) -> None:
+    def record_decode(self, request: RequestState) -> None:
         """Writes the logits of the request's decode steps and its output, if asked to."""
         if self._record_dir:
             self._record(request, "decode", request.logits, request.output)
 
-    def _sample(self, requests: list[Request], logits: Tensor) -> list[int | None]:
+    def _sample(self, requests: list[RequestState], logits: Tensor) -> list[int | None]:
         """A row with NaN fails its own request only."""
         good = (~logits.isnan().any(dim=-1)).nonzero().flatten().tolist()
         drawn = sample(
@@ -182,7 +182,7 @@ class Engine:
             tokens[i] = token
         return tokens
 
-    def _record(self, request: Request, phase: str, logits: list[Tensor], token_ids: list[int]) -> None:
+    def _record(self, request: RequestState, phase: str, logits: list[Tensor], token_ids: list[int]) -> None:
         """<request id>.<phase>.safetensors: logits fp32 [num_rows, vocab_size], token_ids int64.
 
         prefill: the logits after the prompt; the prompt, then the first token.
@@ -193,12 +193,12 @@ class Engine:
         path = self._record_dir / f"{request.id}.{phase}.safetensors"
         save_file({"logits": rows.contiguous(), "token_ids": torch.tensor(token_ids)}, path)
 
-    def _page_row(self, request: Request) -> Tensor:
+    def _page_row(self, request: RequestState) -> Tensor:
         return torch.tensor(request.pages, dtype=torch.int32)
 
     def _warm_up(self) -> None:
         """One token through both kinds of forward: a backend that refuses says so before Ready."""
-        request = Request(Submit("", [0], 2, [], Sampling()), submitted_us=0, pages=[0, 0])
+        request = RequestState(Submit("", [0], 2, [], Sampling()), submitted_us=0, pages=[0, 0])
         self.prefill([PromptChunk(request, 0, 1)])
         request.output = [0]
         self.decode([request])

@@ -5,12 +5,12 @@ from typing import Any
 
 from pagewire.serve.channel import Channel, ChannelClosed
 from pagewire.serve.messages import Submit
-from pagewire.serve.worker.engine import Engine, PromptChunk, Request
+from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.steps import COMPLETE, Prefilling, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.frames import Abort, Ack, Credit, Reserve, crc32c
-from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Failed, Push, Refused, Send
+from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Push, Refused, RequestFailed, Send
 from pagewire.transfer.packing import Packing
 from pagewire.transfer.sender import Sender
 from pagewire.transfer.shm import Arena
@@ -29,7 +29,7 @@ class PrefillWorker(Worker):
             engine.allocator, engine.config.page_size, packing.wire, arena.num_slots, arena.slot_bytes
         )
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
-        self._requests: dict[str, Request] = {}  # that own pages, the unacknowledged included
+        self._requests: dict[str, RequestState] = {}  # that own pages, the unacknowledged included
         self._prefilling = Prefilling(self)
         self._frames: deque[Any] = deque()  # arrived during a forward, for after it
 
@@ -89,7 +89,7 @@ class PrefillWorker(Worker):
                 self._frames.append(frame)
         self._push()
 
-    def _computed(self, request: Request, reason: str) -> None:
+    def _computed(self, request: RequestState, reason: str) -> None:
         if reason in COMPLETE:
             self.send_finished(request.id, reason, len(request.output))
             self._do(self._sender.finished(request.id))
@@ -126,7 +126,7 @@ class PrefillWorker(Worker):
         request.pack_us += now_us() - start_us
         self.timeline.add("push", start_us, None, request.id, layer=push.layer, bytes=num_bytes)
 
-    def _acked(self, request: Request | None) -> None:
+    def _acked(self, request: RequestState | None) -> None:
         if request is None or not request.computed_us:
             return
         end_us = now_us()
@@ -140,10 +140,10 @@ class PrefillWorker(Worker):
                 case Send(frame):
                     self._peer.send(frame)
                 case Begin(request_id, pages):
-                    request = Request(*self._submits[request_id], pages)
+                    request = RequestState(*self._submits[request_id], pages)
                     self._requests[request_id] = request
                     self._prefilling.requests.append(request)
-                case Failed(request_id, message):
+                case RequestFailed(request_id, message):
                     self._forget(request_id)
                     self.send_failed(request_id, message)
                 case Cancelled(request_id):

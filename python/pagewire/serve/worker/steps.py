@@ -7,13 +7,13 @@ anything else says why it failed. A failing forward fails the requests of its ba
 from collections.abc import Callable
 
 from pagewire.serve.channel import ChannelClosed
-from pagewire.serve.worker.engine import PromptChunk, Request, next_chunks
+from pagewire.serve.worker.engine import PromptChunk, RequestState, next_chunks
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 
 COMPLETE = ("stop", "length")
 NAN = "the model gave NaN"
-Left = list[tuple[Request, str]]
+Left = list[tuple[RequestState, str]]
 
 
 def describe(error: Exception) -> str:
@@ -27,7 +27,7 @@ class Prefilling:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.requests: list[Request] = []
+        self.requests: list[RequestState] = []
 
     def step(self, on_layer: Callable[[int, list[PromptChunk]], None] | None = None) -> Left:
         """One forward over at most prefill_chunk prompt tokens; a complete prompt's first token."""
@@ -72,7 +72,7 @@ class Decoding:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.requests: list[Request] = []
+        self.requests: list[RequestState] = []
 
     def step(self) -> Left:
         """One forward over at most max_batch_size requests."""

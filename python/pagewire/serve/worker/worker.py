@@ -5,7 +5,7 @@ from typing import Any
 
 from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Cancel, Events, Failed, Finished, FrontMessage, Gauges, Ready, Role, Submit, Token
-from pagewire.serve.worker.engine import Engine, Request
+from pagewire.serve.worker.engine import Engine, RequestState
 from pagewire.serve.worker.timeline import Timeline, now_us
 
 REPORT_US = 50_000  # events and gauges travel at most this often
@@ -57,7 +57,7 @@ class Worker(ABC):
         pool_tokens = config.num_pages * config.page_size
         self._front.send(Ready(self.role, pid, model.name, model.max_context, pool_tokens, model.vocab_size))
 
-    def emit(self, request: Request, token_id: int) -> str:
+    def emit(self, request: RequestState, token_id: int) -> str:
         """Tells the front of the token; why the request ends with it, or "" if it goes on."""
         if token_id in request.submit.stop_token_ids:
             return "stop"
