@@ -19,9 +19,11 @@ def test_coverage_is_a_set_without_repetition(blocks: list) -> None:
     covered: set = set()
     for layers, heads, tokens in blocks:
         block = {(y, h, t) for y in range(*layers) for h in range(*heads) for t in range(*tokens)}
-        problem = coverage.add(layers, heads, tokens)
-        assert (problem == "") == (bool(block) and block <= every and not block & covered)
-        covered |= set() if problem else block
+        fits = bool(block) and block <= every and not block & covered
+        assert (coverage.problem(layers, heads, tokens) is None) == fits
+        if fits:
+            coverage.add(layers, heads, tokens)
+            covered |= block
         assert coverage.complete == (covered == every)
 
 
@@ -30,5 +32,5 @@ def test_one_token_at_a_time_in_any_order(tokens: list[int]) -> None:
     coverage = Coverage(LAYERS, HEADS, START, STOP)
     for token in tokens:
         assert not coverage.complete
-        assert coverage.add((0, LAYERS), (0, HEADS), (token, token + 1)) == ""
+        coverage.add((0, LAYERS), (0, HEADS), (token, token + 1))
     assert coverage.complete

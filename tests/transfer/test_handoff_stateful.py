@@ -143,8 +143,8 @@ class Handoff(RuleBasedStateMachine):
         self.d(self.receiver.submit(request_id, prompt, num_tokens))
 
     @precondition(lambda self: self.p_submits)
-    @rule(problem=st.sampled_from(["", "", "", "not here"]))
-    def submit_reaches_p(self, problem: str) -> None:
+    @rule(problem=st.sampled_from([None, None, None, "not here"]))
+    def submit_reaches_p(self, problem: str | None) -> None:
         request_id = self.p_submits.popleft()
         self.p(self.sender.submit(request_id, self.prompts[request_id], problem))
 
@@ -227,8 +227,8 @@ class Handoff(RuleBasedStateMachine):
         self.d(handle(frame))
 
     @precondition(lambda self: self.unpacking)
-    @rule(number=st.integers(0, 99), problem=st.sampled_from(["", "", "", "checksum"]))
-    def unpacked(self, number: int, problem: str = "") -> None:
+    @rule(number=st.integers(0, 99), problem=st.sampled_from([None, None, None, "checksum"]))
+    def unpacked(self, number: int, problem: str | None = None) -> None:
         """Unpacks may end in any order, and after their request did."""
         chunk = self.unpacking.pop(number % len(self.unpacking)).chunk
         if not problem:
@@ -261,7 +261,7 @@ class Handoff(RuleBasedStateMachine):
             move
             for possible, move in (
                 (self.d_submits, self.submit_reaches_d),
-                (self.p_submits, lambda: self.submit_reaches_p(problem="")),
+                (self.p_submits, lambda: self.submit_reaches_p(problem=None)),
                 (self.to_p, self.frame_reaches_p),
                 (self.to_d, self.frame_reaches_d),
                 (self.prefilling, lambda: self.forward(len(self.to_d), 5)),

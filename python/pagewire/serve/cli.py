@@ -80,8 +80,8 @@ class _Server(uvicorn.Server):
         yield  # ours: see _serve
 
 
-async def _serve(front: Front, supervisor: Supervisor, sock: socket.socket, api_key: str | None) -> str:
-    """Until a signal or the pair's end for good; returns the sentence that explains the latter, or ""."""
+async def _serve(front: Front, supervisor: Supervisor, sock: socket.socket, api_key: str | None) -> str | None:
+    """Until a signal or the pair's end for good; returns the sentence that explains the latter."""
     app = make_app(front, api_key)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5
@@ -151,7 +151,7 @@ def _main(argv: list[str]) -> int:
             flush=True,
         )
 
-        async def run() -> str:
+        async def run() -> str | None:
             front.supervisor = Supervisor(
                 config, colocated=args.colocated, on_events=front.on_events, on_gauges=front.on_gauges
             )

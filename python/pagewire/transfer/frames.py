@@ -40,6 +40,8 @@ SCALE_KINDS = ("none", "tensor", "head", "token_head")
 CHECKSUM_KINDS = ("none", "crc32c")
 ROLES = ("prefill", "decode")
 
+Range = tuple[int, int]  # [start, stop)
+
 
 class FrameError(ValueError):
     """These bytes are not a frame we can act on; nothing was changed."""
@@ -117,6 +119,12 @@ class Chunk:
     checksum: int
     payload_bytes: int
     slot: int
+
+    @property
+    def block(self) -> tuple[Range, Range, Range]:
+        """Its layers, heads and tokens."""
+        heads, tokens = (self.head_start, self.head_stop), (self.token_start, self.token_stop)
+        return (self.layer_start, self.layer_stop), heads, tokens
 
     def __post_init__(self) -> None:
         _expect(self.layer_start < self.layer_stop <= MAX_LAYERS, "layer range")

@@ -33,13 +33,13 @@ class Wire:
     scale_kind: str
     packed_bytes: Callable[[int, int, int], int]  # (num_layers, num_heads, num_tokens) -> bytes
 
-    def mismatch(self, other: Hello | Chunk, names: tuple[str, ...]) -> str:
-        """The first of the fields `names` in which `other` differs, in words; "" if none."""
+    def mismatch(self, other: Hello | Chunk, names: tuple[str, ...]) -> str | None:
+        """The first of the fields `names` in which `other` differs, in words."""
         for name in names:
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 return f"{name}: expected {_show(ours)}, got {_show(theirs)}"
-        return ""
+        return None
 
 
 HELLO_FIELDS = ("fingerprint", "num_layers", "num_kv_heads", "head_dim", "head_dim_v", "dtype", "scale_kind")

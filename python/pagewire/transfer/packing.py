@@ -32,18 +32,9 @@ class Packing:
 
     def unpack(self, chunk: Chunk, pages: list[int], buffer: Tensor) -> None:
         """The chunk's payload, at the head of `buffer`, into its pages."""
-        shape = self._shape(
-            chunk.layer_stop - chunk.layer_start,
-            chunk.head_stop - chunk.head_start,
-            chunk.token_stop - chunk.token_start,
-        )
-        pw.unpack_kv(
-            pw.PackedKV.wrap(buffer, shape),
-            self._cache,
-            self._slots(pages, chunk.token_start, chunk.token_stop),
-            layers=(chunk.layer_start, chunk.layer_stop),
-            heads=(chunk.head_start, chunk.head_stop),
-        )
+        layers, heads, tokens = chunk.block
+        packed = pw.PackedKV.wrap(buffer, self._shape(*(stop - start for start, stop in chunk.block)))
+        pw.unpack_kv(packed, self._cache, self._slots(pages, *tokens), layers=layers, heads=heads)
 
     def digests(self, pages: list[int], num_tokens: int) -> tuple[bytes, ...]:
         """SHA-256 per layer of tokens [0, num_tokens) as they are packed for the wire."""
@@ -84,11 +75,11 @@ class Packing:
         return pw.page_slots(row, start, stop, self._cache.page_size)
 
 
-def checksum_problem(chunk: Chunk, payload: bytes) -> str:
-    """Why `payload` is not what the chunk's sender packed; "" if it is."""
+def checksum_problem(chunk: Chunk, payload: bytes) -> str | None:
+    """Why `payload` is not what the chunk's sender packed."""
     if chunk.checksum_kind != "crc32c":
         return f"CHUNK: checksum_kind: expected crc32c, got {chunk.checksum_kind}"
     found = crc32c(payload)
     if found != chunk.checksum:
         return f"CHUNK: payload CRC32C: expected {chunk.checksum:#010x}, got {found:#010x}"
-    return ""
+    return None

@@ -76,7 +76,9 @@ class Receiver:
     def request_ids(self) -> list[str]:
         return list(self._live)
 
-    def submit(self, request_id: str, token_ids: tuple[int, ...], num_tokens: int, problem: str = "") -> list[Action]:
+    def submit(
+        self, request_id: str, token_ids: tuple[int, ...], num_tokens: int, problem: str | None = None
+    ) -> list[Action]:
         """`num_tokens`: prompt and output together, all reserved before P may push.
         `problem`: why the request cannot run here, as the caller found.
         """
@@ -103,15 +105,17 @@ class Receiver:
         if incoming is None:
             # late: its request is gone; the slot's bytes are not looked at
             return [Send(Credit(chunk.slot))]
-        problem = self._chunk_problem(chunk, incoming)
+        assert incoming.coverage is not None
+        problem = self._chunk_problem(chunk, incoming.coverage)
         if problem:
-            return [Send(Credit(chunk.slot)), *self.fail(incoming.request_id, problem)]
+            return [Send(Credit(chunk.slot)), *self.fail(incoming.request_id, f"CHUNK: {problem}")]
+        incoming.coverage.add(*chunk.block)
         self._granted_slots.remove(chunk.slot)
         self._unpacking[chunk.slot] = incoming
         incoming.num_unpacking += 1
         return [Unpack(chunk, incoming.pages)]
 
-    def unpacked(self, chunk: Chunk, problem: str = "") -> list[Action]:
+    def unpacked(self, chunk: Chunk, problem: str | None = None) -> list[Action]:
         """The answer to `Unpack`; `problem` says why the payload is not in the pages."""
         incoming = self._unpacking.pop(chunk.slot)
         self._granted_slots.add(chunk.slot)
@@ -135,7 +139,7 @@ class Receiver:
             incoming.commit = commit
             return []
         assert incoming.coverage is not None
-        problem = ""
+        problem = None
         if commit.token_ids != incoming.token_ids:
             problem = "COMMIT: its token ids are not the prompt's"
         elif commit.first_token >= self._vocab_size:
@@ -205,19 +209,15 @@ class Receiver:
             return None
         return incoming
 
-    def _chunk_problem(self, chunk: Chunk, incoming: _Incoming) -> str:
-        assert incoming.coverage is not None
-        layers = (chunk.layer_start, chunk.layer_stop)
-        heads = (chunk.head_start, chunk.head_stop)
-        tokens = (chunk.token_start, chunk.token_stop)
-        problem = self._wire.mismatch(chunk, CHUNK_FIELDS)
-        expected_bytes = self._wire.packed_bytes(layers[1] - layers[0], heads[1] - heads[0], tokens[1] - tokens[0])
-        if not problem and chunk.group != 0:
-            problem = f"group: expected 0, got {chunk.group}"
-        if not problem and chunk.payload_bytes != expected_bytes:
-            problem = f"payload_bytes: expected {expected_bytes}, got {chunk.payload_bytes}"
-        problem = problem or incoming.coverage.add(layers, heads, tokens)
-        return problem and f"CHUNK: {problem}"
+    def _chunk_problem(self, chunk: Chunk, coverage: Coverage) -> str | None:
+        if problem := self._wire.mismatch(chunk, CHUNK_FIELDS):
+            return problem
+        if chunk.group != 0:
+            return f"group: expected 0, got {chunk.group}"
+        expected_bytes = self._wire.packed_bytes(*(stop - start for start, stop in chunk.block))
+        if chunk.payload_bytes != expected_bytes:
+            return f"payload_bytes: expected {expected_bytes}, got {chunk.payload_bytes}"
+        return coverage.problem(*chunk.block)
 
     def _give_up(self, request_id: str, answer: Action, reason: str) -> list[Action]:
         incoming = self._live.get(request_id)

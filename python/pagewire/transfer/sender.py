@@ -79,7 +79,7 @@ class Sender:
     def request_ids(self) -> list[str]:
         return list(self._live)
 
-    def submit(self, request_id: str, token_ids: tuple[int, ...], problem: str = "") -> list[Action]:
+    def submit(self, request_id: str, token_ids: tuple[int, ...], problem: str | None = None) -> list[Action]:
         """`problem`: why the request cannot run here, as the caller found."""
         if request_id in self._live:
             return [Refused(f"request {request_id} was submitted twice")]

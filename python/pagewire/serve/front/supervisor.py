@@ -106,8 +106,8 @@ class Supervisor:
         self.reason = "the server is shutting down"
         self._fail_all(self.reason)
 
-    async def run(self) -> str:
-        """Returns why it ended: "" after `stop()`, else one sentence. A first start is not retried."""
+    async def run(self) -> str | None:
+        """Until `stop()`, or returns why it cannot go on. A first start is not retried."""
         in_a_row = 0
         while True:
             start = time.monotonic()
@@ -116,7 +116,7 @@ class Supervisor:
             except OSError as error:
                 was_ready, reason = False, f"a model process cannot be started: {error}"
             if self._stopping.is_set():
-                return ""
+                return None
             if self.num_restarts == 0 and not was_ready:
                 return reason
             in_a_row = 1 if time.monotonic() - start > STABLE_S else in_a_row + 1

@@ -78,8 +78,8 @@ class DecodeWorker(Worker):
     def request_ids(self) -> list[str]:
         return self._receiver.request_ids()
 
-    def _unpack(self, chunk: Chunk, pages: list[int]) -> str:
-        """Returns why the payload is not in the pages; "" if it is."""
+    def _unpack(self, chunk: Chunk, pages: list[int]) -> str | None:
+        """Returns why the payload is not in the pages."""
         start_us = now_us()
         if chunk.payload_bytes > self._arena.slot_bytes:
             return f"CHUNK: {chunk.payload_bytes} bytes in a slot of {self._arena.slot_bytes}"
@@ -92,7 +92,7 @@ class DecodeWorker(Worker):
             return describe(error)
         args = {"layer": chunk.layer_start, "bytes": chunk.payload_bytes}
         self.timeline.add("unpack", start_us, None, chunk.request_id, **args)
-        return ""
+        return None
 
     def _start(self, request_id: str, pages: list[int], commit: Commit) -> None:
         if commit.digests and not self._same_digests(request_id, pages, commit):

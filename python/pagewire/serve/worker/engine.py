@@ -92,8 +92,8 @@ class Engine:
             self._record_dir = Path(config.record_dir)
             self._record_dir.mkdir(parents=True, exist_ok=True)
 
-    def problem(self, submit: Submit) -> str:
-        """Why the request can never run here; "" if it can. The front checked the same before."""
+    def problem(self, submit: Submit) -> str | None:
+        """Why the request can never run here. The front checked the same before."""
         model = self.model.config
         num_tokens = len(submit.token_ids) + submit.max_tokens
         if not _REQUEST_ID.fullmatch(submit.request_id):
@@ -104,7 +104,7 @@ class Engine:
             return f"the request needs {num_tokens} tokens, the context has {model.max_context}"
         if not 0 <= min(submit.token_ids) <= max(submit.token_ids) < model.vocab_size:
             return f"expected token ids in [0, {model.vocab_size})"
-        return ""
+        return None
 
     def prefill(
         self, chunks: list[PromptChunk], on_layer: Callable[[int], None] | None = None
