@@ -3,11 +3,11 @@
 from collections import deque
 
 from pagewire.serve.channel import Channel
-from pagewire.serve.messages import Submit
+from pagewire.serve.messages import Failed, Finished, Submit
 from pagewire.serve.worker.engine import Engine, RequestState
-from pagewire.serve.worker.steps import COMPLETE, Decoding, Prefilling
+from pagewire.serve.worker.steps import Decoding, Prefilling
 from pagewire.serve.worker.timeline import now_us
-from pagewire.serve.worker.worker import Worker
+from pagewire.serve.worker.worker import Ending, Worker
 
 
 class ColocatedWorker(Worker):
@@ -27,7 +27,7 @@ class ColocatedWorker(Worker):
         if not problem and len(self._waiting) >= self.config.max_waiting:
             problem = f"{len(self._waiting)} requests are waiting for pages, no more are queued"
         if problem:
-            self.send_failed(submit.request_id, problem)
+            self.answer(Failed(submit.request_id, problem))
             return
         self._waiting.append(RequestState(submit, now_us(), []))
         self._admit()
@@ -37,21 +37,21 @@ class ColocatedWorker(Worker):
             for request in requests:
                 if request.id == request_id:
                     requests.remove(request)
-                    self._end(request, "cancelled")
+                    self._end(request, Finished(request_id, "cancelled", len(request.output)))
                     return
 
     def step(self) -> bool:
         """A chunk of prompts, then a token for everything that runs."""
         worked = bool(self._prefilling.requests or self._decoding.requests)
         if self._prefilling.requests:
-            for request, reason in self._prefilling.step():
-                if reason:
-                    self._end(request, reason)
+            for request, ending in self._prefilling.step():
+                if ending:
+                    self._end(request, ending)
                 else:
                     self._decoding.requests.append(request)
         if self._decoding.requests:
-            for request, reason in self._decoding.step():
-                self._end(request, reason)
+            for request, ending in self._decoding.step():
+                self._end(request, ending)
         return worked
 
     def num_running_waiting(self) -> tuple[int, int]:
@@ -62,11 +62,8 @@ class ColocatedWorker(Worker):
         running = (*self._prefilling.requests, *self._decoding.requests)
         return [request.id for request in (*self._waiting, *running)]
 
-    def _end(self, request: RequestState, reason: str) -> None:
-        if reason in (*COMPLETE, "cancelled"):
-            self.send_finished(request.id, reason, len(request.output))
-        else:
-            self.send_failed(request.id, reason)
+    def _end(self, request: RequestState, ending: Ending) -> None:
+        self.answer(ending)
         self.engine.allocator.free(request.pages)
         self._admit()
 

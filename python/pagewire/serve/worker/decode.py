@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from pagewire.serve.channel import Channel
-from pagewire.serve.messages import Submit
+from pagewire.serve.messages import Failed, Finished, Submit
 from pagewire.serve.worker.engine import Engine, RequestState
-from pagewire.serve.worker.steps import COMPLETE, Decoding, describe
+from pagewire.serve.worker.steps import Decoding, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.frames import Abort, Chunk, Commit
@@ -63,13 +63,13 @@ class DecodeWorker(Worker):
         self._do(self._receiver.tick())
         if not self._decoding.requests:
             return False
-        for request, reason in self._decoding.step():
-            if reason in COMPLETE:
-                self._forget(request.id)
-                self.send_finished(request.id, reason, len(request.output))
-                self._do(self._receiver.release(request.id))
+        for request, ending in self._decoding.step():
+            if isinstance(ending, Failed):
+                self._do(self._receiver.fail(request.id, ending.message))
             else:
-                self._do(self._receiver.fail(request.id, reason))
+                self._forget(request.id)
+                self.answer(ending)
+                self._do(self._receiver.release(request.id))
         return True
 
     def num_running_waiting(self) -> tuple[int, int]:
@@ -123,10 +123,10 @@ class DecodeWorker(Worker):
                     self._start(request_id, pages, commit)
                 case RequestFailed(request_id, message):
                     self._forget(request_id)
-                    self.send_failed(request_id, message)
+                    self.answer(Failed(request_id, message))
                 case Cancelled(request_id):
                     output = self._forget(request_id)
-                    self.send_finished(request_id, "cancelled", len(output))
+                    self.answer(Finished(request_id, "cancelled", len(output)))
                 case Dropped(request_id):
                     self._forget(request_id)
                 case Refused(reason):

@@ -4,11 +4,11 @@ from collections import deque
 from typing import Any
 
 from pagewire.serve.channel import Channel, ChannelClosed
-from pagewire.serve.messages import Submit
+from pagewire.serve.messages import Failed, Finished, Submit
 from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
-from pagewire.serve.worker.steps import COMPLETE, Prefilling, describe
+from pagewire.serve.worker.steps import Prefilling, describe
 from pagewire.serve.worker.timeline import now_us
-from pagewire.serve.worker.worker import Worker
+from pagewire.serve.worker.worker import Ending, Worker
 from pagewire.transfer.frames import Abort, Ack, Credit, Reserve, crc32c
 from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Push, Refused, RequestFailed, Send
 from pagewire.transfer.packing import Packing
@@ -65,8 +65,8 @@ class PrefillWorker(Worker):
             self.on_peer(self._frames.popleft())
         if not self._prefilling.requests:
             return False
-        for request, reason in self._prefilling.step(self._on_layer):
-            self._computed(request, reason)
+        for request, ending in self._prefilling.step(self._on_layer):
+            self._computed(request, ending)
         self._push()
         return True
 
@@ -89,18 +89,17 @@ class PrefillWorker(Worker):
                 self._frames.append(frame)
         self._push()
 
-    def _computed(self, request: RequestState, reason: str) -> None:
-        if reason in COMPLETE:
-            self.send_finished(request.id, reason, len(request.output))
-            self._do(self._sender.finished(request.id))
-            self._forget(request.id)
-        elif reason:
-            self._do(self._sender.fail(request.id, reason))
-        else:
-            digests: tuple[bytes, ...] = ()
-            if self.config.verify_kv:
-                digests = self._packing.digests(request.pages, request.prompt_len)
-            self._do(self._sender.prefilled(request.id, request.output[0], digests))
+    def _computed(self, request: RequestState, ending: Ending | None) -> None:
+        match ending:
+            case Finished():
+                self.answer(ending)
+                self._do(self._sender.finished(request.id))
+                self._forget(request.id)
+            case Failed(_, message):
+                self._do(self._sender.fail(request.id, message))
+            case None:
+                digests = self._packing.digests(request.pages, request.prompt_len) if self.config.verify_kv else ()
+                self._do(self._sender.prefilled(request.id, request.output[0], digests))
 
     def _push(self) -> None:
         while (send := self._sender.next_send()) is not None:
@@ -145,10 +144,10 @@ class PrefillWorker(Worker):
                     self._prefilling.requests.append(request)
                 case RequestFailed(request_id, message):
                     self._forget(request_id)
-                    self.send_failed(request_id, message)
+                    self.answer(Failed(request_id, message))
                 case Cancelled(request_id):
                     output = self._forget(request_id)
-                    self.send_finished(request_id, "cancelled", len(output))
+                    self.answer(Finished(request_id, "cancelled", len(output)))
                 case Dropped(request_id):
                     self._forget(request_id)
                 case Refused(reason):

@@ -1,19 +1,18 @@
 """The two kinds of work: a step over prompts and a step over running requests, and how requests leave.
 
-A request leaves a step with a reason: "" it goes on to the next phase, "stop" or "length" it is complete,
-anything else says why it failed. A failing forward fails the requests of its batch and nothing else.
+A failing forward fails the requests of its batch and nothing else.
 """
 
 from collections.abc import Callable
 
 from pagewire.serve.channel import ChannelClosed
+from pagewire.serve.messages import Failed, Finished
 from pagewire.serve.worker.engine import PromptChunk, RequestState, next_chunks
 from pagewire.serve.worker.timeline import now_us
-from pagewire.serve.worker.worker import Worker
+from pagewire.serve.worker.worker import Ending, Worker
 
-COMPLETE = ("stop", "length")
-NAN = "the model gave NaN"
-Left = list[tuple[RequestState, str]]
+Prefilled = list[tuple[RequestState, Ending | None]]  # None: it goes on to decode
+Ended = list[tuple[RequestState, Ending]]
 
 
 def describe(error: Exception) -> str:
@@ -29,7 +28,7 @@ class Prefilling:
         self._worker = worker
         self.requests: list[RequestState] = []
 
-    def step(self, on_layer: Callable[[int, list[PromptChunk]], None] | None = None) -> Left:
+    def step(self, on_layer: Callable[[int, list[PromptChunk]], None] | None = None) -> Prefilled:
         """One forward over at most prefill_chunk prompt tokens; a complete prompt's first token."""
         worker = self._worker
         chunks = next_chunks(self.requests, worker.config.prefill_chunk)
@@ -45,22 +44,23 @@ class Prefilling:
         except ChannelClosed:
             raise
         except Exception as error:
-            return self._leave([(chunk.request, describe(error)) for chunk in chunks])
+            message = describe(error)
+            return self._leave([(chunk.request, Failed(chunk.request.id, message)) for chunk in chunks])
         end_us = now_us()
         for chunk in chunks:
             args = {"start": chunk.start, "stop": chunk.stop}
             worker.timeline.add("prefill_chunk", start_us, end_us, chunk.request.id, **args)
-        left = []
+        left: Prefilled = []
         for request, token_id in first_tokens.items():
             if request not in self.requests:
                 continue  # dropped while it was computed
             args = {"tokens": request.prompt_len}
             worker.timeline.add("prefill", request.started_us, end_us, request.id, **args)
             request.computed_us = end_us
-            left.append((request, NAN if token_id is None else worker.emit(request, token_id)))
+            left.append((request, worker.emit(request, token_id)))
         return self._leave(left)
 
-    def _leave(self, left: Left) -> Left:
+    def _leave(self, left: Prefilled) -> Prefilled:
         for request, _ in left:
             if request in self.requests:
                 self.requests.remove(request)
@@ -74,8 +74,8 @@ class Decoding:
         self._worker = worker
         self.requests: list[RequestState] = []
 
-    def step(self) -> Left:
-        """One forward over at most max_batch_size requests."""
+    def step(self) -> Ended:
+        """One forward over at most max_batch_size requests; those that ended with it."""
         worker = self._worker
         batch = self.requests[: worker.config.max_batch_size]
         start_us = now_us()
@@ -86,20 +86,17 @@ class Decoding:
         try:
             token_ids = worker.engine.decode(batch)
         except Exception as error:
-            return self._leave([(request, describe(error)) for request in batch])
+            message = describe(error)
+            return self._leave([(request, Failed(request.id, message)) for request in batch])
         worker.timeline.add("decode_step", start_us, batch_size=len(batch))
-        left = []
-        for request, token_id in zip(batch, token_ids, strict=True):
-            reason = NAN if token_id is None else worker.emit(request, token_id)
-            if reason:
-                left.append((request, reason))
-        return self._leave(left)
+        endings = [(request, worker.emit(request, token)) for request, token in zip(batch, token_ids, strict=True)]
+        return self._leave([(request, ending) for request, ending in endings if ending])
 
-    def _leave(self, left: Left) -> Left:
-        for request, reason in left:
+    def _leave(self, left: Ended) -> Ended:
+        for request, ending in left:
             self.requests.remove(request)
             args = {"tokens": len(request.output)}
             self._worker.timeline.add("decode", request.decoded_us, None, request.id, **args)
-            if reason in COMPLETE:
+            if isinstance(ending, Finished):
                 self._worker.engine.record_decode(request)
         return left

@@ -11,6 +11,8 @@ from pagewire.serve.worker.timeline import Timeline, now_us
 REPORT_US = 50_000  # events and gauges travel at most this often
 GAUGES_US = 1_000_000  # and unchanged gauges at least this often
 
+Ending = Finished | Failed  # the last word on a request
+
 
 class Worker(ABC):
     """One model process's behaviour: messages in, one unit of work per `step`."""
@@ -57,24 +59,25 @@ class Worker(ABC):
         pool_tokens = config.num_pages * config.page_size
         self._front.send(Ready(self.role, pid, model.name, model.max_context, pool_tokens, model.vocab_size))
 
-    def emit(self, request: RequestState, token_id: int) -> str:
-        """Tells the front of the token; why the request ends with it, or "" if it goes on."""
+    def emit(self, request: RequestState, token_id: int | None) -> Ending | None:
+        """Tells the front of the token; how the request ends with it, or None: it goes on."""
+        if token_id is None:
+            return Failed(request.id, "the model gave NaN")
         if token_id in request.submit.stop_token_ids:
-            return "stop"
+            return Finished(request.id, "stop", len(request.output))
         request.output.append(token_id)
         self._front.send(Token(request.id, len(request.output) - 1, token_id))
-        return "length" if len(request.output) >= request.submit.max_tokens else ""
+        if len(request.output) >= request.submit.max_tokens:
+            return Finished(request.id, "length", len(request.output))
+        return None
 
-    def send_finished(self, request_id: str, reason: str, num_tokens: int) -> None:
-        self._front.send(Finished(request_id, reason, num_tokens))
-
-    def send_failed(self, request_id: str, message: str) -> None:
-        self._front.send(Failed(request_id, message))
+    def answer(self, ending: Ending) -> None:
+        self._front.send(ending)
 
     def fail_all(self, message: str) -> None:
         """The process cannot go on: tell the front, without tidying up."""
         for request_id in self.request_ids():
-            self.send_failed(request_id, message)
+            self.answer(Failed(request_id, message))
 
     def report(self) -> float:
         """Sends events and gauges that are due; returns after how many seconds to call again."""
