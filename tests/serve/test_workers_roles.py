@@ -80,7 +80,7 @@ def test_a_layer_leaves_before_the_next_is_computed(pair: Stepped) -> None:
     def watched(*args, on_layer, **kwargs):
         def watch(layer: int) -> None:
             on_layer(layer)
-            sent_at_layer.append(len(pair.p._sender._sent_slots))
+            sent_at_layer.append(len(pair.p._sender._sent_staging))
 
         return forward(*args, on_layer=watch, **kwargs)
 
@@ -201,7 +201,7 @@ def test_packing_that_raises_fails_its_request_only(pair: Stepped, patch: pytest
     assert pair.ends["a"] == [Failed("a", "RuntimeError: no pack")]
     patch.undo()
     check()
-    assert len(pair.p._sender._credits) == pair.arena.num_slots
+    assert len(pair.p._sender._credits) == pair.arena.num_staging_slots
 
 
 def test_a_corrupt_payload_fails_its_request_only(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_a_corrupt_payload_fails_its_request_only(pair: Stepped, patch: pytest.M
     def corrupt(push):
         push_one(push)
         if push.request_id == "a" and push.layer == 2:
-            pair.arena.slot(push.slot)[5] ^= 1
+            pair.arena.staging_slot(push.staging_slot)[5] ^= 1
 
     patch.setattr(pair.p, "_push_one", corrupt)
     pair.until_ended("a")

@@ -195,7 +195,7 @@ class Stepped(FrontEnd):
         self.arena = Arena.create(*packings[1].staging(config.staging_bytes, config.prefill_chunk))
         self.front_of_p = Channel(self.connect("prefill"), WORKER_CODEC, name="the front")
         self.front_of_d = Channel(self.connect("decode"), WORKER_CODEC, name="the front")
-        theirs = Arena(os.dup(self.arena.fd), self.arena.num_slots, self.arena.slot_bytes)
+        theirs = Arena(os.dup(self.arena.fd), self.arena.num_staging_slots, self.arena.staging_slot_bytes)
         self.p = PrefillWorker(p_engine, self.front_of_p, self.peer_of_p, packings[0], theirs)
         self.d = DecodeWorker(d_engine, self.front_of_d, self.peer_of_d, packings[1], self.arena)
 

@@ -10,20 +10,20 @@ from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire
 
 WIRE = small_wire(num_layers=2, num_kv_heads=1)
-PAGE_SIZE, NUM_SLOTS = 4, 2
+PAGE_SIZE, NUM_STAGING_SLOTS = 4, 2
 
 
 class Pair:
-    """A receiver of 4 pages and a sender of 3, whose slots hold 4 tokens of a layer."""
+    """A receiver of 4 pages and a sender of 3, whose staging slots hold 4 tokens of a layer."""
 
     def __init__(self) -> None:
         self.now_ms = 0
         self.d_pages, self.p_pages = PageAllocator(4), PageAllocator(3)
         self.d = Receiver(
-            self.d_pages, PAGE_SIZE, WIRE, NUM_SLOTS, vocab_size=50, max_waiting=1, timeout_ms=100,
+            self.d_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, vocab_size=50, max_waiting=1, timeout_ms=100,
             now_ms=lambda: self.now_ms, new_capability=lambda: b"c" * 16,
         )  # fmt: skip
-        self.p = Sender(self.p_pages, PAGE_SIZE, WIRE, NUM_SLOTS, WIRE.packed_bytes(1, 1, 4))
+        self.p = Sender(self.p_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, WIRE.packed_bytes(1, 1, 4))
 
     def reserve(self, request_id: str, prompt_len: int = 6, num_tokens: int = 8) -> Reserve:
         (send,) = self.d.submit(request_id, tuple(range(prompt_len)), num_tokens)

@@ -32,9 +32,9 @@ from transfer.wires import small_wire
 
 PAGE_SIZE = 4
 D_PAGES, P_PAGES = 9, 6
-NUM_SLOTS = 2
+NUM_STAGING_SLOTS = 2
 WIRE = small_wire()
-SLOT_BYTES = WIRE.packed_bytes(1, WIRE.num_kv_heads, 3)
+STAGING_SLOT_BYTES = WIRE.packed_bytes(1, WIRE.num_kv_heads, 3)
 TIMEOUT_MS = 1000
 
 
@@ -45,10 +45,10 @@ class Handoff(RuleBasedStateMachine):
         self.capabilities = 0
         self.d_pages, self.p_pages = PageAllocator(D_PAGES), PageAllocator(P_PAGES)
         self.receiver = Receiver(
-            self.d_pages, PAGE_SIZE, WIRE, NUM_SLOTS, vocab_size=100, max_waiting=3,
+            self.d_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, vocab_size=100, max_waiting=3,
             timeout_ms=TIMEOUT_MS, now_ms=lambda: self.now_ms, new_capability=self.new_capability,
         )  # fmt: skip
-        self.sender = Sender(self.p_pages, PAGE_SIZE, WIRE, NUM_SLOTS, SLOT_BYTES)
+        self.sender = Sender(self.p_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, STAGING_SLOT_BYTES)
         self.to_d: deque = deque()
         self.to_p: deque = deque()
         self.prompts: dict[str, tuple[int, ...]] = {}
@@ -281,7 +281,7 @@ class Handoff(RuleBasedStateMachine):
             if moves := self.moves():
                 moves[choice % len(moves)]()
                 self.pages_are_conserved()
-                self.slots_are_conserved()
+                self.staging_slots_are_conserved()
 
     # ------------------------------------------------------------------ a peer that misbehaves
 
@@ -295,7 +295,7 @@ class Handoff(RuleBasedStateMachine):
     def granted(self) -> list:
         return [i for i in self.receiver._live.values() if i.phase is Phase.RECEIVING]
 
-    @precondition(lambda self: self.granted() and self.receiver._granted_slots)
+    @precondition(lambda self: self.granted() and self.receiver._granted_staging)
     @rule(
         number=st.integers(0, 99),
         change=st.sampled_from([{"capability": b"x" * 16}, {"generation": 10**6}, {"request_id": "nobody"}]),
@@ -304,14 +304,14 @@ class Handoff(RuleBasedStateMachine):
         """Whoever does not know the reservation cannot write into it."""
         self.honest = False
         incoming = self.granted()[number % len(self.granted())]
-        chunk = self.chunk_for(incoming, min(self.receiver._granted_slots))
+        chunk = self.chunk_for(incoming, min(self.receiver._granted_staging))
         before = list(self.receiver._live)
         actions = self.receiver.chunk(replace(chunk, **change))
         assert actions == [Send(Credit(chunk.slot))]
         assert list(self.receiver._live) == before
         self.d(actions)
 
-    @precondition(lambda self: self.granted() and self.receiver._granted_slots)
+    @precondition(lambda self: self.granted() and self.receiver._granted_staging)
     @rule(
         number=st.integers(0, 99),
         change=st.sampled_from(
@@ -331,28 +331,28 @@ class Handoff(RuleBasedStateMachine):
         """Fails its own request; nothing is unpacked."""
         self.honest = False
         incoming = self.granted()[number % len(self.granted())]
-        chunk = self.chunk_for(incoming, min(self.receiver._granted_slots))
+        chunk = self.chunk_for(incoming, min(self.receiver._granted_staging))
         actions = self.receiver.chunk(replace(chunk, **change))
         assert actions[0] == Send(Credit(chunk.slot))
         assert isinstance(actions[1], RequestFailed) and actions[1].request_id == incoming.request_id
         self.d(actions)
 
-    @precondition(lambda self: len(self.receiver._granted_slots) < NUM_SLOTS and self.granted())
+    @precondition(lambda self: len(self.receiver._granted_staging) < NUM_STAGING_SLOTS and self.granted())
     @rule(number=st.integers(0, 99))
-    def chunk_in_a_slot_being_read(self, number: int) -> None:
+    def chunk_in_a_staging_slot_being_read(self, number: int) -> None:
         self.honest = False
         incoming = self.granted()[number % len(self.granted())]
         chunk = self.chunk_for(incoming, min(self.receiver._unpacking))
         assert [type(action) for action in self.receiver.chunk(chunk)] == [Refused]
 
-    def chunk_for(self, incoming, slot: int) -> Chunk:
+    def chunk_for(self, incoming, staging_slot: int) -> Chunk:
         """The first token of layer 0, as its sender would have said it."""
         return Chunk(
             request_id=incoming.request_id, generation=incoming.generation,
             capability=incoming.capability, fingerprint=WIRE.fingerprint, group=0, layer_start=0,
             layer_stop=1, head_start=0, head_stop=2, head_dim=4, head_dim_v=4, token_start=0,
             token_stop=1, dtype="float32", scale_kind="none", checksum_kind="crc32c", checksum=0,
-            payload_bytes=WIRE.packed_bytes(1, 2, 1), slot=slot,
+            payload_bytes=WIRE.packed_bytes(1, 2, 1), slot=staging_slot,
         )  # fmt: skip
 
     @precondition(lambda self: self.granted())
@@ -389,13 +389,13 @@ class Handoff(RuleBasedStateMachine):
         assert mine["leased"] == self.p_pages.counts()["leased"]
 
     @invariant()
-    def slots_are_conserved(self) -> None:
-        every = set(range(NUM_SLOTS))
-        assert self.receiver._granted_slots | set(self.receiver._unpacking) == every
-        assert self.receiver._granted_slots.isdisjoint(self.receiver._unpacking)
-        assert set(self.sender._credits) | self.sender._sent_slots == every
-        assert self.sender._sent_slots.isdisjoint(self.sender._credits)
-        if self.honest:  # P never writes into a slot that D reads
+    def staging_slots_are_conserved(self) -> None:
+        every = set(range(NUM_STAGING_SLOTS))
+        assert self.receiver._granted_staging | set(self.receiver._unpacking) == every
+        assert self.receiver._granted_staging.isdisjoint(self.receiver._unpacking)
+        assert set(self.sender._credits) | self.sender._sent_staging == every
+        assert self.sender._sent_staging.isdisjoint(self.sender._credits)
+        if self.honest:  # P never writes into a staging slot that D reads
             assert set(self.sender._credits).isdisjoint(self.receiver._unpacking)
 
     @invariant()
@@ -413,10 +413,10 @@ class Handoff(RuleBasedStateMachine):
             else:
                 break
             self.pages_are_conserved()
-            self.slots_are_conserved()
+            self.staging_slots_are_conserved()
         assert not self.receiver._live and not self.sender._live
         assert self.d_pages.num_free == D_PAGES and self.p_pages.num_free == P_PAGES
-        assert len(self.sender._credits) == NUM_SLOTS
+        assert len(self.sender._credits) == NUM_STAGING_SLOTS
         assert set(self.answered) == set(self.prompts)
 
 

@@ -11,10 +11,10 @@ from pagewire.transfer.shm import Arena
 def test_both_sides_see_the_same_bytes() -> None:
     ours = Arena.create(3, 128)
     theirs = Arena(os.dup(ours.fd), 3, 128)
-    theirs.slot(1)[:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    theirs.staging_slot(1)[:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
     assert ours.read(1, 4) == bytes([1, 2, 3, 4])
-    assert ours.slot(0).sum() == ours.slot(2).sum() == 0
-    assert ours.slot(2).shape == (128,)
+    assert ours.staging_slot(0).sum() == ours.staging_slot(2).sum() == 0
+    assert ours.staging_slot(2).shape == (128,)
 
 
 def test_its_size_cannot_change() -> None:
@@ -24,11 +24,11 @@ def test_its_size_cannot_change() -> None:
             os.ftruncate(arena.fd, size)
 
 
-@pytest.mark.parametrize(("num_slots", "slot_bytes"), [(3, 64), (1, 64), (2, 128), (4, 32)])
-def test_another_size_than_agreed_is_refused(num_slots: int, slot_bytes: int) -> None:
+@pytest.mark.parametrize(("num_staging_slots", "staging_slot_bytes"), [(3, 64), (1, 64), (2, 128), (4, 32)])
+def test_another_size_than_agreed_is_refused(num_staging_slots: int, staging_slot_bytes: int) -> None:
     arena = Arena.create(2, 64)
-    with pytest.raises(ValueError, match=f"expected {num_slots} slots of {slot_bytes} bytes"):
-        Arena(os.dup(arena.fd), num_slots, slot_bytes)
+    with pytest.raises(ValueError, match=f"expected {num_staging_slots} slots of {staging_slot_bytes} bytes"):
+        Arena(os.dup(arena.fd), num_staging_slots, staging_slot_bytes)
 
 
 def test_memory_that_can_shrink_is_refused() -> None:

@@ -32,7 +32,7 @@ MAX_LAYERS = 4096
 MAX_HEADS = 4096
 MAX_HEAD_DIM = 4096
 MAX_TOKENS = 1 << 24
-MAX_SLOTS = 1 << 16
+MAX_STAGING_SLOTS = 1 << 16
 MAX_PAYLOAD_BYTES = 1 << 31
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
@@ -58,7 +58,7 @@ def _expect(holds: bool, sentence: str) -> None:
 
 @dataclass(frozen=True)
 class Hello:
-    """Both sides' first frame. D's carries the staging arena's descriptor; P's has no slots."""
+    """Both sides' first frame. D's carries the staging arena's descriptor; P's has no staging slots."""
 
     role: str
     dtype: str
@@ -67,7 +67,7 @@ class Hello:
     num_kv_heads: int
     head_dim: int
     head_dim_v: int
-    num_slots: int  # every slot of the arena is P's to write until a chunk names it
+    num_slots: int  # every staging slot of the arena is P's to write until a chunk names it
     slot_bytes: int
     incarnation: bytes  # 16, random per process
     fingerprint: bytes  # 32, of the model
@@ -77,7 +77,7 @@ class Hello:
         _expect(1 <= self.num_kv_heads <= MAX_HEADS, f"num_kv_heads {self.num_kv_heads}")
         _expect(1 <= self.head_dim <= MAX_HEAD_DIM, f"head_dim {self.head_dim}")
         _expect(0 <= self.head_dim_v <= MAX_HEAD_DIM, f"head_dim_v {self.head_dim_v}")
-        _expect(0 <= self.num_slots <= MAX_SLOTS, f"num_slots {self.num_slots}")
+        _expect(0 <= self.num_slots <= MAX_STAGING_SLOTS, f"num_slots {self.num_slots}")
         _expect(0 <= self.slot_bytes <= MAX_PAYLOAD_BYTES, f"slot_bytes {self.slot_bytes}")
 
 
@@ -133,7 +133,7 @@ class Chunk:
         _expect(1 <= self.head_dim <= MAX_HEAD_DIM, f"head_dim {self.head_dim}")
         _expect(0 <= self.head_dim_v <= MAX_HEAD_DIM, f"head_dim_v {self.head_dim_v}")
         _expect(1 <= self.payload_bytes <= MAX_PAYLOAD_BYTES, f"payload_bytes {self.payload_bytes}")
-        _expect(self.slot < MAX_SLOTS, f"slot {self.slot}")
+        _expect(self.slot < MAX_STAGING_SLOTS, f"slot {self.slot}")
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,12 @@ class Ack:
 
 @dataclass(frozen=True)
 class Credit:
-    """D has consumed the slot's chunk; the slot is P's to write again."""
+    """D has consumed the staging slot's chunk; it is P's to write again."""
 
     slot: int
 
     def __post_init__(self) -> None:
-        _expect(self.slot < MAX_SLOTS, f"slot {self.slot}")
+        _expect(self.slot < MAX_STAGING_SLOTS, f"slot {self.slot}")
 
 
 @dataclass(frozen=True)

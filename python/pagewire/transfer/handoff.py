@@ -111,14 +111,14 @@ class Begin:
 
 @dataclass(frozen=True)
 class Push:
-    """Pack a layer of tokens [start, stop) from `pages` into the slot, then send `chunk_frame`."""
+    """Pack a layer of tokens [start, stop) from `pages` into the staging slot, then send `chunk_frame`."""
 
     request_id: str
     pages: list[int]
     layer: int
     start: int
     stop: int
-    slot: int
+    staging_slot: int
 
 
 Action = Send | RequestFailed | Cancelled | Dropped | Refused | Unpack | Start | Begin

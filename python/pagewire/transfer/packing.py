@@ -8,7 +8,7 @@ from torch import Tensor
 import pagewire as pw
 from pagewire.transfer.frames import Chunk, crc32c
 from pagewire.transfer.handoff import Wire
-from pagewire.transfer.shm import SLOT_ALIGN
+from pagewire.transfer.shm import STAGING_ALIGN
 from pagewire.types import dtype_name
 
 
@@ -47,19 +47,19 @@ class Packing:
         return tuple(digests)
 
     def staging(self, staging_bytes: int, chunk_tokens: int) -> tuple[int, int]:
-        """(num_slots, slot_bytes): a slot holds a layer of `chunk_tokens`, or a quarter of the arena.
+        """(num_staging_slots, staging_slot_bytes): one holds a layer of `chunk_tokens`, or a quarter of the arena.
 
         Raises ValueError when that is not even one token of one layer.
         """
         token_bytes = self._packed_bytes(1, self.wire.num_kv_heads, 1)
-        wanted = -(-token_bytes * chunk_tokens // SLOT_ALIGN) * SLOT_ALIGN
-        slot_bytes = min(wanted, staging_bytes // 4 // SLOT_ALIGN * SLOT_ALIGN)
-        if slot_bytes < token_bytes:
+        wanted = -(-token_bytes * chunk_tokens // STAGING_ALIGN) * STAGING_ALIGN
+        staging_slot_bytes = min(wanted, staging_bytes // 4 // STAGING_ALIGN * STAGING_ALIGN)
+        if staging_slot_bytes < token_bytes:
             raise ValueError(
-                f"staging_bytes: expected at least {4 * (token_bytes + SLOT_ALIGN)} "
+                f"staging_bytes: expected at least {4 * (token_bytes + STAGING_ALIGN)} "
                 f"(4 tokens of one layer), got {staging_bytes}"
             )
-        return staging_bytes // slot_bytes, slot_bytes
+        return staging_bytes // staging_slot_bytes, staging_slot_bytes
 
     def _packed_bytes(self, num_layers: int, num_heads: int, num_tokens: int) -> int:
         return self._shape(num_layers, num_heads, num_tokens).num_bytes

@@ -47,7 +47,7 @@ class Receiver:
         allocator: PageAllocator,
         page_size: int,
         wire: Wire,
-        num_slots: int,
+        num_staging_slots: int,
         *,
         vocab_size: int,
         max_waiting: int,
@@ -65,8 +65,8 @@ class Receiver:
         self._new_capability = new_capability
         self._live: dict[str, _Incoming] = {}
         self._waiting: deque[_Incoming] = deque()
-        self._granted_slots = set(range(num_slots))  # P's to write
-        self._unpacking: dict[int, _Incoming] = {}  # slot -> owner of the chunk in it
+        self._granted_staging = set(range(num_staging_slots))  # P's to write
+        self._unpacking: dict[int, _Incoming] = {}  # staging slot -> owner of the chunk in it
         self._generation = NO_GENERATION
 
     @property
@@ -99,18 +99,18 @@ class Receiver:
         return self._admit()
 
     def chunk(self, chunk: Chunk) -> list[Action]:
-        if chunk.slot not in self._granted_slots:
+        if chunk.slot not in self._granted_staging:
             return [Refused(f"chunk in staging slot {chunk.slot}, which was not granted")]
         incoming = self._receiving(chunk)
         if incoming is None:
-            # late: its request is gone; the slot's bytes are not looked at
+            # late: its request is gone; the staging slot's bytes are not looked at
             return [Send(Credit(chunk.slot))]
         assert incoming.coverage is not None
         problem = self._chunk_problem(chunk, incoming.coverage)
         if problem:
             return [Send(Credit(chunk.slot)), *self.fail(incoming.request_id, f"CHUNK: {problem}")]
         incoming.coverage.add(*chunk.block)
-        self._granted_slots.remove(chunk.slot)
+        self._granted_staging.remove(chunk.slot)
         self._unpacking[chunk.slot] = incoming
         incoming.num_unpacking += 1
         return [Unpack(chunk, incoming.pages)]
@@ -118,7 +118,7 @@ class Receiver:
     def unpacked(self, chunk: Chunk, problem: str | None = None) -> list[Action]:
         """The answer to `Unpack`; `problem` says why the payload is not in the pages."""
         incoming = self._unpacking.pop(chunk.slot)
-        self._granted_slots.add(chunk.slot)
+        self._granted_staging.add(chunk.slot)
         incoming.num_unpacking -= 1
         actions: list[Action] = [Send(Credit(chunk.slot))]
         if incoming.phase is Phase.GONE:

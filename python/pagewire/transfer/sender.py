@@ -52,17 +52,21 @@ class _Outgoing:
 class Sender:
     """P's side. It holds no more requests than D queues or admits: D aborts what it refuses."""
 
-    def __init__(self, allocator: PageAllocator, page_size: int, wire: Wire, num_slots: int, slot_bytes: int) -> None:
-        """Raises ValueError when a slot cannot hold one token of one layer."""
+    def __init__(
+        self, allocator: PageAllocator, page_size: int, wire: Wire, num_staging_slots: int, staging_slot_bytes: int
+    ) -> None:
+        """Raises ValueError when a staging slot cannot hold one token of one layer."""
         token_bytes = wire.packed_bytes(1, wire.num_kv_heads, 1)
-        if slot_bytes < token_bytes:
-            raise ValueError(f"slot_bytes: expected at least {token_bytes} (one token of one layer), got {slot_bytes}")
+        if staging_slot_bytes < token_bytes:
+            raise ValueError(
+                f"slot_bytes: expected at least {token_bytes} (one token of one layer), got {staging_slot_bytes}"
+            )
         self._allocator = allocator
         self._page_size = page_size
         self._wire = wire
-        self._tokens_per_slot = slot_bytes // token_bytes
-        self._credits = deque(range(num_slots))
-        self._sent_slots: set[int] = set()
+        self._tokens_per_chunk = staging_slot_bytes // token_bytes
+        self._credits = deque(range(num_staging_slots))
+        self._sent_staging: set[int] = set()
         self._live: dict[str, _Outgoing] = {}
         self._granted: deque[_Outgoing] = deque()  # waiting for pages of ours
         self._early: dict[str, Reserve] = {}  # RESERVE that overtook its Submit
@@ -118,8 +122,8 @@ class Sender:
         outgoing = self._live[request_id]
         assert outgoing.reserve is not None
         start = max(start, outgoing.reserve.num_cached)
-        for at in range(start, stop, self._tokens_per_slot):
-            self._pushes.append((outgoing, layer, at, min(at + self._tokens_per_slot, stop)))
+        for at in range(start, stop, self._tokens_per_chunk):
+            self._pushes.append((outgoing, layer, at, min(at + self._tokens_per_chunk, stop)))
             outgoing.num_unpushed += 1
 
     def prefilled(self, request_id: str, first_token: int, digests: tuple[bytes, ...] = ()) -> list[Action]:
@@ -148,9 +152,9 @@ class Sender:
         outgoing.num_unpushed -= 1
         if outgoing.num_unpushed == 0 and outgoing.phase is Phase.DRAINING:
             self._commits.append(outgoing)
-        slot = self._credits.popleft()
-        self._sent_slots.add(slot)
-        return Push(outgoing.request_id, outgoing.pages, layer, start, stop, slot)
+        staging_slot = self._credits.popleft()
+        self._sent_staging.add(staging_slot)
+        return Push(outgoing.request_id, outgoing.pages, layer, start, stop, staging_slot)
 
     def chunk_frame(self, push: Push, payload_bytes: int, checksum: int) -> Chunk:
         reserve = self._live[push.request_id].reserve
@@ -163,17 +167,17 @@ class Sender:
             head_stop=wire.num_kv_heads, head_dim=wire.head_dim, head_dim_v=wire.head_dim_v,
             token_start=push.start, token_stop=push.stop, dtype=wire.dtype,
             scale_kind=wire.scale_kind, checksum_kind="crc32c", checksum=checksum,
-            payload_bytes=payload_bytes, slot=push.slot,
+            payload_bytes=payload_bytes, slot=push.staging_slot,
         )  # fmt: skip
 
     def not_pushed(self, push: Push, message: str) -> list[Action]:
-        """Packing failed before the chunk was sent: the slot is still ours, the request fails."""
-        return [*self.credit(Credit(push.slot)), *self.fail(push.request_id, message)]
+        """Packing failed before the chunk was sent: the staging slot is still ours, the request fails."""
+        return [*self.credit(Credit(push.staging_slot)), *self.fail(push.request_id, message)]
 
     def credit(self, credit: Credit) -> list[Action]:
-        if credit.slot not in self._sent_slots:
+        if credit.slot not in self._sent_staging:
             return [Refused(f"CREDIT for staging slot {credit.slot}, which holds no chunk of ours")]
-        self._sent_slots.remove(credit.slot)
+        self._sent_staging.remove(credit.slot)
         self._credits.append(credit.slot)
         return []
 

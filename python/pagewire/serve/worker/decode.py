@@ -29,7 +29,7 @@ class DecodeWorker(Worker):
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._decoding = Decoding(self)
         self._receiver = Receiver(
-            engine.allocator, engine.config.page_size, packing.wire, arena.num_slots,
+            engine.allocator, engine.config.page_size, packing.wire, arena.num_staging_slots,
             vocab_size=engine.model.config.vocab_size, max_waiting=engine.config.max_waiting,
             timeout_ms=engine.config.handoff_timeout_ms,
             now_ms=lambda: int(time.monotonic() * 1000),
@@ -81,13 +81,13 @@ class DecodeWorker(Worker):
     def _unpack(self, chunk: Chunk, pages: list[int]) -> str | None:
         """Returns why the payload is not in the pages."""
         start_us = now_us()
-        if chunk.payload_bytes > self._arena.slot_bytes:
-            return f"CHUNK: {chunk.payload_bytes} bytes in a slot of {self._arena.slot_bytes}"
+        if chunk.payload_bytes > self._arena.staging_slot_bytes:
+            return f"CHUNK: {chunk.payload_bytes} bytes in a slot of {self._arena.staging_slot_bytes}"
         problem = checksum_problem(chunk, self._arena.read(chunk.slot, chunk.payload_bytes))
         if problem:
             return problem
         try:
-            self._packing.unpack(chunk, pages, self._arena.slot(chunk.slot))
+            self._packing.unpack(chunk, pages, self._arena.staging_slot(chunk.slot))
         except Exception as error:
             return describe(error)
         args = {"layer": chunk.layer_start, "bytes": chunk.payload_bytes}

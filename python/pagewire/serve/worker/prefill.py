@@ -20,13 +20,13 @@ class PrefillWorker(Worker):
     role = "prefill"
 
     def __init__(self, engine: Engine, front: Channel, peer: Channel, packing: Packing, arena: Arena) -> None:
-        """Raises ValueError when the arena's slots are too small for this model."""
+        """Raises ValueError when the arena's staging slots are too small for this model."""
         super().__init__(engine, front)
         self._peer = peer
         self._packing = packing
         self._arena = arena
         self._sender = Sender(
-            engine.allocator, engine.config.page_size, packing.wire, arena.num_slots, arena.slot_bytes
+            engine.allocator, engine.config.page_size, packing.wire, arena.num_staging_slots, arena.staging_slot_bytes
         )
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._requests: dict[str, RequestState] = {}  # that own pages, the unacknowledged included
@@ -115,9 +115,9 @@ class PrefillWorker(Worker):
 
     def _push_one(self, push: Push) -> None:
         start_us = now_us()
-        slot = self._arena.slot(push.slot)
-        num_bytes = self._packing.pack(push.pages, push.layer, push.start, push.stop, slot)
-        checksum = crc32c(self._arena.read(push.slot, num_bytes))
+        out = self._arena.staging_slot(push.staging_slot)
+        num_bytes = self._packing.pack(push.pages, push.layer, push.start, push.stop, out)
+        checksum = crc32c(self._arena.read(push.staging_slot, num_bytes))
         self._peer.send(self._sender.chunk_frame(push, num_bytes, checksum))
         request = self._requests[push.request_id]
         request.pushed_us = request.pushed_us or start_us

@@ -134,11 +134,11 @@ def _start(args: argparse.Namespace) -> tuple["Worker", Channel, Channel | None]
 
 
 def _create_arena(config: WorkerConfig, peer: Channel, packing: "Packing") -> "Arena":
-    """D's side of the handshake: every slot is P's from here on."""
+    """D's side of the handshake: every staging slot is P's from here on."""
     from pagewire.transfer.shm import Arena
 
     arena = Arena.create(*packing.staging(config.staging_bytes, config.prefill_chunk))
-    peer.send(_hello("decode", packing.wire, arena.num_slots, arena.slot_bytes), fds=[arena.fd])
+    peer.send(_hello("decode", packing.wire, arena.num_staging_slots, arena.staging_slot_bytes), fds=[arena.fd])
     _expect_hello(receive(peer, HELLO_TIMEOUT_S), "prefill", packing.wire)
     return arena
 
@@ -153,9 +153,9 @@ def _attach_arena(config: WorkerConfig, peer: Channel, packing: "Packing") -> "A
     return Arena(peer.fds.popleft(), hello.num_slots, hello.slot_bytes)
 
 
-def _hello(role: str, wire: Wire, num_slots: int, slot_bytes: int) -> frames.Hello:
+def _hello(role: str, wire: Wire, num_staging_slots: int, staging_slot_bytes: int) -> frames.Hello:
     fields = {name: getattr(wire, name) for name in HELLO_FIELDS}
-    return frames.Hello(role=role, num_slots=num_slots, slot_bytes=slot_bytes,
+    return frames.Hello(role=role, num_slots=num_staging_slots, slot_bytes=staging_slot_bytes,
                         incarnation=secrets.token_bytes(16), **fields)  # fmt: skip
 
 
