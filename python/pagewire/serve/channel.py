@@ -48,7 +48,7 @@ def frame(body: bytes) -> bytes:
 
 def frame_len(prefix: bytes | bytearray, channel: "Channel | None" = None) -> int:
     """Bytes of the frame's body. Raises ChannelClosed on a length no sender of ours would write."""
-    (length,) = LENGTH.unpack_from(prefix)
+    length: int = LENGTH.unpack_from(prefix)[0]
     if length > MAX_FRAME_BYTES:
         raise ChannelClosed(f"expected a frame of <= {MAX_FRAME_BYTES} bytes, got {length}", channel)
     return length

@@ -48,7 +48,8 @@ class FrameError(ValueError):
 
 
 def crc32c(data: bytes) -> int:
-    return google_crc32c.value(data)
+    checksum: int = google_crc32c.value(data)
+    return checksum
 
 
 def _expect(holds: bool, sentence: str) -> None:
@@ -234,7 +235,7 @@ _TOKEN_IDS = _Tlv(2, _tokens_to_bytes, _tokens_from_bytes)
 _DIGESTS = _Tlv(3, b"".join, _digests_from_bytes)
 _REASON = _Tlv(4, *_text(MAX_REASON_BYTES))
 
-_LAYOUTS: dict[type, _Layout] = {
+_LAYOUTS: dict[type[Frame], _Layout] = {
     Hello: _Layout(1, dict(
         role=_Field("B", ROLES), dtype=_DTYPE, scale_kind=_SCALE_KIND, num_layers=_U16,
         num_kv_heads=_U16, head_dim=_U16, head_dim_v=_U16, num_slots=_U32, slot_bytes=_U32,
@@ -302,7 +303,7 @@ def decode(data: bytes) -> Frame:
     return cls(**values)
 
 
-def _decode_fixed(cls: type, data: bytes, at: int, end: int) -> tuple[dict[str, Any], int]:
+def _decode_fixed(cls: type[Frame], data: bytes, at: int, end: int) -> tuple[dict[str, Any], int]:
     stop = at + _FIXED[cls].size
     _expect(stop <= end, f"{cls.__name__}: the body is cut short")
     values = {}
@@ -315,7 +316,7 @@ def _decode_fixed(cls: type, data: bytes, at: int, end: int) -> tuple[dict[str, 
     return values, stop
 
 
-def _decode_tlvs(cls: type, data: bytes, at: int, end: int, num_tlvs: int) -> dict[str, Any]:
+def _decode_tlvs(cls: type[Frame], data: bytes, at: int, end: int, num_tlvs: int) -> dict[str, Any]:
     known = {tlv.tag: (name, tlv) for name, tlv in _LAYOUTS[cls].tlvs.items()}
     values: dict[str, Any] = {}
     for _ in range(num_tlvs):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from pagewire.serve.front.limits import Limits
 from pagewire.serve.front.metrics import Metrics
@@ -13,7 +13,7 @@ from pagewire.serve.messages import Events, Gauges
 
 
 class Tokenizer(Protocol):
-    eos_token_ids: Any
+    eos_token_ids: tuple[int, ...]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...

@@ -98,7 +98,7 @@ class Generation:
             return await asyncio.to_thread(
                 lambda: [tokenizer.encode(str(text), add_special_tokens=True) for text in texts]
             )
-        return request.prompts  # type: ignore[return-value]
+        return request.prompts
 
     @property
     def _prompt_field(self) -> str:

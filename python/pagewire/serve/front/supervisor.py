@@ -133,7 +133,7 @@ class Supervisor:
         """One life of the pair: (was it ever ready, what ended it). No process outlives this call."""
         stopping = asyncio.ensure_future(self._stopping.wait())
         timer = asyncio.get_running_loop().call_later(START_TIMEOUT_S, self._kill_unready)
-        tasks: list[asyncio.Future] = []
+        tasks: list[asyncio.Future[None] | asyncio.Future[int]] = []
         try:
             await self._spawn()
             readers = [asyncio.ensure_future(self._read(worker)) for worker in self.workers]

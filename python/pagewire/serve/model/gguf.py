@@ -107,12 +107,14 @@ class GGUFFile:
         return value
 
     def texts(self, key: str) -> list[str]:
+        value: list[str]
         value, types = self._value(key, _REQUIRED)
         if types != [GGUFValueType.ARRAY, GGUFValueType.STRING]:
             raise self._unexpected(key, "an array of strings", types)
         return value
 
     def integers(self, key: str) -> list[int]:
+        value: list[int]
         value, types = self._value(key, _REQUIRED)
         if len(types) != 2 or types[0] != GGUFValueType.ARRAY or types[1] not in _INTEGERS:
             raise self._unexpected(key, "an array of integers", types)

@@ -98,7 +98,8 @@ class HFWeights:
         check_shapes(shapes, self.config, str(path))
 
     def read(self, name: str) -> "Tensor":
-        return self._file_of[name].get_tensor(name)
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
 
 
 def weight_files(path: Path) -> dict[Path, list[str] | None]:
@@ -139,7 +140,7 @@ def _check_architecture(raw: Mapping[str, Any], where: str) -> str:
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
         raise ModelError(f"{where}: architectures: expected one of {list(ARCHITECTURES)}, got {architectures!r}")
-    (architecture,) = architectures
+    architecture: str = architectures[0]
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{where}: hidden_act: expected 'silu', got {raw['hidden_act']!r}")
     if raw.get("quantization_config") is not None:

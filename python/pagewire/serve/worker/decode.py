@@ -3,7 +3,6 @@
 import hashlib
 import secrets
 import time
-from typing import Any
 
 from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Failed, Finished, Submit
@@ -11,7 +10,7 @@ from pagewire.serve.worker.engine import Engine, RequestState
 from pagewire.serve.worker.steps import Decoding, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
-from pagewire.transfer.frames import Abort, Chunk, Commit
+from pagewire.transfer.frames import Abort, Chunk, Commit, Frame
 from pagewire.transfer.handoff import Action, Cancelled, Dropped, Refused, RequestFailed, Send, Start, Unpack
 from pagewire.transfer.packing import Packing, checksum_problem
 from pagewire.transfer.receiver import Receiver
@@ -46,7 +45,7 @@ class DecodeWorker(Worker):
     def cancel(self, request_id: str) -> None:
         self._do(self._receiver.cancel(request_id))
 
-    def on_peer(self, frame: Any) -> None:
+    def on_peer(self, frame: Frame | Refused) -> None:
         match frame:
             case Chunk():
                 self._do(self._receiver.chunk(frame))

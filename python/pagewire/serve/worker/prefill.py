@@ -1,7 +1,6 @@
 """P: prefills what D has granted, pushes each layer's KV at once, sends the first token."""
 
 from collections import deque
-from typing import Any
 
 from pagewire.serve.channel import Channel, ChannelClosed
 from pagewire.serve.messages import Failed, Finished, Submit
@@ -9,7 +8,7 @@ from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.steps import Prefilling, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Ending, Worker
-from pagewire.transfer.frames import Abort, Ack, Credit, Reserve, crc32c
+from pagewire.transfer.frames import Abort, Ack, Credit, Frame, Reserve, crc32c
 from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Push, Refused, RequestFailed, Send
 from pagewire.transfer.packing import Packing
 from pagewire.transfer.sender import Sender
@@ -31,7 +30,7 @@ class PrefillWorker(Worker):
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._requests: dict[str, RequestState] = {}  # that own pages, the unacknowledged included
         self._prefilling = Prefilling(self)
-        self._frames: deque[Any] = deque()  # arrived during a forward, for after it
+        self._frames: deque[Frame | Refused] = deque()  # arrived during a forward, for after it
 
     def submit(self, submit: Submit) -> None:
         self._submits.setdefault(submit.request_id, (submit, now_us()))
@@ -43,7 +42,7 @@ class PrefillWorker(Worker):
     def cancel(self, request_id: str) -> None:
         self._do(self._sender.cancel(request_id))
 
-    def on_peer(self, frame: Any) -> None:
+    def on_peer(self, frame: Frame | Refused) -> None:
         match frame:
             case Reserve():
                 self._do(self._sender.reserve(frame))

@@ -1,12 +1,13 @@
 """What P, D and the colocated process share: the channel to the front, emitting tokens, reporting."""
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Cancel, Events, Failed, Finished, FrontMessage, Gauges, Ready, Role, Submit, Token
 from pagewire.serve.worker.engine import Engine, RequestState
 from pagewire.serve.worker.timeline import Timeline, now_us
+from pagewire.transfer.frames import Frame
+from pagewire.transfer.handoff import Refused
 
 REPORT_US = 50_000  # events and gauges travel at most this often
 GAUGES_US = 1_000_000  # and unchanged gauges at least this often
@@ -44,7 +45,7 @@ class Worker(ABC):
     @abstractmethod
     def request_ids(self) -> list[str]: ...
 
-    def on_peer(self, frame: Any) -> None:
+    def on_peer(self, frame: Frame | Refused) -> None:
         raise AssertionError(f"{self.role} has no peer")
 
     def on_front(self, message: FrontMessage) -> None:
