@@ -153,7 +153,7 @@ def _main(argv: list[str]) -> int:
 
         async def run() -> str | None:
             front.supervisor = Supervisor(
-                config, colocated=args.colocated, on_events=front.on_events, on_gauges=front.on_gauges
+                config, colocated=args.colocated, on_events=front.on_events, on_gauges=front.metrics.on_gauges
             )
             return await _serve(front, front.supervisor, sock, api_key)
 

@@ -9,7 +9,7 @@ from pagewire.serve.front.metrics import Metrics
 from pagewire.serve.front.output import Detokenizer
 from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.front.trace import EventLog
-from pagewire.serve.messages import Events, Gauges
+from pagewire.serve.messages import Events
 
 
 class Tokenizer(Protocol):
@@ -40,6 +40,3 @@ class Front:
         for event in events.events:
             self.metrics.on_event(event)
             self.events.add(event)
-
-    def on_gauges(self, gauges: Gauges) -> None:
-        self.metrics.on_gauges(gauges)

@@ -14,18 +14,7 @@ from pagewire.serve.channel import AsyncChannel, ChannelClosed
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
 from pagewire.serve.front.openai import server_error
 from pagewire.serve.front.output import Output
-from pagewire.serve.messages import (
-    Cancel,
-    Events,
-    Failed,
-    Finished,
-    Gauges,
-    Ready,
-    Role,
-    Shutdown,
-    Token,
-    WorkerMessage,
-)
+from pagewire.serve.messages import Cancel, Events, Failed, Finished, Gauges, Ready, Shutdown, Token, WorkerMessage
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.serve.worker")
 START_TIMEOUT_S = 600.0  # from spawn to Ready; the first Triton compilations are in it
@@ -39,7 +28,7 @@ BACKOFF_S = 0.25  # doubles with every restart in a row
 class WorkerProcess:
     """One model process and the channel to it."""
 
-    def __init__(self, role: Role, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
+    def __init__(self, role: str, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
         self.role = role
         self.process = process
         self.channel = channel
