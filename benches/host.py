@@ -36,6 +36,10 @@ def calls() -> dict[str, Callable[[], Any]]:
     k, v, slots = torch.zeros(8, 8, 128, dtype=bf16), torch.zeros(8, 8, 128, dtype=bf16), torch.arange(8)
     outs, lses = torch.zeros(2, 8, 32, 128), torch.zeros(2, 8, 32)
     caches, fp8 = (k_cache, v_cache), (k_fp8, v_fp8)
+    cache = pw.PagedKVCache.allocate(
+        num_layers=32, num_pages=8, page_size=16, num_kv_heads=8, head_dim=128, dtype=bf16, device="cpu"
+    )
+    packed = pw.PackedKV.empty(pw.packed_shape(cache, len(slots)), "cpu")
     return {
         "decode": lambda: pw.decode(q, *caches, table, lens),
         "decode, out and lse given": lambda: pw.decode(q, *caches, table, lens, out=out, lse=lse, return_lse=True),
@@ -45,6 +49,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "append_kv e4m3": lambda: pw.append_kv(k, v, *fp8, slots, k_scale=scales[0], v_scale=scales[1]),
         "merge_state": lambda: pw.merge_state(outs[0], lses[0], outs[1], lses[1]),
         "merge_states": lambda: pw.merge_states(outs, lses),
+        "pack_kv, 32 layers": lambda: pw.pack_kv(cache, slots, out=packed),
+        "unpack_kv, 32 layers": lambda: pw.unpack_kv(packed, cache, slots),
     }
 
 

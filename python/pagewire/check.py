@@ -233,31 +233,40 @@ def out_and_lse(
 
 
 def memory(
-    results: Mapping[str, Tensor | None], inputs: Mapping[str, Tensor | Scale], in_place: Sequence[tuple[str, str]] = ()
-) -> None:
+    results: Mapping[str, Tensor | None],
+    inputs: Mapping[str, Tensor | Scale],
+    in_place: Sequence[tuple[str, str]] = (),
+    copied: Sequence[str] = (),
+) -> list[str]:
     """Every result has memory of its own: no element twice, none of another result or an input.
 
-    in_place: (result, input) that may be the very same view, since each row is read before it is written.
+    Args:
+        in_place: (result, input) that may be the very same view, since each row is read before it is written.
+        copied: inputs that may overlap, since the caller copies those that do: their names are returned.
     """
-    written = [(name, result, overlap.span(result)) for name, result in results.items() if result is not None]
-    for i, (name, result, span) in enumerate(written):
+    found: list[str] = []
+    written = [(name, result, *overlap.span(result)) for name, result in results.items() if result is not None]
+    for i, (name, result, start, stop) in enumerate(written):
         if overlap.overlaps_itself(result):
             raise ValueError(
                 f"{name}: expected memory of its own for each element, got stride {result.stride()} for shape "
                 f"{tuple(result.shape)}"
             )
-        for other, earlier, its_span in written[:i]:
-            if overlap.meet(span, its_span) and overlap.overlap(result, earlier):
+        for other, earlier, its_start, its_stop in written[:i]:
+            if start < its_stop and its_start < stop and overlap.overlap(result, earlier):
                 raise _overlapping(name, other)
     for other, tensor in inputs.items() if written else ():
         if not isinstance(tensor, Tensor):
             continue
-        its_span = overlap.span(tensor)
-        for name, result, span in written:
-            if not overlap.meet(span, its_span) or not overlap.overlap(result, tensor):
+        its_start, its_stop = overlap.span(tensor)
+        for name, result, start, stop in written:
+            if not (start < its_stop and its_start < stop and overlap.overlap(result, tensor)):
                 continue
-            if (name, other) not in in_place or not overlap.same(result, tensor):
+            if other in copied:
+                found.append(other)
+            elif (name, other) not in in_place or not overlap.same(result, tensor):
                 raise _overlapping(name, other)
+    return found
 
 
 def _overlapping(name: str, other: str) -> ValueError:

@@ -6,7 +6,6 @@ values every time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from pagewire import check, memo, moves, registry, shared_kv
 from pagewire.cache import nhd
 from pagewire.cache_part import CachePart, LayerViews
 from pagewire.errors import check_after_call
-from pagewire.overlap import Span, is_prefix, meet, overlap, span
+from pagewire.overlap import is_prefix
 from pagewire.packed import PackedKV
 from pagewire.types import FLOAT_DTYPES, SHORT_QUERY, Layout, Modifiers, Options, Problem
 
@@ -51,10 +50,9 @@ def append_kv(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if isinstance(scale, Tensor) and not (shared and name == "v_scale" and scale is k_scale):
             (written if scale.dim() == 3 else read)[name] = scale
-    check.memory(written, read)
     # rows of the cache itself are read before any is written
-    own = [span(w) for w in written.values()]
-    k, v = (x.clone() if _lies_in(x, own, written.values()) else x for x in (k, v))
+    within = check.memory(written, read | {"k": k, "v": v}, copied=("k", "v"))
+    k, v = (x.clone() if name in within else x for name, x in (("k", k), ("v", v)))
     caches = nhd(k_cache, layout), nhd(v_cache, layout)
     if slot_mapping.shape[0]:
         implementation.move(moves.append(k, v, *caches, slot_mapping, k_scale, v_scale))
@@ -98,11 +96,6 @@ def _is_read(scale: Any, x: Any) -> bool:
     if not isinstance(scale, Tensor) or scale.dim() > 0:
         return False
     return not isinstance(x, Tensor) or (scale.dtype, scale.device) != (torch.float32, x.device)
-
-
-def _lies_in(x: Tensor, spans: Sequence[Span], tensors: Iterable[Tensor]) -> bool:
-    mine = span(x)
-    return any(meet(mine, other) and overlap(x, tensor) for other, tensor in zip(spans, tensors, strict=True))
 
 
 def decode(
@@ -154,9 +147,10 @@ class _Attention(NamedTuple):
     tensors: tuple[str, ...]  # their fields
 
     def with_tensors(self, options: Options) -> Modifiers:
-        m = self.modifiers
+        if not self.tensors:
+            return self.modifiers
         own: dict[str, Any] = {name: getattr(options, name) for name in self.tensors}
-        return m._replace(**own) if own else m
+        return self.modifiers._replace(**own)
 
 
 _TENSORS = ("alibi_slopes", "sinks", "k_scale", "v_scale")  # modifiers that may be some
@@ -164,7 +158,11 @@ _TENSORS = ("alibi_slopes", "sinks", "k_scale", "v_scale")  # modifiers that may
 
 def _kind(op: str, tensors: tuple[Tensor | None, ...], layout: Layout, options: Options) -> memo.Kind | None:
     scale, causal, window, softcap, slopes, sinks, k_scale, v_scale, split_size, max_q_len = options
-    if type(window) is not tuple or _is_read(k_scale, tensors[0]) or _is_read(v_scale, tensors[0]):
+    if type(window) is not tuple:
+        return None
+    if (k_scale is not None or v_scale is not None) and (
+        _is_read(k_scale, tensors[0]) or _is_read(v_scale, tensors[0])
+    ):
         return None
     numbers = (layout, scale, causal, softcap, split_size, max_q_len, *window)
     return memo.kind(op, (*tensors, slopes, sinks, k_scale, v_scale), numbers)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 import pagewire as pw
-from pagewire.cache import CacheScale
 from pagewire.serve.model.llama import Llama
+from pagewire.types import StoredScaleKind
 
 
 class PagedRun:
@@ -20,7 +20,7 @@ class PagedRun:
         page_size: int = 3,
         seed: int = 0,
         dtype: torch.dtype | None = None,
-        scale: CacheScale = "none",
+        scale: StoredScaleKind = "none",
     ) -> None:
         config = model.config
         max_pages = [-(-n // page_size) for n in max_lens]

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
@@ -22,6 +23,7 @@ from pagewire.transfer.frames import (
     decode,
     encode,
 )
+from pagewire.types import StoredScaleKind
 
 HELLO = Hello("decode", "bfloat16", "none", 30, 3, 64, 64, 16, 1 << 20, b"i" * 16, b"f" * 32)
 RESERVE = Reserve("cmpl-1-0", 7, b"c" * 16, 0, 300, 5000)
@@ -171,3 +173,8 @@ def test_values_out_of_bounds_can_neither_be_made_nor_sent(change: dict) -> None
 def test_a_frame_larger_than_a_reader_accepts_is_not_sent() -> None:
     with pytest.raises(FrameError, match="frame of"):
         encode(replace(COMMIT, token_ids=(0,) * (frames.MAX_FRAME_BYTES // 4)))
+
+
+def test_scale_kinds_are_those_of_packed_rows():
+    """Written out there, since the front reads frames without torch."""
+    assert get_args(StoredScaleKind) == frames.SCALE_KINDS
