@@ -8,7 +8,7 @@ that holds such values.
 import triton
 import triton.language as tl
 
-from pagewire.kernels.attend import at_kv_head, at_request, attend, empty_state, logit_terms, value_factor
+from pagewire.kernels.attend import attend, empty_state, logit_terms, rows_of, value_factor
 from pagewire.kernels.common import load_q
 
 FEWEST_ROWS = 16  # of a tensor core tile
@@ -25,18 +25,16 @@ def attend_alone(
     q,  # these as the kernels have them
     k,
     v,
-    k_scale,
-    v_scale,
-    table,
+    pages,
     keys,  # (first, stop) that the token sees
-    windows,
-    logit,
-    alibi,
+    rule,
     spec: tl.constexpr,
-    alone: tl.constexpr,  # spec with a BLOCK_M of FEWEST_ROWS and a BLOCK_N of FEWEST_KEYS
 ):
-    """((acc, maximum_log2, total), (place of the first row in the tile, token, head, row_ok)) of alone.BLOCK_M rows."""
+    """((acc, maximum_log2, total), (place of the first row in the tile, token, head, row_ok)) of ALONE.BLOCK_M rows."""
     BLOCK_M: tl.constexpr = spec.BLOCK_M
+    alone: tl.constexpr = spec.ALONE
+    K_SCALE: tl.constexpr = spec.K_SCALE
+    V_SCALE: tl.constexpr = spec.V_SCALE
     ROWS: tl.constexpr = alone.BLOCK_M
     index, row_start, q_len, seq_len = request
     in_group = first_head + tl.arange(0, ROWS)
@@ -47,11 +45,8 @@ def attend_alone(
     row_ok = (in_group < spec.GROUP_SIZE) & (row >= 0) & (row < BLOCK_M) & (tokens < q_len)
     acc, maximum, total, lift, _ = attend(
         empty_state(alone), load_q(q, row_start + tokens, head, row_ok, alone),
-        at_kv_head(k, kv_head), at_kv_head(v, kv_head),
-        at_kv_head(k_scale, kv_head) if spec.K_SCALE == "token" else None,
-        at_kv_head(v_scale, kv_head) if spec.V_SCALE == "token" else None,
-        at_request(table, index), keys, seq_len - q_len + tokens, windows,
-        logit_terms(logit, k_scale, alibi, index, kv_head, head, row_ok, alone), True, False, alone, 1,
+        (rows_of(k, kv_head, K_SCALE), rows_of(v, kv_head, V_SCALE)), pages, keys, seq_len - q_len + tokens, rule,
+        logit_terms(rule, k, index, kv_head, head, row_ok, alone), True, False, alone, 1,
     )  # fmt: skip
-    acc *= value_factor(logit, v_scale, lift, index, kv_head, alone)
+    acc *= value_factor(rule, v, lift, index, kv_head, alone)
     return (acc, maximum, total), (place, row_start + tokens, head, row_ok)

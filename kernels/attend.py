@@ -1,31 +1,62 @@
 """The tile loop: online softmax of a block of packed rows over a run of KV tiles, read through the page table."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from pagewire.kernels.arguments import number
 from pagewire.kernels.common import LN_2, LOG2_E, dot, per_head, to_operand
 from pagewire.kernels.quant import from_float32, to_float32
 
 
-@triton.jit
-def at_kv_head(x, kv_head):
-    """(pointer, stride_page, stride_token, stride_head) -> (pointer at the head, stride_page, stride_token)."""
-    ptr, stride_page, stride_token, stride_head = x
-    return ptr + kv_head.to(tl.int64) * stride_head, stride_page, stride_token
+class Pages(NamedTuple):
+    """Of a request."""
+
+    ptr: Any  # at its row of the page table
+    num_pages: Any
+
+
+class State(NamedTuple):
+    """Of the softmax of a block of packed rows, and what was wrong on the way."""
+
+    acc: Any  # fp32 [BLOCK_M, BLOCK_DV], times lift
+    maximum_log2: Any  # fp32 [BLOCK_M]
+    total: Any  # fp32 [BLOCK_M]
+    lift: Any  # fp32 []
+    bad_entry: Any  # int32 [BLOCK_N]: the last table entry that each lane found out of range, -1 for none
+
+
+class Rows(NamedTuple):
+    """Of K or V, of one head."""
+
+    ptr: Any
+    stride_page: Any
+    stride_token: Any
+    scale: Any  # per token
+    stride_scale_page: Any
+    stride_scale_token: Any
 
 
 @triton.jit
-def at_request(table, request):
-    """(pointer, stride_request, num_pages) -> (pointer at the request's row, num_pages)."""
-    ptr, stride_request, num_pages = table
-    return ptr + request.to(tl.int64) * stride_request, num_pages
+def rows_of(cache, kv_head, SCALE: tl.constexpr):
+    ptr = cache.ptr + kv_head.to(tl.int64) * cache.stride_head
+    scale = ptr  # None: Triton 3.6 returns none in a tuple
+    if SCALE == "token":
+        scale = cache.scale + kv_head.to(tl.int64) * cache.stride_scale_head
+    return Rows(ptr, cache.stride_page, cache.stride_token, scale, cache.stride_scale_page, cache.stride_scale_token)
 
 
 @triton.jit
-def pages_in_range(table, first_key, stop_key, spec: tl.constexpr):
-    """Whether every page of these keys exists; table: (pointer at the request's row, num_pages)."""
+def pages_of(page_table, call, request):
+    return Pages(page_table + request.to(tl.int64) * number(call.stride_table), number(call.num_pages))
+
+
+@triton.jit
+def pages_in_range(pages, first_key, stop_key, spec: tl.constexpr):
+    """Whether every page of these keys exists."""
     BLOCK: tl.constexpr = spec.BLOCK_B
-    ptr, num_pages = table
+    ptr, num_pages = pages
     stop_entry = (stop_key + spec.PAGE_SIZE - 1) // spec.PAGE_SIZE
     bad = tl.zeros([BLOCK], tl.int32)
     for start in range(first_key // spec.PAGE_SIZE, stop_entry, BLOCK):
@@ -36,41 +67,40 @@ def pages_in_range(table, first_key, stop_key, spec: tl.constexpr):
 
 
 @triton.jit
-def logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec: tl.constexpr):
-    """What turns q k into a base-2 logit: (scale, softcap, slope [BLOCK_M])."""
+def logit_terms(rule, k, request, kv_head, head, row_ok, spec: tl.constexpr):
+    """What turns q k into a base-2 logit: (scale, ALiBi's slope [BLOCK_M])."""
     BLOCK_M: tl.constexpr = spec.BLOCK_M
-    scale_log2, softcap, _ = logit
+    scale_log2 = rule.scale_log2
     if spec.K_SCALE == "head":
-        scale_log2 *= per_head(k_scale, request, kv_head)
+        scale_log2 *= per_head(k, request, kv_head)
     slope_log2 = tl.zeros([BLOCK_M], tl.float32)
     if spec.ALIBI:
-        ptr, stride_request, stride_head = alibi
-        ptrs = ptr + request.to(tl.int64) * stride_request + head * stride_head
-        slope_log2 = tl.load(ptrs, mask=row_ok, other=0.0) * LOG2_E
-    return scale_log2, softcap, slope_log2
+        slopes = rule.alibi + request.to(tl.int64) * rule.stride_alibi_request + head * rule.stride_alibi_head
+        slope_log2 = tl.load(slopes, mask=row_ok, other=0.0) * LOG2_E
+    return scale_log2, slope_log2
 
 
 @triton.jit
-def value_factor(logit, v_scale, lift, request, kv_head, spec: tl.constexpr):
+def value_factor(rule, v, lift, request, kv_head, spec: tl.constexpr):
     """What out is still to be multiplied by."""
-    _, _, factor = logit
+    factor = rule.v_factor
     if spec.V_SCALE == "token":
         factor *= _inverse(lift)
     if spec.V_SCALE == "head":
-        factor *= per_head(v_scale, request, kv_head)
+        factor *= per_head(v, request, kv_head)
     return factor
 
 
 @triton.jit
 def empty_state(spec: tl.constexpr):
-    """(acc, maximum_log2, total, lift) before any key, and the table entries found bad so far."""
+    """State before any key."""
     BLOCK_M: tl.constexpr = spec.BLOCK_M
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
     BLOCK_N: tl.constexpr = spec.BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     lift = tl.full([], _MOST_LIFT if spec.LIFTS else 1.0, tl.float32)
-    return acc, maximum, tl.zeros([BLOCK_M], tl.float32), lift, tl.full([BLOCK_N], -1, tl.int32)
+    return State(acc, maximum, tl.zeros([BLOCK_M], tl.float32), lift, tl.full([BLOCK_N], -1, tl.int32))
 
 
 @triton.jit
@@ -86,18 +116,14 @@ def is_finite(acc, total, row_ok, spec: tl.constexpr):
 
 @triton.jit
 def attend(
-    state,  # fp32 (acc [BLOCK_M, BLOCK_DV], maximum_log2 [BLOCK_M], total [BLOCK_M], lift []: acc holds that multiple),
-    # and int32 [BLOCK_N]: the last table entry that each lane found out of range, -1 for none
+    state,  # State
     q,  # [BLOCK_M, BLOCK_D]
-    k,  # (pointer at the kv head, stride_page, stride_token)
-    v,
-    k_scale,  # (pointer at the kv head, stride_page, stride_token) if K_SCALE is "token"
-    v_scale,
-    table,  # (pointer at the request's row, num_pages)
+    kv,  # (Rows of K, Rows of V)
+    pages,  # Pages
     keys,  # (first, stop): the keys that take part
     position,  # int32 [BLOCK_M]: key index of each row's own token
-    windows,  # (left, right)
-    logit,  # (scale, softcap, slope_log2 [BLOCK_M])
+    rule,  # Rule
+    terms,  # as logit_terms has them
     MASKED: tl.constexpr,  # False: every row sees every key of every tile
     CLAMPED: tl.constexpr,  # not MASKED: a page out of range is read as the nearest and noticed; False: none is
     spec: tl.constexpr,
@@ -118,12 +144,10 @@ def attend(
     PAGE_SIZE: tl.constexpr = spec.PAGE_SIZE
     EVICT: tl.constexpr = spec.EVICT
     acc, maximum, total, lift, bad_entry = state
-    k_ptr, k_stride_page, k_stride_token = k
-    v_ptr, v_stride_page, v_stride_token = v
-    table_ptr, num_pages = table
+    k, v = kv
+    table_ptr, num_pages = pages
     first_key, stop_key = keys
-    window_left, window_right = windows
-    scale_log2, softcap, slope_log2 = logit
+    scale_log2, slope_log2 = terms
     # 8-bit values are one conversion away from fp16, two from bf16: q goes there, each row times a power of two
     NARROW: tl.constexpr = spec.FORMAT != "float" and q.dtype == tl.bfloat16
     if SCALE_LAST:  # a positive scale keeps the order: its sign goes to q
@@ -142,8 +166,8 @@ def attend(
     scale_of_rows = scale_log2[:, None] if BY_ROW else scale_log2
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
-    k_ptrs = k_ptr + dim[None, :]
-    v_ptrs = v_ptr + dim_v[None, :]
+    k_ptrs = k.ptr + dim[None, :]
+    v_ptrs = v.ptr + dim_v[None, :]
     first_tile = first_key // BLOCK_N
     stop_tile = tl.where(stop_key > first_key, (stop_key + BLOCK_N - 1) // BLOCK_N, first_tile)
     next_page = _load_pages(table_ptr, first_tile, stop_tile, keys, MASKED, spec)
@@ -163,29 +187,29 @@ def attend(
             bad_entry = tl.maximum(bad_entry, tl.where(inside != page, 0, -1))
             page = inside
         page = page.to(tl.int64)
-        slot = _slots(tile, key, spec).to(tl.int64)
+        offset = _offsets(tile, key, spec).to(tl.int64)
 
-        k_offset = page * k_stride_page + slot * k_stride_token
+        k_offset = page * k.stride_page + offset * k.stride_token
         k_tile = _load_rows(k_ptrs + k_offset[:, None], taking_part, dim, spec.HEAD_DIM, MASKED, EVICT)
         qk = dot(q, tl.trans(to_operand(k_tile, q.dtype, spec)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
 
         if spec.K_SCALE == "token":
             if NARROW:  # first: a scale of 2^90 times the power would be infinite
                 qk *= unscale[:, None]
-            qk *= _token_scale(k_scale, page, slot, taking_part, MASKED)[None, :]
+            qk *= _token_scale(k, page, offset, taking_part, MASKED)[None, :]
         if not SCALE_LAST:
             qk *= scale_of_rows
         if spec.SOFTCAP:
             # scale_log2 holds 2 log2(e) / softcap times the logit's scale
-            qk = (softcap * LOG2_E) * _tanh_of_log2(qk)
+            qk = (rule.softcap * LOG2_E) * _tanh_of_log2(qk)
         if spec.ALIBI:
             qk -= slope_log2[:, None] * tl.abs(position[:, None] - key[None, :]).to(tl.float32)
         if MASKED:
             visible = taking_part[None, :]
             if spec.LEFT:
-                visible &= position[:, None] - key[None, :] <= window_left
+                visible &= position[:, None] - key[None, :] <= rule.window_left
             if spec.RIGHT:
-                visible &= key[None, :] - position[:, None] <= window_right
+                visible &= key[None, :] - position[:, None] <= rule.window_right
             qk = tl.where(visible, qk, float("-inf"))
 
         largest = tl.max(qk, 1)
@@ -203,9 +227,9 @@ def attend(
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(p, 1)
         maximum = new_maximum
-        v_offset = page * v_stride_page + slot * v_stride_token
+        v_offset = page * v.stride_page + offset * v.stride_token
         if spec.V_SCALE == "token":
-            factor = _token_scale(v_scale, page, slot, taking_part, MASKED)
+            factor = _token_scale(v, page, offset, taking_part, MASKED)
             if spec.LIFTS:
                 if tl.max((factor == 1.0).to(tl.int32), 0) > 0:
                     rows = v_ptrs + v_offset[:, None]
@@ -218,7 +242,7 @@ def attend(
 
         v_tile = _load_rows(v_ptrs + v_offset[:, None], taking_part, dim_v, spec.HEAD_DIM_V, MASKED, EVICT)
         acc = dot(from_float32(p, q.dtype), to_operand(v_tile, q.dtype, spec), acc * rescale[:, None])
-    return acc, maximum, total, lift, bad_entry
+    return State(acc, maximum, total, lift, bad_entry)
 
 
 @triton.jit
@@ -295,7 +319,7 @@ def _load_pages(table_ptr, tile, stop_tile, keys, MASKED: tl.constexpr, spec: tl
 
 
 @triton.jit
-def _slots(tile, key, spec: tl.constexpr):
+def _offsets(tile, key, spec: tl.constexpr):
     """Of a tile's keys in their pages, [BLOCK_N]: from constants, where tiles and pages divide each other."""
     BLOCK_N: tl.constexpr = spec.BLOCK_N
     if BLOCK_N % spec.PAGE_SIZE == 0:
@@ -323,10 +347,9 @@ def _load_rows(ptrs, taking_part, dim, WIDTH: tl.constexpr, MASKED: tl.constexpr
 
 
 @triton.jit
-def _token_scale(scale, page, slot, taking_part, MASKED: tl.constexpr):
+def _token_scale(rows, page, offset, taking_part, MASKED: tl.constexpr):
     """[BLOCK_N] fp32."""
-    ptr, stride_page, stride_token = scale
-    ptrs = ptr + page * stride_page + slot * stride_token
+    ptrs = rows.scale + page * rows.stride_scale_page + offset * rows.stride_scale_token
     if MASKED:
         return tl.load(ptrs, mask=taking_part, other=0.0)
     else:

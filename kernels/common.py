@@ -4,7 +4,7 @@ Logits live in base 2 inside the kernels: log2(e) is folded into the scale, `exp
 instruction. `*_log2` says so.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -38,11 +38,12 @@ class Spec(NamedTuple):
     ALIBI: bool
     SINKS: bool
     LSE: bool
-    K_SCALE: str  # "value": folded into the softmax's scale; "head": per request and head; "token": per token and head
+    K_SCALE: str  # quant.scale_kind; a "value" is folded into the softmax's scale, V's into out
     V_SCALE: str
     LIFTS: bool  # P times per-token V scales is multiplied in fp16, whose range it may leave
     EVICT: str  # of K and V in L2: "evict_first" where all rows of a request fit one tile, so that they are read once
     SPLIT: bool  # split at multiples of split_size, so that no request's result depends on the rest of the batch
+    ALONE: Any = None  # the same in the smallest tiles, for rows of one token by themselves (`alone.py`)
 
 
 @triton.jit
@@ -102,53 +103,50 @@ def tile_rows(tile_m, q_len, kv_head, spec: tl.constexpr):
 
 @triton.jit
 def load_q(q, token, head, row_ok, spec: tl.constexpr):
-    """q: (pointer, stride_token, stride_head) -> [BLOCK_M, BLOCK_D], 0 where there is no row or no dim."""
+    """[BLOCK_M, BLOCK_D], 0 where there is no row or no dim; q: Heads."""
     BLOCK_D: tl.constexpr = spec.BLOCK_D
-    ptr, stride_token, stride_head = q
     dim = tl.arange(0, BLOCK_D)
-    offset = token.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
+    offset = token.to(tl.int64) * q.stride_token + head.to(tl.int64) * q.stride_head
     mask = row_ok[:, None] & (dim < spec.HEAD_DIM)[None, :]
-    return tl.load(ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
+    return tl.load(q.ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(out, lse, values, lse_log2, token, head, row_ok, spec: tl.constexpr):
-    """values: fp32 [n, BLOCK_DV], lse_log2: [n] to the n rows (token, head) of out and lse."""
+    """values: fp32 [n, BLOCK_DV], lse_log2: [n] to the n rows (token, head) of out and lse (Heads)."""
     BLOCK_DV: tl.constexpr = spec.BLOCK_DV
-    ptr, stride_token, stride_head = out
     dim = tl.arange(0, BLOCK_DV)
-    offset = token.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
+    offset = token.to(tl.int64) * out.stride_token + head.to(tl.int64) * out.stride_head
     mask = row_ok[:, None] & (dim < spec.HEAD_DIM_V)[None, :]
-    rounded = from_float32(values, ptr.dtype.element_ty)
-    tl.store(ptr + offset[:, None] + dim[None, :], rounded, mask=mask)
+    rounded = from_float32(values, out.ptr.dtype.element_ty)
+    tl.store(out.ptr + offset[:, None] + dim[None, :], rounded, mask=mask)
     if spec.LSE:
-        ptr, stride_token, stride_head = lse
-        offset = token.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
-        tl.store(ptr + offset, lse_log2 * LN_2, mask=row_ok)
+        offset = token.to(tl.int64) * lse.stride_token + head.to(tl.int64) * lse.stride_head
+        tl.store(lse.ptr + offset, lse_log2 * LN_2, mask=row_ok)
 
 
 @triton.jit
-def per_head(scale, request, head):
-    """One value of scale: (pointer, stride_request, stride_head), strides 0 where it does not vary."""
-    ptr, stride_request, stride_head = scale
-    return tl.load(ptr + request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head)
+def per_head(cache, request, head):
+    """The cache's scale."""
+    row = request.to(tl.int64) * cache.stride_scale_page
+    return tl.load(cache.scale + row + head.to(tl.int64) * cache.stride_scale_head)
 
 
 @triton.jit
-def load_sinks(sinks, head, row_ok, spec: tl.constexpr):
+def load_sinks(rule, head, row_ok, spec: tl.constexpr):
     """Base-2 logits of the rows' sinks, fp32 of head's shape; -inf without sinks."""
     if spec.SINKS:
-        ptr, stride_head = sinks
-        return tl.load(ptr + head * stride_head, mask=row_ok, other=float("-inf")) * LOG2_E
+        sinks = rule.sinks + head * rule.stride_sinks
+        return tl.load(sinks, mask=row_ok, other=float("-inf")) * LOG2_E
     else:
         return tl.full(head.shape, float("-inf"), tl.float32)
 
 
 @triton.jit
-def store_whole(state, rows, out, lse, sinks, spec: tl.constexpr):
+def store_whole(state, rows, out, lse, rule, spec: tl.constexpr):
     """state: (acc, maximum_log2, total) over all keys of rows: (place in the tile, token, head, whether it exists)."""
     acc, maximum, total = state
     _, token, head, row_ok = rows
-    sink_log2 = load_sinks(sinks, head, row_ok, spec)
+    sink_log2 = load_sinks(rule, head, row_ok, spec)
     values, lse_log2 = finish(acc, maximum, total, sink_log2, spec.SINKS)
     store_rows(out, lse, values, lse_log2, token, head, row_ok, spec)

@@ -5,28 +5,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pagewire.kernels.alone import FEWEST_KEYS, FEWEST_ROWS
+from pagewire.kernels.arguments import Cache, Call, Heads, Rule, Varying, varying
 from pagewire.kernels.common import Spec
-from pagewire.kernels.quant import format_of
-from pagewire.kernels.tuning import KernelConfig, Problem
+from pagewire.kernels.quant import as_stored, format_of, scale_kind
+from pagewire.kernels.tuning import KernelConfig, Traits
+
+if TYPE_CHECKING:
+    from pagewire.types import Modifiers, Scale
 
 # Key indices are int32 and windows are added to them: this keeps the sums in range
 _MAX_KEYS = 1 << 30
 _LOG2_E = math.log2(math.e)
-
-
-# Arguments that change from call to call: neither their values nor their alignment lead to another compilation. Those
-# that a model fixes, strides foremost, travel in tuples, which Triton always specialises
-PER_CALL = [
-    "page_table", "table_stride", "num_pages", "seq_lens", "seq_lens_stride", "max_seq_len", "cu_seqlens_q",
-    "num_tokens", "max_q_len", "lse", "lse_stride_token", "lse_stride_head", "head_rows", "part_rows", "token_rows",
-    "request_rows", "batch_size", "window_left", "window_right", "split_size", "num_programs",
-]  # fmt: skip
 
 
 REGISTERS_OF_A_PROCESSOR = 1 << 16  # 32-bit ones
@@ -73,16 +68,16 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
         kernel[grid](**arguments, **options)
 
 
-def problem(q: Tensor, k_cache: Tensor, v_cache: Tensor, device: Device) -> Problem:
+def traits(q: Tensor, k_cache: Tensor, v_cache: Tensor, device: Device) -> Traits:
     head_dim = max(k_cache.shape[3], v_cache.shape[3])
-    return Problem(device.arch, head_dim, q.element_size(), k_cache.element_size(), k_cache.shape[1])
+    return Traits(device.arch, head_dim, q.element_size(), k_cache.element_size(), k_cache.shape[1])
 
 
 def attention_spec(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    m: Any,  # Modifiers
+    m: Modifiers,
     lse: Tensor | None,
     config: KernelConfig,
     arch: int,
@@ -92,15 +87,15 @@ def attention_spec(
     read_once: bool = False,  # K and V, by the rows of a request
 ) -> Spec:
     stored = format_of(k_cache.dtype)
-    return Spec(
+    alone = Spec(
         HEAD_DIM=k_cache.shape[3],
         HEAD_DIM_V=v_cache.shape[3],
         GROUP_SIZE=q.shape[1] // k_cache.shape[2],
         PAGE_SIZE=k_cache.shape[1],
         FORMAT=stored,
         NATIVE_E4M3=arch >= 89,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
+        BLOCK_M=min(config.BLOCK_M, FEWEST_ROWS),
+        BLOCK_N=min(config.BLOCK_N, FEWEST_KEYS),
         BLOCK_D=padded(k_cache.shape[3]),
         BLOCK_DV=padded(v_cache.shape[3]),
         BLOCK_B=128 if arch else 16,
@@ -112,13 +107,14 @@ def attention_spec(
         ALIBI=m.alibi_slopes is not None,
         SINKS=m.sinks is not None,
         LSE=lse is not None,
-        K_SCALE=_scale_kind(m.k_scale),
-        V_SCALE=_scale_kind(m.v_scale),
-        LIFTS=_scale_kind(m.v_scale) == "token"
+        K_SCALE=scale_kind(m.k_scale),
+        V_SCALE=scale_kind(m.v_scale),
+        LIFTS=scale_kind(m.v_scale) == "token"
         and (q.dtype == torch.float16 or q.dtype == torch.bfloat16 and stored != "float"),
         EVICT="evict_first" if read_once else "",
         SPLIT=m.split_size is not None,
     )
+    return alone._replace(BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, ALONE=alone)
 
 
 def padded(width: int) -> int:
@@ -133,14 +129,29 @@ def attention_arguments(
     page_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor | None,
-    m: Any,
+    m: Modifiers,
     out: Tensor,
     lse: Tensor | None,
     error_word: Tensor,
     spec: Spec,
 ) -> dict[str, Any]:
-    """The arguments that `_decode_kernel` and `_prefill_kernel` have in common."""
-    num_tokens = q.shape[0]
+    """The arguments of `_prefill_kernel`; `_decode_kernel` has them too."""
+    return {
+        "q": _heads(q),
+        "k": _cache(k_cache, m.k_scale),
+        "v": _cache(v_cache, m.v_scale),
+        "out": _heads(out),
+        "lse": lse,
+        "page_table": page_table,
+        "seq_lens": seq_lens,
+        "cu_seqlens_q": cu_seqlens_q,
+        "call": Call(error_word, *_numbers(q.shape[0], k_cache, page_table, seq_lens, m.max_q_len, lse)),
+        "rule": _rule(m, spec),
+        "spec": spec,
+    }
+
+
+def _rule(m: Modifiers, spec: Spec) -> Rule:
     scale_log2 = m.softmax_scale * _LOG2_E
     if isinstance(m.k_scale, (int, float)):
         scale_log2 *= m.k_scale
@@ -149,64 +160,64 @@ def attention_arguments(
     v_factor = 1.0
     if isinstance(m.v_scale, (int, float)):
         v_factor *= m.v_scale
-    capacity = page_table.shape[1] * spec.PAGE_SIZE
     right = 0 if m.causal else m.window_right
     if m.causal and m.window_right >= 0:
         right = min(0, m.window_right)
-    longest = num_tokens if m.max_q_len is None else min(m.max_q_len, num_tokens)
-    return {
-        "q": (q, q.stride(0), q.stride(1)),
-        "k": _cache(k_cache),
-        "v": _cache(v_cache),
-        "k_scale": _scale(m.k_scale),
-        "v_scale": _scale(m.v_scale),
-        "page_table": page_table,
-        "table_stride": page_table.stride(0),
-        "num_pages": k_cache.shape[0],
-        "seq_lens": seq_lens,
-        "seq_lens_stride": seq_lens.stride(0),
-        "max_seq_len": min(capacity, _MAX_KEYS),
-        "cu_seqlens_q": cu_seqlens_q,
-        "num_tokens": num_tokens,
-        "max_q_len": longest,
-        "alibi": _per_request(m.alibi_slopes),
-        "sinks": None if m.sinks is None else (m.sinks, m.sinks.stride(0)),
-        "out": (out, out.stride(0), out.stride(1)),
-        "lse": lse,
-        "lse_stride_token": 0 if lse is None else lse.stride(0),
-        "lse_stride_head": 0 if lse is None else lse.stride(1),
-        "error_word": error_word,
-        "batch_size": page_table.shape[0],
-        "window_left": min(m.window_left, _MAX_KEYS),
-        "window_right": min(right, _MAX_KEYS),
-        "scale_log2": float(scale_log2),
-        "softcap": float(m.softcap),
-        "v_factor": float(v_factor),
-        "spec": spec,
-        "alone": spec._replace(BLOCK_M=min(spec.BLOCK_M, FEWEST_ROWS), BLOCK_N=min(spec.BLOCK_N, FEWEST_KEYS)),
-    }
+    sinks, alibi = _per_head(m.sinks), _per_head(m.alibi_slopes)
+    return Rule(
+        scale_log2=float(scale_log2),
+        softcap=float(m.softcap),
+        v_factor=float(v_factor),
+        window_left=min(m.window_left, _MAX_KEYS),
+        window_right=min(right, _MAX_KEYS),
+        split_size=min(m.split_size or 0, _MAX_KEYS),
+        sinks=m.sinks,
+        stride_sinks=sinks[1],
+        alibi=m.alibi_slopes,
+        stride_alibi_request=alibi[0],
+        stride_alibi_head=alibi[1],
+    )
 
 
-def _scale_kind(scale: Any) -> str:
+def _numbers(
+    num_tokens: int, k_cache: Tensor, page_table: Tensor, seq_lens: Tensor, max_q_len: int | None, lse: Tensor | None
+) -> list[Varying]:
+    num_pages, page_size = k_cache.shape[:2]
+    batch_size, max_pages = page_table.shape
+    return varying(
+        (
+            batch_size,
+            num_tokens,
+            num_tokens if max_q_len is None else min(max_q_len, num_tokens),
+            min(max_pages, _MAX_KEYS // page_size),
+            seq_lens.stride(0),
+            num_pages,
+            page_table.stride(0),
+            *((0, 0) if lse is None else lse.stride()),
+        )
+    )
+
+
+def _heads(x: Tensor) -> Heads:
+    return Heads(x, x.stride(0), x.stride(1))
+
+
+def _cache(cache: Tensor, scale: Scale) -> Cache:
+    of_page, of_token, of_head, _ = cache.stride()
+    return Cache(as_stored(cache), of_page, of_token, of_head, *_scale(scale))
+
+
+def _scale(scale: Scale) -> tuple[Tensor | None, int, int, int]:
+    """With its strides, as Cache has them."""
     if not isinstance(scale, Tensor):
-        return "value"
-    return "token" if scale.dim() == 3 else "head"
+        return None, 0, 0, 0
+    if scale.dim() < 3:
+        of_request, of_head = _per_head(scale)
+        return scale, of_request, 0, of_head
+    of_page, of_token, of_head = scale.stride()
+    return scale, of_page, of_token, of_head
 
 
-def _cache(cache: Tensor) -> tuple[Tensor, int, int, int]:
-    stored = cache.view(torch.uint8) if format_of(cache.dtype) in ("e4m3", "e5m2") else cache
-    return stored, cache.stride(0), cache.stride(1), cache.stride(2)
-
-
-def _scale(scale: Any) -> tuple[Any, ...] | None:
-    if not isinstance(scale, Tensor):
-        return None
-    return (scale, *scale.stride()) if scale.dim() == 3 else _per_request(scale)
-
-
-def _per_request(x: Tensor | None) -> tuple[Tensor, int, int] | None:
-    """[], [heads] or [batch_size, heads] as (tensor, stride_request, stride_head)."""
-    if x is None:
-        return None
-    strides = (0,) * (2 - x.dim()) + x.stride()
-    return x, strides[0], strides[1]
+def _per_head(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of request and head of [], [num_heads] or [batch_size, num_heads]; 0 where it does not vary."""
+    return (0, 0) if x is None else (0,) * (2 - x.dim()) + x.stride()

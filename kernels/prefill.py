@@ -6,7 +6,7 @@ up to three launches, of which those with nothing to do end at once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
@@ -15,20 +15,24 @@ from torch import Tensor
 from pagewire.kernels import decode, launch, tuning
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.alone import attend_alone
+from pagewire.kernels.arguments import UNSPECIALISED, Heads, number
 from pagewire.kernels.attend import (
-    at_kv_head,
-    at_request,
     attend,
     empty_state,
     is_finite,
     logit_terms,
     pages_in_range,
+    pages_of,
+    rows_of,
     value_factor,
 )
 from pagewire.kernels.common import load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Launch, run
-from pagewire.kernels.spans import inner_keys, load_rows, load_seq_lens, record_spans, tile_keys
+from pagewire.kernels.spans import batch_of, inner_keys, load_rows, load_seq_lens, record_spans, tile_keys
+
+if TYPE_CHECKING:
+    from pagewire.types import Modifiers
 
 _PAGE = tl.constexpr(codes.PREFILL_PAGE)
 
@@ -41,25 +45,25 @@ def _long_tiles(start, stop, spec: tl.constexpr):
 
 
 @triton.jit
-def _count_tiles(seq_lens, rows, batch_size, error_word, records, spec: tl.constexpr):
+def _count_tiles(batch, records, spec: tl.constexpr):
     """(row tiles of all long requests, end of the last request's rows); records: leave what was clamped in the word."""
     BLOCK_B: tl.constexpr = spec.BLOCK_B
     total = 0
     row_stop = 0
-    for chunk in range(0, batch_size, BLOCK_B):
+    for chunk in range(0, batch.size, BLOCK_B):
         request = chunk + tl.arange(0, BLOCK_B)
-        start, stop, bad_rows = load_rows(rows, request, request < batch_size, row_stop)
+        start, stop, bad_rows = load_rows(batch, request, request < batch.size, row_stop)
         total += tl.sum(_long_tiles(start, stop, spec))
         row_stop = tl.max(stop)
         if records:
-            mask = request < batch_size
-            _, bad_seq_len = load_seq_lens(seq_lens, request, mask)
-            record_spans(error_word, request, stop - start, bad_rows, bad_seq_len, mask, rows, True)
+            mask = request < batch.size
+            _, bad_seq_len = load_seq_lens(batch, request, mask)
+            record_spans(batch, request, stop - start, bad_rows, bad_seq_len, mask, True)
     return total, row_stop
 
 
 @triton.jit
-def _find_tile(tile, rows, batch_size, spec: tl.constexpr):
+def _find_tile(tile, batch, spec: tl.constexpr):
     """The request that a row tile belongs to: (request, its first tile, its rows' start and stop)."""
     BLOCK_B: tl.constexpr = spec.BLOCK_B
     before = 0
@@ -68,12 +72,12 @@ def _find_tile(tile, rows, batch_size, spec: tl.constexpr):
     row_start = 0
     row_stop = 0
     first_row = 0
-    for chunk in range(0, batch_size, BLOCK_B):
+    for chunk in range(0, batch.size, BLOCK_B):
         index = chunk + tl.arange(0, BLOCK_B)
-        start, stop, _ = load_rows(rows, index, index < batch_size, first_row)
+        start, stop, _ = load_rows(batch, index, index < batch.size, first_row)
         tiles = _long_tiles(start, stop, spec)
         reached = before + tl.cumsum(tiles, 0)
-        passed = (reached <= tile) & (index < batch_size)
+        passed = (reached <= tile) & (index < batch.size)
         request += tl.sum(passed.to(tl.int32))
         request_tile += tl.sum(tl.where(passed, tiles, 0))
         ours = (reached > tile) & (reached - tiles <= tile)
@@ -84,116 +88,85 @@ def _find_tile(tile, rows, batch_size, spec: tl.constexpr):
     return request, request_tile, row_start, row_stop
 
 
-@triton.jit(do_not_specialize=launch.PER_CALL)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def _prefill_kernel(
-    q,  # arguments as in decode.py
+    q,  # as the decode kernel has them
     k,
     v,
-    k_scale,
-    v_scale,
-    alibi,
-    sinks,
     out,
     lse,
-    lse_stride_token,
-    lse_stride_head,
     page_table,
-    table_stride,
-    num_pages,
     seq_lens,
-    seq_lens_stride,
-    max_seq_len,
     cu_seqlens_q,
-    num_tokens,
-    max_q_len,
-    error_word,
-    batch_size,
-    window_left,
-    window_right,
-    scale_log2,
-    softcap,
-    v_factor,
+    call,
+    rule,
     spec: tl.constexpr,
-    alone: tl.constexpr,  # of rows of one token, computed again where a value is not finite
 ):
     """grid: [num_tokens * group_size // BLOCK_M + batch_size + 1, num_kv_heads]; a program computes one
     row tile, a block of BLOCK_M packed rows of one request, over all keys its rows see. Bound by the
     tensor cores. Long requests' tiles come in reverse, so that under causal the heavy ones start first;
     then those of the rows that no request owns, left empty.
     """
-    lse_rows = (lse, lse_stride_token, lse_stride_head)
-    table = (page_table, table_stride, num_pages)
-    lengths = (seq_lens, seq_lens_stride, max_seq_len)
-    rows = (cu_seqlens_q, num_tokens, max_q_len)
-    windows = (window_left, window_right)
-    logit = (scale_log2, softcap, v_factor)
+    batch = batch_of(seq_lens, cu_seqlens_q, call, spec)
+    lse_rows = Heads(lse, number(call.stride_lse_token), number(call.stride_lse_head))
     BLOCK_M: tl.constexpr = spec.BLOCK_M
+    K_SCALE: tl.constexpr = spec.K_SCALE
+    V_SCALE: tl.constexpr = spec.V_SCALE
+    alone: tl.constexpr = spec.ALONE
     kv_head = tl.program_id(1)
     records = (kv_head == 0) & (tl.program_id(0) == 0)
-    num_tiles, owned_rows = _count_tiles(lengths, rows, batch_size, error_word, records, spec)
+    num_tiles, owned_rows = _count_tiles(batch, records, spec)
     tile = num_tiles - 1 - tl.program_id(0)
     if tile >= 0:
-        request, request_tile, row_start, row_stop = _find_tile(tile, rows, batch_size, spec)
+        request, request_tile, row_start, row_stop = _find_tile(tile, batch, spec)
         q_len = row_stop - row_start
-        seq_len = load_seq_lens(lengths, request, True)[0]
-        seq_len = tl.where(q_len > max_q_len, 0, seq_len)
+        seq_len = load_seq_lens(batch, request, True)[0]
+        seq_len = tl.where(q_len > batch.max_q_len, 0, seq_len)
         tile_m = tile - request_tile
     else:
         request = 0
         row_start = owned_rows
-        q_len = num_tokens - owned_rows
+        q_len = batch.num_tokens - owned_rows
         seq_len = 0
         tile_m = -1 - tile
     if tile_m * BLOCK_M < q_len * spec.GROUP_SIZE:
         token, head, row_ok = tile_rows(tile_m, q_len, kv_head, spec)
         first_token = tile_m * BLOCK_M // spec.GROUP_SIZE
         last_token = tl.minimum((tile_m * BLOCK_M + BLOCK_M - 1) // spec.GROUP_SIZE, q_len - 1)
-        first_key, stop_key = tile_keys(first_token, last_token, q_len, seq_len, windows, spec)
-        inner_key, stop_inner_key = inner_keys(
-            first_key, stop_key, first_token, last_token, q_len, seq_len, windows, spec
-        )
-        here = at_request(table, request)
-        if not pages_in_range(here, inner_key, stop_inner_key, spec):
+        first_key, stop_key = tile_keys(first_token, last_token, q_len, seq_len, rule, spec)
+        inner_key, stop_inner_key = inner_keys(first_key, stop_key, first_token, last_token, q_len, seq_len, rule, spec)
+        pages = pages_of(page_table, call, request)
+        if not pages_in_range(pages, inner_key, stop_inner_key, spec):
             inner_key = first_key
             stop_inner_key = first_key
 
         q_rows = load_q(q, row_start + token, head, row_ok, spec)
-        k_here = at_kv_head(k, kv_head)
-        v_here = at_kv_head(v, kv_head)
-        k_scale_here = at_kv_head(k_scale, kv_head) if spec.K_SCALE == "token" else None
-        v_scale_here = at_kv_head(v_scale, kv_head) if spec.V_SCALE == "token" else None
-        terms = logit_terms(logit, k_scale, alibi, request, kv_head, head, row_ok, spec)
+        kv = (rows_of(k, kv_head, K_SCALE), rows_of(v, kv_head, V_SCALE))
+        terms = logit_terms(rule, k, request, kv_head, head, row_ok, spec)
         position = seq_len - q_len + token
         state = empty_state(spec)
         if spec.LEFT:
-            state = attend(
-                state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (first_key, inner_key),
-                position, windows, terms, True, False, spec,
-            )  # fmt: skip
-        state = attend(
-            state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (inner_key, stop_inner_key),
-            position, windows, terms, False, False, spec,
-        )  # fmt: skip
-        state = attend(
-            state, q_rows, k_here, v_here, k_scale_here, v_scale_here, here, (stop_inner_key, stop_key),
-            position, windows, terms, True, False, spec,
-        )  # fmt: skip
+            keys = (first_key, inner_key)
+            state = attend(state, q_rows, kv, pages, keys, position, rule, terms, True, False, spec)
+        keys = (inner_key, stop_inner_key)
+        state = attend(state, q_rows, kv, pages, keys, position, rule, terms, False, False, spec)
+        keys = (stop_inner_key, stop_key)
+        state = attend(state, q_rows, kv, pages, keys, position, rule, terms, True, False, spec)
         acc, maximum, total, lift, bad_entry = state
-        record_error(error_word, _PAGE, request, bad_entry, bad_entry >= 0)
+        record_error(batch.error_word, _PAGE, request, bad_entry, bad_entry >= 0)
         if is_finite(acc, total, row_ok, spec):
-            acc *= value_factor(logit, v_scale, lift, request, kv_head, spec)
+            acc *= value_factor(rule, v, lift, request, kv_head, spec)
             rows_of_it = (0, row_start + token, head, row_ok)
-            store_whole((acc, maximum, total), rows_of_it, out, lse_rows, sinks, spec)
+            store_whole((acc, maximum, total), rows_of_it, out, lse_rows, rule, spec)
         else:
             whose = (request, row_start, q_len, seq_len)
             for lone in range(first_token, last_token + 1):
-                keys = tile_keys(lone, lone, q_len, seq_len, windows, spec)
+                lone_keys = tile_keys(lone, lone, q_len, seq_len, rule, spec)
                 for first_head in range(0, spec.GROUP_SIZE, alone.BLOCK_M):
                     lone_state, lone_rows = attend_alone(
-                        lone, first_head, tile_m, whose, kv_head, q, k, v, k_scale, v_scale, table,
-                        keys, windows, logit, alibi, spec, alone,
-                    )  # fmt: skip
-                    store_whole(lone_state, lone_rows, out, lse_rows, sinks, alone)
+                        lone, first_head, tile_m, whose, kv_head, q, k, v, pages, lone_keys, rule, spec
+                    )
+                    store_whole(lone_state, lone_rows, out, lse_rows, rule, alone)
 
 
 def prefill(
@@ -203,7 +176,7 @@ def prefill(
     page_table: Tensor,  # [batch_size, max_pages_per_seq] int32
     seq_lens: Tensor,  # [batch_size] int32
     cu_seqlens_q: Tensor,  # [batch_size + 1] int32
-    m: Any,  # Modifiers
+    m: Modifiers,  # Modifiers
     out: Tensor,  # [num_tokens, num_qo_heads, head_dim_v]
     lse: Tensor | None,  # [num_tokens, num_qo_heads] fp32
     error_word: Tensor,  # int64 [1]
@@ -219,7 +192,7 @@ def plan(
     page_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
-    m: Any,
+    m: Modifiers,
     out: Tensor,
     lse: Tensor | None,
     error_word: Tensor,
@@ -232,11 +205,11 @@ def plan(
     batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]
     group_size = num_qo_heads // num_kv_heads
     device = launch.device_of(q.device)
-    problem = launch.problem(q, k_cache, v_cache, device)
-    row_limit = tuning.row_limit(problem)
+    traits = launch.traits(q, k_cache, v_cache, device)
+    row_limit = tuning.row_limit(traits)
     if m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
         return decode.plan(*tensors)
-    config = tuning.prefill_config(problem)
+    config = tuning.prefill_config(traits)
     spec = launch.attention_spec(q, k_cache, v_cache, m, lse, config, device.arch, ragged=True, row_limit=row_limit)
     arguments = launch.attention_arguments(*tensors, spec)
     most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1

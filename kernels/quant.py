@@ -29,6 +29,13 @@ def format_of(dtype: torch.dtype) -> str:
     return FORMATS.get(dtype, "float")
 
 
+def scale_kind(scale: torch.Tensor | float | None) -> str:
+    """ "none"; "value", a number; "head", a tensor of one value, by head or by request and head; "token", by row."""
+    if not isinstance(scale, torch.Tensor):
+        return "none" if scale is None else "value"
+    return "token" if scale.dim() == 3 else "head"
+
+
 def as_stored(x: torch.Tensor) -> torch.Tensor:
     """fp8 as the bytes the kernels see."""
     return x.view(torch.uint8) if ELEMENTS[x.dtype] == tl.uint8 else x

@@ -19,7 +19,9 @@ class KernelConfig(NamedTuple):
     programs_per_processor: int = 1  # they share its registers; decode's grid: all resident at once
 
 
-class Problem(NamedTuple):
+class Traits(NamedTuple):
+    """What a tile's shape may depend on."""
+
     arch: int  # 90 for sm_90; 0: the interpreter
     head_dim: int  # the larger of head_dim and head_dim_v
     q_bytes: int  # of an element
@@ -35,36 +37,36 @@ class Key(NamedTuple):
     page_size: int = 0  # 0: any; else 1, 16 or 64, rounded down: a row of that class alone
 
 
-def key(problem: Problem, rows: int = 0) -> Key:
-    arch = 0 if problem.arch == 0 else 90 if 90 <= problem.arch < 120 else 80
-    operands = ("32" if problem.q_bytes == 4 else "16") + ("x8" if problem.kv_bytes == 1 else "")
-    head_dim = next(d for d in (64, 128, 256) if problem.head_dim <= d)
+def key(traits: Traits, rows: int = 0) -> Key:
+    arch = 0 if traits.arch == 0 else 90 if 90 <= traits.arch < 120 else 80
+    operands = ("32" if traits.q_bytes == 4 else "16") + ("x8" if traits.kv_bytes == 1 else "")
+    head_dim = next(d for d in (64, 128, 256) if traits.head_dim <= d)
     return Key(arch, operands, head_dim, min(64, max(16, 1 << (rows - 1).bit_length())) if rows else 0)
 
 
-def decode_config(problem: Problem, rows: int) -> KernelConfig:
+def decode_config(traits: Traits, rows: int) -> KernelConfig:
     """rows: the most packed rows a request can have."""
-    found = key(problem, rows)
+    found = key(traits, rows)
     if found.arch == 0:
         return _INTERPRETER._replace(BLOCK_M=found.rows)
-    small = found.arch == 80 and problem.arch not in (80, 87)  # 100 KiB of shared memory for all programs together
-    config = _row(DECODE, found, problem)
+    small = found.arch == 80 and traits.arch not in (80, 87)  # 100 KiB of shared memory for all programs together
+    config = _row(DECODE, found, traits)
     return config._replace(programs_per_processor=1) if small else config
 
 
-def prefill_config(problem: Problem) -> KernelConfig:
-    found = key(problem)
-    return _INTERPRETER if found.arch == 0 else _row(PREFILL, found, problem)
+def prefill_config(traits: Traits) -> KernelConfig:
+    found = key(traits)
+    return _INTERPRETER if found.arch == 0 else _row(PREFILL, found, traits)
 
 
-def _row(table: dict[Key, KernelConfig], found: Key, problem: Problem) -> KernelConfig:
-    page_size = next(size for size in (64, 16, 1) if problem.page_size >= size)
+def _row(table: dict[Key, KernelConfig], found: Key, traits: Traits) -> KernelConfig:
+    page_size = next(size for size in (64, 16, 1) if traits.page_size >= size)
     return table.get(found._replace(page_size=page_size)) or table[found]
 
 
-def row_limit(problem: Problem) -> int:
+def row_limit(traits: Traits) -> int:
     """A prefill's requests with at most this many packed rows are split over KV like decode."""
-    return 64 if problem.arch else 16
+    return 64 if traits.arch else 16
 
 
 _INTERPRETER = KernelConfig(16, 16, 4, 1)  # small tiles, so that small tests have several

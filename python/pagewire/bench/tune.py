@@ -100,7 +100,7 @@ def first_candidates(kernels: Sequence[str], arch: int, limit: int) -> list[tupl
 
 def key_of(kernel: str, case: Attention, arch: int) -> Key:
     sizes = case.dtype.itemsize, case.stored.itemsize
-    problem = tuning.Problem(arch, case.head_dim, *sizes, case.page_size)
+    problem = tuning.Traits(arch, case.head_dim, *sizes, case.page_size)
     rows = max(r.q_len for r in case.requests) * case.heads[0] // case.heads[1]
     return tuning.key(problem, rows if kernel == "decode" else 0)
 
