@@ -1,5 +1,7 @@
 """merge_state, merge_states: attention states over disjoint keys become one."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,18 +12,37 @@ from pagewire.kernels.quant import from_float32, to_float32
 _TILE = 1024  # elements per program of 128 threads
 
 
+class State(NamedTuple):
+    out: Any  # [num_tokens, num_qo_heads, head_dim]
+    stride_token: int
+    stride_head: int
+    lse: Any  # fp32 [num_tokens, num_qo_heads]
+    stride_lse_token: int
+    stride_lse_head: int
+
+
+class States(NamedTuple):
+    """The same, [n, ...]."""
+
+    out: Any
+    stride: int
+    stride_token: int
+    stride_head: int
+    lse: Any
+    stride_lse: int
+    stride_lse_token: int
+    stride_lse_head: int
+
+
 def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
     """Two states of separate tensors; out and lse may be out_a and lse_a, or out_b and lse_b."""
     rows, width, grid = _tiles(out)
     if grid[0] == 0:
         return
+    states = [_state(*pair) for pair in ((out_a, lse_a), (out_b, lse_b), (out, lse))]
+    num_rows, num_heads = out.shape[0] * out.shape[1], out.shape[1]
     with current(out.device):
-        _merge_two_kernel[grid](
-            out_a, *out_a.stride()[:2], lse_a, *lse_a.stride(),
-            out_b, *out_b.stride()[:2], lse_b, *lse_b.stride(),
-            out, *out.stride()[:2], lse, *lse.stride(),
-            out.shape[0] * out.shape[1], out.shape[1], DIM=out.shape[2], WIDTH=width, ROWS=rows,
-        )  # fmt: skip
+        _merge_two_kernel[grid](*states, num_rows, num_heads, DIM=out.shape[2], WIDTH=width, ROWS=rows)
 
 
 def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -29,13 +50,16 @@ def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
     rows, width, grid = _tiles(out)
     if grid[0] == 0:
         return
+    states = States._make((outs, *outs.stride()[:3], lses, *lses.stride()))
+    num_rows, num_heads = out.shape[0] * out.shape[1], out.shape[1]
     with current(out.device):
         _merge_kernel[grid](
-            outs, *outs.stride()[:3], lses, *lses.stride(),
-            out, *out.stride()[:2], lse, *lse.stride(),
-            outs.shape[0], out.shape[0] * out.shape[1], out.shape[1],
-            DIM=out.shape[2], WIDTH=width, ROWS=rows,
-        )  # fmt: skip
+            states, _state(out, lse), outs.shape[0], num_rows, num_heads, DIM=out.shape[2], WIDTH=width, ROWS=rows
+        )
+
+
+def _state(out: Tensor, lse: Tensor) -> State:
+    return State._make((out, *out.stride()[:2], lse, *lse.stride()))
 
 
 def _tiles(out: Tensor) -> tuple[int, int, tuple[int]]:
@@ -46,55 +70,42 @@ def _tiles(out: Tensor) -> tuple[int, int, tuple[int]]:
 
 
 @triton.jit
-def _merge_two_kernel(
-    out_a_ptr, stride_oa_t, stride_oa_h, lse_a_ptr, stride_la_t, stride_la_h,
-    out_b_ptr, stride_ob_t, stride_ob_h, lse_b_ptr, stride_lb_t, stride_lb_h,
-    out_ptr, stride_o_t, stride_o_h, lse_ptr, stride_l_t, stride_l_h,
-    num_rows, num_heads, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """grid: [num_tiles]; a program merges ROWS (token, head) rows."""
+def _merge_two_kernel(a, b, merged, num_rows, num_heads, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """grid: [num_tiles]; a program merges ROWS (token, head) rows of two States. Bound by memory."""
     token, head, live, column, mask = _rows(num_rows, num_heads, DIM, WIDTH, ROWS)
-    lse_a = _load_lse(lse_a_ptr, token * stride_la_t + head * stride_la_h, live)
-    lse_b = _load_lse(lse_b_ptr, token * stride_lb_t + head * stride_lb_h, live)
+    lse_a = _load_lse(a.lse, token * a.stride_lse_token + head * a.stride_lse_head, live)
+    lse_b = _load_lse(b.lse, token * b.stride_lse_token + head * b.stride_lse_head, live)
     largest = _finite(tl.maximum(lse_a, lse_b))
     weight_a, weight_b = tl.exp(lse_a - largest), tl.exp(lse_b - largest)
-    row_a = (token * stride_oa_t + head * stride_oa_h)[:, None] + column
-    row_b = (token * stride_ob_t + head * stride_ob_h)[:, None] + column
-    total = _weighted(out_a_ptr, row_a, lse_a, weight_a, mask)
-    total += _weighted(out_b_ptr, row_b, lse_b, weight_b, mask)
-    _store(
-        out_ptr, (token * stride_o_t + head * stride_o_h)[:, None] + column, mask,
-        lse_ptr, token * stride_l_t + head * stride_l_h, live, total, weight_a + weight_b, largest,
-    )  # fmt: skip
+    row_a = (token * a.stride_token + head * a.stride_head)[:, None] + column
+    row_b = (token * b.stride_token + head * b.stride_head)[:, None] + column
+    total = _weighted(a.out, row_a, lse_a, weight_a, mask)
+    total += _weighted(b.out, row_b, lse_b, weight_b, mask)
+    _store(merged, (token, head, column), live, mask, total, weight_a + weight_b, largest)
 
 
 @triton.jit
 def _merge_kernel(
-    outs_ptr, stride_os_n, stride_os_t, stride_os_h, lses_ptr, stride_ls_n, stride_ls_t, stride_ls_h,
-    out_ptr, stride_o_t, stride_o_h, lse_ptr, stride_l_t, stride_l_h,
-    num_states, num_rows, num_heads, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """grid: [num_tiles]; a program merges ROWS (token, head) rows of all states in order."""
+    states, merged, num_states, num_rows, num_heads, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """grid: [num_tiles]; a program merges ROWS (token, head) rows of all States in order. Bound by memory."""
     token, head, live, column, mask = _rows(num_rows, num_heads, DIM, WIDTH, ROWS)
-    lse_row = token * stride_ls_t + head * stride_ls_h
+    lse_row = token * states.stride_lse_token + head * states.stride_lse_head
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     for n in range(num_states):
-        offset = lse_row + tl.cast(n, tl.int64) * stride_ls_n
-        largest = tl.maximum(largest, _load_lse(lses_ptr, offset, live))
+        offset = lse_row + tl.cast(n, tl.int64) * states.stride_lse
+        largest = tl.maximum(largest, _load_lse(states.lse, offset, live))
     largest = _finite(largest)
-    out_row = (token * stride_os_t + head * stride_os_h)[:, None] + column
+    out_row = (token * states.stride_token + head * states.stride_head)[:, None] + column
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     weights = tl.zeros([ROWS], tl.float32)
     for n in range(num_states):
         state = tl.cast(n, tl.int64)
-        lse = _load_lse(lses_ptr, lse_row + state * stride_ls_n, live)
+        lse = _load_lse(states.lse, lse_row + state * states.stride_lse, live)
         weight = tl.exp(lse - largest)
-        total += _weighted(outs_ptr, out_row + state * stride_os_n, lse, weight, mask)
+        total += _weighted(states.out, out_row + state * states.stride, lse, weight, mask)
         weights += weight
-    _store(
-        out_ptr, (token * stride_o_t + head * stride_o_h)[:, None] + column, mask,
-        lse_ptr, token * stride_l_t + head * stride_l_h, live, total, weights, largest,
-    )  # fmt: skip
+    _store(merged, (token, head, column), live, mask, total, weights, largest)
 
 
 @triton.jit
@@ -127,12 +138,14 @@ def _weighted(out_ptr, offset, lse, weight, mask):
 
 
 @triton.jit
-def _store(out_ptr, out_offset, mask, lse_ptr, lse_offset, live, total, weights, largest):
+def _store(merged, place, live, mask, total, weights, largest):
+    token, head, column = place
     empty = weights == 0.0  # and nothing else: NaN stays NaN
     divisor = tl.where(empty, 1.0, weights)
-    out = total / divisor[:, None]
+    out = from_float32(total / divisor[:, None], merged.out.dtype.element_ty)
     lse = tl.where(empty, float("-inf"), largest + tl.log(divisor))
+    row = token * merged.stride_token + head * merged.stride_head
     # in place: every warp has read its states before any row of them is overwritten
     tl.debug_barrier()
-    tl.store(out_ptr + out_offset, from_float32(out, out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + lse_offset, lse, mask=live)
+    tl.store(merged.out + row[:, None] + column, out, mask=mask)
+    tl.store(merged.lse + token * merged.stride_lse_token + head * merged.stride_lse_head, lse, mask=live)

@@ -4,9 +4,11 @@ The packed buffer is [L][K | V][H][T][D] (see pagewire/packed.py). A table holds
 layer's cache and scales are, so layers may lie anywhere and have strides of their own.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,17 +17,23 @@ from torch import Tensor
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.device import current
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.quant import ELEMENTS, format_of, from_float32, native_fp8, quantise, to_float32, token_head_scale
+from pagewire.kernels.quant import ELEMENTS, format_of, native_fp8, scale_kind
 from pagewire.kernels.rows import (
     VECTOR_BYTES,
+    Stored,
     alignment,
     byte_strides,
     copy_chunks,
+    load_real,
     scale_strides,
     slot_bytes,
-    tile_pointers,
+    store_real,
 )
 from pagewire.kernels.tables import device_table
+
+if TYPE_CHECKING:
+    from pagewire.moves import Part
+    from pagewire.packed import PackedKV
 
 _PACK_SLOT = tl.constexpr(codes.PACK_SLOT)
 _UNPACK_SLOT = tl.constexpr(codes.UNPACK_SLOT)
@@ -35,23 +43,49 @@ _CHUNKS = 512  # per program of 128 threads: 4 independent 16-byte copies a thre
 _TILE = 2048  # elements per program when converting: 16 fp32 values a thread
 
 
+class _Slots(NamedTuple):
+    ptr: Any  # int64 [num_tokens]
+    stride: int
+    num_slots: int
+    error_word: Any
+
+
+class _Packed(NamedTuple):
+    ptr: Any  # uint8
+    num_layers: int
+    num_heads: int
+    num_tokens: int
+    scales: Any  # fp32 [K | V, L], [K | V, L, H] or [K | V, L, H, T]
+    stride_scale_layer: int  # times num_tokens, if they are per token
+    stride_scale_head: int
+
+
+class _Move(NamedTuple):
+    """What a kernel is compiled for."""
+
+    PACK: bool
+    PAGE_SIZE: int
+    K_BYTES: int  # of a packed row
+    V_BYTES: int
+    NATIVE: bool
+    CACHE: Stored
+    PACKED: Stored
+
+
 def move(
-    parts: Sequence[Any],  # Part of pagewire/moves.py: K and, unless it is a view of K, V
+    parts: Sequence[Part],  # K and, unless it is a view of K, V
     slots: Tensor,  # [num_tokens] int64
-    packed: Any,  # PackedKV
+    packed: PackedKV,
     error_word: Tensor,
     *,
     pack: bool,
+    copy: bool,
 ) -> None:
     with current(slots.device):
-        _launch(parts, slots, packed, error_word, pack=pack, copy=parts[0].how == 0)
+        _launch(parts, slots, packed, error_word, pack, copy)
 
 
-def _scale_kind(scales: Sequence[Tensor]) -> str:
-    return ("tensor", "head", "", "token_head")[scales[0].dim()] if scales else "none"
-
-
-def _launch(parts: Sequence[Any], slots: Tensor, packed: Any, error_word: Tensor, *, pack: bool, copy: bool) -> None:
+def _launch(parts: Sequence[Part], slots: Tensor, packed: PackedKV, error_word: Tensor, pack: bool, copy: bool) -> None:
     """grid: [num_tiles * num_heads, K and V, num_layers]: adjacent programs take the heads of the same tokens."""
     shape, cache, cache_scales = packed.shape, parts[0].caches[0], parts[0].cache_scales
     places = tuple((_places(part.caches), _places(part.cache_scales)) for part in parts)
@@ -60,37 +94,32 @@ def _launch(parts: Sequence[Any], slots: Tensor, packed: Any, error_word: Tensor
     widths = [shape.head_dim * shape.dtype.itemsize, shape.head_dim_v * shape.dtype.itemsize]
     packed_align = alignment(packed.buffer.data_ptr(), *widths)
     num_slots, page_size = cache.shape[0] * cache.shape[1], cache.shape[1]
-    scales = error_word if packed.k_scale is None else packed.k_scale  # V's lie behind K's
-    args = (table, slots, slots.stride(0), packed.buffer, scales, error_word)
-    sizes = (shape.num_tokens, shape.num_heads, shape.num_layers, num_slots)
+    where = _Slots(slots, slots.stride(0), num_slots, error_word)
+    to = _Packed(packed.buffer, shape.num_layers, shape.num_heads, shape.num_tokens, *_scales(packed, error_word))
+    kinds = scale_kind(cache_scales[0] if cache_scales else None), scale_kind(packed.k_scale)
+    move = _Move(
+        pack, page_size, widths[0], widths[1], native_fp8(cache.device),
+        Stored(ELEMENTS[cache.dtype], format_of(cache.dtype), kinds[0], cache_align),
+        Stored(ELEMENTS[shape.dtype], format_of(shape.dtype), kinds[1], packed_align),
+    )  # fmt: skip
     outer = (2 if shape.head_dim_v else 1, shape.num_layers)
     if copy:
         align = min(cache_align, packed_align)
         num_chunks = shape.num_tokens * max(widths) // align
         chunks = min(_CHUNKS, max(128, triton.next_power_of_2(num_chunks)))
         grid = (triton.cdiv(num_chunks, chunks) * shape.num_heads, *outer)
-        _copy_kernel[grid](
-            *args, *sizes, PACK=pack, SCALE=shape.scale_kind, PAGE_SIZE=page_size,
-            K_BYTES=widths[0], V_BYTES=widths[1], ALIGN=align, CHUNKS=chunks,
-        )  # fmt: skip
+        _copy_kernel[grid](table, where, to, ALIGN=align, CHUNKS=chunks, move=move)
         return
     width = triton.next_power_of_2(max(shape.head_dim, shape.head_dim_v))
     rows = max(1, _TILE // width)
     grid = (triton.cdiv(shape.num_tokens, rows) * shape.num_heads, *outer)
-    _convert_kernel[grid](
-        *args, *sizes, PACK=pack, PAGE_SIZE=page_size, K_DIM=shape.head_dim, V_DIM=shape.head_dim_v,
-        WIDTH=width, ROWS=rows, NATIVE=native_fp8(cache.device),
-        CACHE=ELEMENTS[cache.dtype], CACHE_FORMAT=format_of(cache.dtype),
-        CACHE_SCALE=_scale_kind(cache_scales), CACHE_ALIGN=cache_align,
-        PACKED=ELEMENTS[shape.dtype], PACKED_FORMAT=format_of(shape.dtype),
-        PACKED_SCALE=shape.scale_kind, PACKED_ALIGN=packed_align,
-    )  # fmt: skip
+    _convert_kernel[grid](table, where, to, WIDTH=width, ROWS=rows, move=move)
 
 
 _Places = tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def _places(tensors: Sequence[Tensor]) -> _Places:
+def _places(tensors: Sequence[Any]) -> _Places:
     return tuple((t.data_ptr(), t.stride()) for t in tensors)
 
 
@@ -110,18 +139,47 @@ def _entries(
     return tuple(table), align
 
 
+def _scales(packed: PackedKV, nothing: Tensor) -> tuple[Tensor, int, int]:
+    """Scales, V's behind K's, and their strides, as _Packed has them."""
+    if packed.k_scale is None:
+        return nothing, 0, 0
+    by_head = packed.k_scale.dim() > 1
+    return packed.k_scale, packed.shape.num_heads if by_head else 1, int(by_head)
+
+
 # ------------------------------------------------------------------------------------------ where things are
 
 
 @triton.jit
-def _locate(table_ptr, num_layers, slots_ptr, stride_slots, token, num_tokens, num_slots):
-    """(entry of this program's layer, head-independent), (live, fits [N]), slot [N] int64: 0 where it does not fit."""
-    side, layer = tl.program_id(1), tl.program_id(2)
-    entry = table_ptr + (side * num_layers + layer) * _FIELDS
-    live = token < num_tokens
-    slot = tl.load(slots_ptr + token.to(tl.int64) * stride_slots, mask=live, other=0)
-    fits = live & (slot >= 0) & (slot < num_slots)
-    return entry, live, fits, tl.where(fits, slot, 0)
+def _locate(table_ptr, slots, packed, head, token, reports, SIDE: tl.constexpr, move: tl.constexpr):
+    """Of tokens [N] of a head: byte addresses in the cache and the packed buffer, of the scales in both, whether the
+    token exists, whether its slot does."""
+    layer = tl.program_id(2)
+    live = token < packed.num_tokens
+    slot = tl.load(slots.ptr + token.to(tl.int64) * slots.stride, mask=live, other=0)
+    fits = live & (slot >= 0) & (slot < slots.num_slots)
+    # every layer and head sees the same slots: one of them reports
+    if (SIDE == 0) & (layer == 0) & (head == 0):
+        record_error(
+            slots.error_word, _PACK_SLOT if move.PACK else _UNPACK_SLOT, 0, token, live & (fits == 0) & reports
+        )
+    slot = tl.where(fits, slot, 0)
+    entry = table_ptr + (SIDE * packed.num_layers + layer) * _FIELDS
+    PAGE_SIZE: tl.constexpr = move.PAGE_SIZE
+    cache = _cache_rows(entry, slot, head, PAGE_SIZE)
+    cache_scales = _cache_rows(entry + 4, slot, head, PAGE_SIZE).to(tl.pointer_type(tl.float32))
+    num_rows = tl.cast(packed.num_heads, tl.int64) * packed.num_tokens  # of K, and as many of V
+    row = head.to(tl.int64) * packed.num_tokens + token
+    start = packed.ptr.to(tl.int64) + num_rows * layer.to(tl.int64) * (move.K_BYTES + move.V_BYTES)
+    if SIDE == 0:
+        rows = start + row * move.K_BYTES
+    else:
+        rows = start + num_rows * move.K_BYTES + row * move.V_BYTES
+    index = (SIDE * packed.num_layers + layer).to(tl.int64) * packed.stride_scale_layer
+    index += head * packed.stride_scale_head + tl.zeros_like(token)
+    if move.PACKED.SCALE == "token":
+        index = index * packed.num_tokens + token
+    return cache, rows, cache_scales, packed.scales + index, live, fits
 
 
 @triton.jit
@@ -131,106 +189,52 @@ def _cache_rows(entry, slot, head, PAGE_SIZE: tl.constexpr):
     return tl.load(entry) + offset + head.to(tl.int64) * tl.load(entry + 3)
 
 
-@triton.jit
-def _packed_rows(
-    packed_ptr, token, head, num_tokens, num_heads, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-):  # fmt: skip
-    """int64 byte addresses [N]."""
-    side, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_rows = tl.cast(num_heads, tl.int64) * num_tokens  # of K, and as many of V
-    start = packed_ptr.to(tl.int64) + num_rows * (layer * (K_BYTES + V_BYTES) + side * K_BYTES)
-    return start + (head.to(tl.int64) * num_tokens + token) * ROW_BYTES
-
-
-@triton.jit
-def _packed_scales(scales_ptr, token, head, num_tokens, num_heads, num_layers, SCALE: tl.constexpr):
-    """Pointers, of token's shape."""
-    side, layer = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    row = side * num_layers + layer
-    if SCALE == "tensor":
-        return scales_ptr + row + tl.zeros_like(token)
-    elif SCALE == "head":
-        return scales_ptr + row * num_heads + head + tl.zeros_like(token)
-    else:
-        return scales_ptr + (row * num_heads + head) * num_tokens + token
-
-
-@triton.jit
-def _record(error_ptr, PACK: tl.constexpr, head, token, bad):
-    # every layer and head sees the same slots: one of them reports
-    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0) & (head == 0):
-        record_error(error_ptr, _PACK_SLOT if PACK else _UNPACK_SLOT, 0, token, bad)
-
-
 # ------------------------------------------------------------------------------------------ the same bytes
 
 
 @triton.jit
 def _copy_kernel(
     table_ptr,  # int64 [K | V, num_layers, _FIELDS]
-    slots_ptr, stride_slots,  # int64 [num_tokens]
-    packed_ptr,  # uint8
-    scales_ptr,  # fp32 [K | V, ...]: [L], [L, H] or [L, H, T]
-    error_ptr, num_tokens, num_heads, num_layers, num_slots,
-    PACK: tl.constexpr, SCALE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    K_BYTES: tl.constexpr, V_BYTES: tl.constexpr, ALIGN: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """A program moves CHUNKS chunks of ALIGN bytes of one head of one layer of K or V, and their tokens' scales."""
+    slots,  # _Slots
+    packed,  # _Packed
+    ALIGN: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    move: tl.constexpr,
+):
+    """A program moves CHUNKS chunks of ALIGN bytes of one head of one layer of K or V, and their tokens' scales.
+    Bound by memory."""
     if tl.program_id(1) == 0:
-        _copy_tile(
-            table_ptr, slots_ptr, stride_slots, packed_ptr, scales_ptr, error_ptr, num_tokens,
-            num_heads, num_layers, num_slots, PACK, SCALE, PAGE_SIZE, K_BYTES, V_BYTES, K_BYTES,
-            ALIGN, CHUNKS,
-        )  # fmt: skip
-    elif V_BYTES > 0:
-        _copy_tile(
-            table_ptr, slots_ptr, stride_slots, packed_ptr, scales_ptr, error_ptr, num_tokens,
-            num_heads, num_layers, num_slots, PACK, SCALE, PAGE_SIZE, K_BYTES, V_BYTES, V_BYTES,
-            ALIGN, CHUNKS,
-        )  # fmt: skip
+        _copy_tile(table_ptr, slots, packed, ALIGN, CHUNKS, 0, move)
+    elif move.V_BYTES > 0:
+        _copy_tile(table_ptr, slots, packed, ALIGN, CHUNKS, 1, move)
 
 
 @triton.jit
 def _copy_tile(
-    table_ptr, slots_ptr, stride_slots, packed_ptr, scales_ptr, error_ptr, num_tokens,
-    num_heads, num_layers, num_slots,
-    PACK: tl.constexpr, SCALE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    K_BYTES: tl.constexpr, V_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr,
-    ALIGN: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    ROW_CHUNKS: tl.constexpr = ROW_BYTES // ALIGN
-    head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
+    table_ptr, slots, packed, ALIGN: tl.constexpr, CHUNKS: tl.constexpr, SIDE: tl.constexpr, move: tl.constexpr
+):
+    ROW_CHUNKS: tl.constexpr = (move.V_BYTES if SIDE else move.K_BYTES) // ALIGN
+    head, tile = tl.program_id(0) % packed.num_heads, tl.program_id(0) // packed.num_heads
     # the tile's first chunk in 64 bits, the others relative to it in 32
     first = tile.to(tl.int64) * CHUNKS
     chunk = (first % ROW_CHUNKS).to(tl.int32) + tl.arange(0, CHUNKS)
     token = (first // ROW_CHUNKS).to(tl.int32) + chunk // ROW_CHUNKS
     column = ((chunk % ROW_CHUNKS) * ALIGN).to(tl.int64)
-    entry, live, fits, slot = _locate(table_ptr, num_layers, slots_ptr, stride_slots, token, num_tokens, num_slots)
-    _record(error_ptr, PACK, head, token, live & (fits == 0) & (column == 0))
-    cache = _cache_rows(entry, slot, head, PAGE_SIZE) + column
-    packed = _packed_rows(packed_ptr, token, head, num_tokens, num_heads, K_BYTES, V_BYTES, ROW_BYTES)
-    packed += column
-    if PACK:
-        copy_chunks(cache, packed, fits, live, ALIGN)
+    once = column == 0
+    cache, rows, cache_scales, scales, live, fits = _locate(table_ptr, slots, packed, head, token, once, SIDE, move)
+    if move.PACK:
+        copy_chunks(cache + column, rows + column, fits, live, ALIGN)
     else:
-        copy_chunks(packed, cache, fits, fits, ALIGN)
-    if SCALE == "token_head":
-        once = column == 0
-        cache_scales = _cache_rows(entry + 4, slot, head, PAGE_SIZE).to(tl.pointer_type(tl.float32))
-        packed_scales = _packed_scales(scales_ptr, token, head, num_tokens, num_heads, num_layers, SCALE)
-        if PACK:
-            scale = tl.load(cache_scales, mask=fits & once, other=1.0)
-            tl.store(packed_scales, scale, mask=live & once)
+        copy_chunks(rows + column, cache + column, fits, fits, ALIGN)
+    if move.PACKED.SCALE == "token":
+        if move.PACK:
+            tl.store(scales, tl.load(cache_scales, mask=fits & once, other=1.0), mask=live & once)
         else:
-            scale = tl.load(packed_scales, mask=fits & once)
-            tl.store(cache_scales, scale, mask=fits & once)
-    elif PACK and SCALE != "none":  # unpack converts to the cache's own tensor or head scale
-        if (tile == 0) & ((head == 0) | (SCALE == "head")):
-            address = tl.load(entry + 4) + head.to(tl.int64) * tl.load(entry + 7)
-            scale = tl.load(address.to(tl.pointer_type(tl.float32)))
-            packed_scale = _packed_scales(scales_ptr, head, head, num_tokens, num_heads, num_layers, SCALE)
-            tl.store(packed_scale, scale)
+            tl.store(cache_scales, tl.load(scales, mask=fits & once), mask=fits & once)
+    elif move.PACK and move.PACKED.SCALE != "none":  # unpack converts to the cache's own tensor or head scale
+        if tile == 0:
+            first_token = token == 0
+            tl.store(scales, tl.load(cache_scales, mask=once & first_token), mask=once & first_token)
 
 
 # ------------------------------------------------------------------------------------------ other bytes
@@ -239,85 +243,37 @@ def _copy_tile(
 @triton.jit
 def _convert_kernel(
     table_ptr,  # as in _copy_kernel
-    slots_ptr, stride_slots, packed_ptr, scales_ptr,
-    error_ptr, num_tokens, num_heads, num_layers, num_slots,
-    PACK: tl.constexpr, PAGE_SIZE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, NATIVE: tl.constexpr,
-    CACHE: tl.constexpr, CACHE_FORMAT: tl.constexpr, CACHE_SCALE: tl.constexpr,
-    CACHE_ALIGN: tl.constexpr, PACKED: tl.constexpr, PACKED_FORMAT: tl.constexpr,
-    PACKED_SCALE: tl.constexpr, PACKED_ALIGN: tl.constexpr,
-):  # fmt: skip
-    """A program converts ROWS tokens of one head of one layer of K or V."""
+    slots,
+    packed,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    move: tl.constexpr,
+):
+    """A program converts ROWS tokens of one head of one layer of K or V. Bound by memory."""
     if tl.program_id(1) == 0:
-        _convert_tile(
-            table_ptr, slots_ptr, stride_slots, packed_ptr, scales_ptr, error_ptr, num_tokens,
-            num_heads, num_layers, num_slots, PACK, PAGE_SIZE, K_DIM, V_DIM, K_DIM, WIDTH, ROWS,
-            NATIVE, CACHE, CACHE_FORMAT, CACHE_SCALE, CACHE_ALIGN, PACKED, PACKED_FORMAT,
-            PACKED_SCALE, PACKED_ALIGN,
-        )  # fmt: skip
-    elif V_DIM > 0:
-        _convert_tile(
-            table_ptr, slots_ptr, stride_slots, packed_ptr, scales_ptr, error_ptr, num_tokens,
-            num_heads, num_layers, num_slots, PACK, PAGE_SIZE, K_DIM, V_DIM, V_DIM, WIDTH, ROWS,
-            NATIVE, CACHE, CACHE_FORMAT, CACHE_SCALE, CACHE_ALIGN, PACKED, PACKED_FORMAT,
-            PACKED_SCALE, PACKED_ALIGN,
-        )  # fmt: skip
+        _convert_tile(table_ptr, slots, packed, WIDTH, ROWS, 0, move)
+    elif move.V_BYTES > 0:
+        _convert_tile(table_ptr, slots, packed, WIDTH, ROWS, 1, move)
 
 
 @triton.jit
 def _convert_tile(
-    table_ptr, slots_ptr, stride_slots, packed_ptr, scales_ptr, error_ptr, num_tokens,
-    num_heads, num_layers, num_slots,
-    PACK: tl.constexpr, PAGE_SIZE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, NATIVE: tl.constexpr,
-    CACHE: tl.constexpr, CACHE_FORMAT: tl.constexpr, CACHE_SCALE: tl.constexpr,
-    CACHE_ALIGN: tl.constexpr, PACKED: tl.constexpr, PACKED_FORMAT: tl.constexpr,
-    PACKED_SCALE: tl.constexpr, PACKED_ALIGN: tl.constexpr,
-):  # fmt: skip
-    ITEM_BYTES: tl.constexpr = PACKED.primitive_bitwidth // 8
-    head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
+    table_ptr, slots, packed, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr, move: tl.constexpr
+):
+    CACHE: tl.constexpr = move.CACHE
+    PACKED: tl.constexpr = move.PACKED
+    NATIVE: tl.constexpr = move.NATIVE
+    ROW_BYTES: tl.constexpr = move.V_BYTES if SIDE else move.K_BYTES
+    ITEM_BYTES: tl.constexpr = PACKED.ELEMENT.primitive_bitwidth // 8
+    head, tile = tl.program_id(0) % packed.num_heads, tl.program_id(0) // packed.num_heads
     token = tile * ROWS + tl.arange(0, ROWS)
-    entry, live, fits, slot = _locate(table_ptr, num_layers, slots_ptr, stride_slots, token, num_tokens, num_slots)
-    _record(error_ptr, PACK, head, token, live & (fits == 0))
-    cache_rows = _cache_rows(entry, slot, head, PAGE_SIZE)
-    cache_scales = _cache_rows(entry + 4, slot, head, PAGE_SIZE).to(tl.pointer_type(tl.float32))
-    cache = tile_pointers(cache_rows, CACHE, WIDTH, CACHE_ALIGN)
-    packed_rows = _packed_rows(
-        packed_ptr, token, head, num_tokens, num_heads, K_DIM * ITEM_BYTES, V_DIM * ITEM_BYTES, DIM * ITEM_BYTES
+    cache, rows, cache_scales, scales, live, fits = _locate(
+        table_ptr, slots, packed, head, token, token >= 0, SIDE, move
     )
-    packed_scales = _packed_scales(scales_ptr, token, head, num_tokens, num_heads, num_layers, PACKED_SCALE)
-    packed = tile_pointers(packed_rows, PACKED, WIDTH, PACKED_ALIGN)
-    column = (tl.arange(0, WIDTH) < DIM)[None, :]
-    if PACK:
-        x = _load_real(cache, cache_scales, fits, column, CACHE_FORMAT, CACHE_SCALE, NATIVE)
-        _store_real(x, packed, packed_scales, live, column, PACKED, PACKED_FORMAT, PACKED_SCALE, NATIVE)
+    width_ok = (tl.arange(0, WIDTH) < ROW_BYTES // ITEM_BYTES)[None, :]
+    if move.PACK:
+        x = load_real(cache, cache_scales, fits, width_ok, WIDTH, NATIVE, CACHE)
+        store_real(x, rows, scales, live, width_ok, NATIVE, PACKED)
     else:
-        x = _load_real(packed, packed_scales, fits, column, PACKED_FORMAT, PACKED_SCALE, NATIVE)
-        _store_real(x, cache, cache_scales, fits, column, CACHE, CACHE_FORMAT, CACHE_SCALE, NATIVE)
-
-
-@triton.jit
-def _load_real(pointers, scales, rows, column, FORMAT: tl.constexpr, SCALE: tl.constexpr, NATIVE: tl.constexpr):
-    """stored * scale, fp32 [ROWS, WIDTH]; 0 where masked."""
-    x = to_float32(tl.load(pointers, mask=rows[:, None] & column, other=0), FORMAT, NATIVE)
-    if SCALE != "none":
-        x = x * tl.load(scales, mask=rows, other=1.0)[:, None]
-    return x
-
-
-@triton.jit
-def _store_real(
-    x, pointers, scales, rows, column, ELEMENT: tl.constexpr, FORMAT: tl.constexpr,
-    SCALE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Per-token-head scales are written, others read."""
-    if SCALE == "none":
-        stored = from_float32(x, ELEMENT)
-    else:
-        if SCALE == "token_head":
-            scale = token_head_scale(x, FORMAT)
-            tl.store(scales, scale, mask=rows)
-        else:
-            scale = tl.load(scales, mask=rows, other=1.0)
-        stored = quantise(x, scale[:, None], FORMAT, NATIVE)
-    tl.store(pointers, stored, mask=rows[:, None] & column)
+        x = load_real(rows, scales, fits, width_ok, WIDTH, NATIVE, PACKED)
+        store_real(x, cache, cache_scales, fits, width_ok, NATIVE, CACHE)

@@ -5,10 +5,13 @@ Addresses come out of tables and 64-bit products, so the compiler cannot see how
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pagewire.kernels.quant import from_float32, quantise, to_float32, token_head_scale
 
 VECTOR_BYTES = 16
 
@@ -60,6 +63,49 @@ def copy_chunks(
     WIDTH: tl.constexpr = ALIGN // 4 if ALIGN >= 4 else 1
     values = tl.load(tile_pointers(source, ELEMENT, WIDTH, ALIGN), mask=readable[:, None], other=0)
     tl.store(tile_pointers(target, ELEMENT, WIDTH, ALIGN), values, mask=writable[:, None])
+
+
+class Stored(NamedTuple):
+    """How a cache, a packed buffer or new rows store their values; for the compiler."""
+
+    ELEMENT: Any
+    FORMAT: str
+    SCALE: str  # quant.scale_kind
+    ALIGN: int  # bytes
+
+
+@triton.jit
+def load_real(addresses, scales, rows, width_ok, WIDTH: tl.constexpr, NATIVE: tl.constexpr, stored: tl.constexpr):
+    """stored * scale, fp32 [ROWS, WIDTH], 0 where masked. scales: pointers [ROWS]."""
+    ELEMENT: tl.constexpr = stored.ELEMENT
+    FORMAT: tl.constexpr = stored.FORMAT
+    ALIGN: tl.constexpr = stored.ALIGN
+    x = tl.load(tile_pointers(addresses, ELEMENT, WIDTH, ALIGN), mask=rows[:, None] & width_ok, other=0)
+    x = to_float32(x, FORMAT, NATIVE)
+    if stored.SCALE != "none":
+        x = x * tl.load(scales, mask=rows, other=1.0)[:, None]
+    return x
+
+
+@triton.jit
+def store_real(x, addresses, scales, rows, width_ok, NATIVE: tl.constexpr, stored: tl.constexpr):
+    """x: fp32 [ROWS, WIDTH]. scales: pointers [ROWS], or the "value"; per token they are written, otherwise read."""
+    ELEMENT: tl.constexpr = stored.ELEMENT
+    FORMAT: tl.constexpr = stored.FORMAT
+    ALIGN: tl.constexpr = stored.ALIGN
+    WIDTH: tl.constexpr = x.shape[1]
+    if stored.SCALE == "none":
+        values = from_float32(x, ELEMENT)
+    else:
+        if stored.SCALE == "value":
+            scale = scales + tl.zeros([x.shape[0]], tl.float32)
+        elif stored.SCALE == "token":
+            scale = token_head_scale(x, FORMAT)
+            tl.store(scales, scale, mask=rows)
+        else:
+            scale = tl.load(scales, mask=rows, other=1.0)
+        values = quantise(x, scale[:, None], FORMAT, NATIVE)
+    tl.store(tile_pointers(addresses, ELEMENT, WIDTH, ALIGN), values, mask=rows[:, None] & width_ok)
 
 
 @triton.jit

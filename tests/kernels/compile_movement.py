@@ -1,7 +1,7 @@
 """Compiles what the movement launchers launch, for a GPU that need not be there; one JSON line per kernel.
 
 Run as a script, in a process without TRITON_INTERPRET: `compile_movement.py quick|full`. The launchers are called with
-CPU tensors; the launch itself is replaced by `triton.compile` of the same specialisation.
+CPU tensors; the launch itself is replaced by its compilation.
 """
 
 from __future__ import annotations
@@ -16,46 +16,18 @@ from collections.abc import Iterator
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import pagewire as pw
 from pagewire import moves
+from pagewire.bench.pretend import NoDevice
 from pagewire.cache_part import CachePart
 from pagewire.kernels import append, merge, pack, tables
 from pagewire.types import dtype_name
 
-DTYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8",
-    torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 e4m3, e5m2, int8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
-
-
-def compile_launch(fn: JITFunction, args: tuple, kwargs: dict, arch: int) -> triton.compiler.CompiledKernel:
-    """As the launch would specialise it: pointers and ints divisible by 16, ints that are 1, ints beyond 32 bits."""
-    num_warps = kwargs.pop("num_warps", 4)
-    signature, constants, attrs = {}, dict(kwargs), {}
-    for i, (parameter, value) in enumerate(zip(fn.params, args, strict=False)):
-        name = parameter.name
-        divisible = False
-        if isinstance(value, torch.Tensor):
-            signature[name] = f"*{DTYPES[value.dtype]}"
-            divisible = value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = parameter.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
-            divisible = value % 16 == 0 and not parameter.do_not_specialize
-        if divisible:
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    signature.update(dict.fromkeys(kwargs, "constexpr"))
-    source = ASTSource(fn, signature, constants, attrs)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
 
 
 def facts(kernel: triton.compiler.CompiledKernel) -> dict:
@@ -81,7 +53,7 @@ def append_call(dtype, kv_dtype, scale, dim, dim_v=None, pad=0) -> None:
     s = 1.0 if scale == "float" else None if shape is None else torch.ones(shape)
     word = torch.zeros(1, dtype=torch.int64)
     movement = moves.append(*x, *caches, torch.arange(40), s, s)
-    append.append_kv(*movement.parts, movement.slots, word)
+    append.append_kv(*movement.parts, movement.slots, word, copy=movement.parts[0].how is moves.How.COPY)
 
 
 def move_call(op, kv_dtype, scale, wire, dim, dim_v=None, heads=(0, 4), page_size=16) -> None:
@@ -94,7 +66,8 @@ def move_call(op, kv_dtype, scale, wire, dim, dim_v=None, heads=(0, 4), page_siz
     views = CachePart.of(cache, None, heads).views
     word = torch.zeros(1, dtype=torch.int64)
     movement = moves.pack(views, slots, packed) if op == "pack" else moves.unpack(packed, views, slots)
-    pack.move(movement.parts, slots, packed, word, pack=movement.from_cache)
+    copy = movement.parts[0].how is moves.How.COPY
+    pack.move(movement.parts, slots, packed, word, pack=movement.from_cache, copy=copy)
 
 
 def merge_call(num_states, dtype, out_dtype, dim) -> None:
@@ -154,12 +127,14 @@ def name_of(call: tuple) -> str:
 
 
 def main() -> None:
+    run = JITFunction.run
     for arch in (80, 90):
+        driver.set_active(NoDevice(arch))
         for call in QUICK if sys.argv[1] == "quick" else full():
 
             def launch(fn, *args, grid, warmup, _call=call, _arch=arch, **kwargs):
                 line = {"arch": _arch, "call": name_of(_call), "kernel": fn.__name__}
-                print(json.dumps(line | facts(compile_launch(fn, args, kwargs, _arch))), flush=True)
+                print(json.dumps(line | facts(run(fn, *args, grid=grid, warmup=True, **kwargs))), flush=True)
 
             JITFunction.run = launch
             append.native_fp8 = pack.native_fp8 = lambda device, native=arch >= 90: native

@@ -14,7 +14,7 @@ import pagewire.kernels.merge as _merge
 import pagewire.kernels.pack as _pack
 import pagewire.kernels.prefill as _prefill
 from pagewire.errors import device_word
-from pagewire.moves import Movement
+from pagewire.moves import How, Movement
 from pagewire.types import Modifiers
 
 _cache_keys.settle()
@@ -44,10 +44,10 @@ def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
 
 
 def move(movement: Movement) -> None:
-    word = device_word(movement.slots.device)
+    word, copy = device_word(movement.slots.device), movement.parts[0].how is How.COPY
     if movement.op == "append_kv":
         k, v = movement.parts
-        _append.append_kv(k, v, movement.slots, word)
+        _append.append_kv(k, v, movement.slots, word, copy=copy)
     else:
         assert movement.packed is not None
-        _pack.move(movement.parts, movement.slots, movement.packed, word, pack=movement.from_cache)
+        _pack.move(movement.parts, movement.slots, movement.packed, word, pack=movement.from_cache, copy=copy)
