@@ -210,7 +210,7 @@ def walk(step: str, candidates: int, only: re.Pattern | None) -> dict[str, Any]:
             kernels.append(f"{src.name} of {item.name}")
 
     triton.knobs.compilation.listener = listen
-    arena = pretend.Blank("cpu")  # memory with addresses, as a device's would have
+    memory = pretend.Blank("cpu")  # memory with addresses, as a device's would have
     entries = len(os.listdir(cache)) if cache.exists() else 0
     started, cpu, again, calls = time.perf_counter(), time.process_time(), 0.0, 0
     items = ahead.items(step, 90, candidates, only)
@@ -220,7 +220,7 @@ def walk(step: str, candidates: int, only: re.Pattern | None) -> dict[str, Any]:
                 continue
             with item.table():
                 try:
-                    work, ours = pretend.prepared(item.case, arena)
+                    work, ours = pretend.prepared(item.case, memory)
                     for contender in (ours, *(pretend.triton_peers(work) if item.peers else ())):
                         pretend.call_each(work, contender)
                 except Exception as error:

@@ -124,7 +124,7 @@ def child(device: str, backend: str, op: str, first: int, only: str) -> int:
     import torch
 
     from pagewire.bench import suites
-    from pagewire.bench.arena import Arena
+    from pagewire.bench.cold_memory import ColdMemory
 
     groups = ("decode", "prefill") if op == "graph" else (op,)
     cases = [c for c in suites.cases("contact", device) if c.group in groups]
@@ -134,13 +134,13 @@ def child(device: str, backend: str, op: str, first: int, only: str) -> int:
             _tell("--", "", "there are no CUDA graphs on a CPU")
             return 0
         cases = [c for c in cases if c.head_dim == 128 and c.page_size >= 16]
-    arena = Arena(device, 1 << 20, 1 << 30)
+    memory = ColdMemory(device, 1 << 20, 1 << 30)
     with torch.inference_mode():
         for number, case in enumerate(cases):
             if number < first:
                 continue
             print(json.dumps({"starts": case.id, "number": number, "of": len(cases)}), flush=True)
-            mark, text = _outcome(device, backend, case, arena, graph=op == "graph")
+            mark, text = _outcome(device, backend, case, memory, graph=op == "graph")
             if device == "cuda" and mark == "RED" and _lost():
                 print(f"{text} (the device is lost to this process)", file=sys.stderr, flush=True)
                 os._exit(_FAULT)  # destructors that call CUDA would abort
@@ -152,7 +152,7 @@ def _tell(mark: str, case: str, text: str) -> None:
     print(json.dumps({"mark": mark, "case": case, "text": text}), flush=True)
 
 
-def _outcome(device: str, backend: str, case: Any, arena: Any, *, graph: bool) -> tuple[str, str]:
+def _outcome(device: str, backend: str, case: Any, memory: Any, *, graph: bool) -> tuple[str, str]:
     """(ok, RED or --; the error and the seconds of the first call, or why not)."""
     from dataclasses import replace
 
@@ -162,7 +162,7 @@ def _outcome(device: str, backend: str, case: Any, arena: Any, *, graph: bool) -
 
     seconds: list[float] = []
     try:
-        work = _work(case, arena)
+        work = _work(case, memory)
         ours = work.ours(backend)
 
         def call(copy: int) -> Any:

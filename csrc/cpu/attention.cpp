@@ -197,7 +197,7 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
         }
     }
 
-    Arena few_size{nullptr}, tile_size{nullptr};
+    Carver few_size{nullptr}, tile_size{nullptr};
     FewRowsScratch().carve(few_size, heads_each, plan.max_few_rows, p.k.width, p.v.width);
     TileScratch().carve(tile_size, plan.max_tile_rows, p.k.width, p.v.width);
     const int64_t bytes = std::max(few.empty() ? 0 : few_size.used, tiles.empty() ? 0 : tile_size.used);

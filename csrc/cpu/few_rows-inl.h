@@ -36,8 +36,8 @@ struct FewRows {
     FewRowsScratch s{};
 
     FewRows(const AttentionParams& p, const Piece& piece, char* scratch) : p(p), piece(piece) {
-        Arena arena{scratch};
-        s.carve(arena, H, R, D, Dv);
+        Carver carver{scratch};
+        s.carve(carver, H, R, D, Dv);
         for (int64_t i = 0; i < H * round_up(R, kAlign); ++i) {
             s.top[i] = -infinity();
             s.total[i] = 0.0f;

@@ -51,7 +51,7 @@ struct Piece {
 };
 
 // Hands out 64-byte aligned arrays of one allocation; with a null base it only measures.
-struct Arena {
+struct Carver {
     char* base;
     int64_t used = 0;
 
@@ -79,20 +79,20 @@ struct FewRowsScratch {
         return 2 * (16 * round_up(head_dim, kAlign) * (H + 1) + 5 * 512);
     }
 
-    void carve(Arena& arena, int64_t H, int64_t R, int64_t head_dim, int64_t head_dim_v) {
+    void carve(Carver& carver, int64_t H, int64_t R, int64_t head_dim, int64_t head_dim_v) {
         ld_q = round_up(head_dim, kAlign);
         ld_acc = round_up(head_dim_v, kAlign);
-        q = arena.take<float>(H * R * ld_q);
-        acc = arena.take<float>(H * R * ld_acc);
-        top = arena.take<float>(H * round_up(R, kAlign));
-        total = arena.take<float>(H * round_up(R, kAlign));
-        logits = arena.take<float>(R * kMaxKeyBlock);
-        tiles = arena.take<char>(tile_bytes(H, head_dim));
-        rescale = arena.take<float>(round_up(R, kAlign));
-        unit = arena.take<float>(round_up(R, kAlign));
-        row = arena.take<float>(ld_q + ld_acc);
-        k_scale = arena.take<float>(kMaxKeyBlock);
-        v_scale = arena.take<float>(kMaxKeyBlock);
+        q = carver.take<float>(H * R * ld_q);
+        acc = carver.take<float>(H * R * ld_acc);
+        top = carver.take<float>(H * round_up(R, kAlign));
+        total = carver.take<float>(H * round_up(R, kAlign));
+        logits = carver.take<float>(R * kMaxKeyBlock);
+        tiles = carver.take<char>(tile_bytes(H, head_dim));
+        rescale = carver.take<float>(round_up(R, kAlign));
+        unit = carver.take<float>(round_up(R, kAlign));
+        row = carver.take<float>(ld_q + ld_acc);
+        k_scale = carver.take<float>(kMaxKeyBlock);
+        v_scale = carver.take<float>(kMaxKeyBlock);
     }
 };
 
@@ -109,21 +109,21 @@ struct TileScratch {
     int64_t ld_acc;
 
     // Rows and widths have room for whole tiles of 32 x 32.
-    void carve(Arena& arena, int64_t num_rows, int64_t head_dim, int64_t head_dim_v) {
+    void carve(Carver& carver, int64_t num_rows, int64_t head_dim, int64_t head_dim_v) {
         const int64_t R = round_up(num_rows, 32);
         ld_acc = round_up(head_dim_v, kAlign);
-        q = arena.take<float>(R * round_up(head_dim, 32));
-        acc = arena.take<float>(R * ld_acc);
-        keys = arena.take<float>(kTileKeys * round_up(head_dim, kAlign));
-        values = arena.take<float>(kTileKeys * ld_acc);
-        logits = arena.take<float>(kTileRows * kTileKeys);
-        weights = arena.take<float>(kTileRows * kTileKeys / 2);
-        top = arena.take<float>(round_up(R, kAlign));
-        total = arena.take<float>(round_up(R, kAlign));
-        rescale = arena.take<float>(round_up(R, kAlign));
-        unit = arena.take<float>(round_up(R, kAlign));
-        k_scale = arena.take<float>(kTileKeys);
-        v_scale = arena.take<float>(kTileKeys);
+        q = carver.take<float>(R * round_up(head_dim, 32));
+        acc = carver.take<float>(R * ld_acc);
+        keys = carver.take<float>(kTileKeys * round_up(head_dim, kAlign));
+        values = carver.take<float>(kTileKeys * ld_acc);
+        logits = carver.take<float>(kTileRows * kTileKeys);
+        weights = carver.take<float>(kTileRows * kTileKeys / 2);
+        top = carver.take<float>(round_up(R, kAlign));
+        total = carver.take<float>(round_up(R, kAlign));
+        rescale = carver.take<float>(round_up(R, kAlign));
+        unit = carver.take<float>(round_up(R, kAlign));
+        k_scale = carver.take<float>(kTileKeys);
+        v_scale = carver.take<float>(kTileKeys);
     }
 };
 

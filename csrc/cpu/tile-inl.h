@@ -124,8 +124,8 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
     const int64_t group = p.q.num_heads / p.k.num_kv_heads, R = (piece.row_end - piece.row_begin) * group;
     const int64_t head = piece.head_begin, D = p.k.width, Dv = p.v.width;
     TileScratch s;
-    Arena arena{scratch};
-    s.carve(arena, R, D, Dv);
+    Carver carver{scratch};
+    s.carve(carver, R, D, Dv);
 
     const Tile tile{s, D, Dv};
     for (int64_t r = 0; r < R; ++r) {  // row r: token r / group, head r % group of its group

@@ -104,12 +104,12 @@ AttentionPlan plan_of(const AttentionParams& p, const Call& call) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Geometry {
-    int64_t grid, partial_rows;
+struct Grid {
+    int64_t num_blocks, partial_rows;
 };
 
 // Fills in what the plan leaves to the launcher.
-Geometry arrange(AttentionPlan& p, const AttentionKernel& kernel) {
+Grid arrange(AttentionPlan& p, const AttentionKernel& kernel) {
     const int64_t rows = int64_t(p.max_q_len) * p.group_size;  // of a request and kv head
     const int num_warps = kernel.num_threads / 32;
     p.warps_m = 1;
@@ -123,12 +123,12 @@ Geometry arrange(AttentionPlan& p, const AttentionKernel& kernel) {
         int64_t(runtime::num_multiprocessors()) *
         blocks_per_multiprocessor(kernel.kernel, kernel.name, kernel.num_threads, kernel.shared_bytes(p.warps_m));
     const int64_t unit = p.split_size > 0 ? p.split_size : kernel.tile;
-    Geometry g{};
+    Grid g{};
     // rows of empty requests are written by all blocks too
-    g.grid = std::min(on_device, std::max<int64_t>(items * ceil_div(capacity, unit), p.num_tokens));
+    g.num_blocks = std::min(on_device, std::max<int64_t>(items * ceil_div(capacity, unit), p.num_tokens));
     if (p.split_size == 0) {
-        p.num_counters = static_cast<int>(g.grid);
-        g.partial_rows = 2 * g.grid * p.chunk_rows;
+        p.num_counters = static_cast<int>(g.num_blocks);
+        g.partial_rows = 2 * g.num_blocks * p.chunk_rows;
         return g;
     }
     p.max_splits = static_cast<int>(std::min<int64_t>(64, ceil_div(capacity, p.split_size)));
@@ -152,7 +152,7 @@ Geometry arrange(AttentionPlan& p, const AttentionKernel& kernel) {
 AttentionSpace attention_space(const AttentionParams& params, const Call& call) {
     UseDevice guard(call.device);
     AttentionPlan p = plan_of(params, call);
-    const Geometry g = arrange(p, choose(params));
+    const Grid g = arrange(p, choose(params));
     return {.partial_floats = g.partial_rows * p.part_stride, .num_counters = p.num_counters};
 }
 
@@ -164,10 +164,10 @@ void attention(const AttentionParams& params, const AttentionWorkspace& space, c
     p.counters = space.counters;
     p.blocks_done = space.blocks_done;
     const AttentionKernel kernel = choose(params);
-    const Geometry g = arrange(p, kernel);
+    const Grid g = arrange(p, kernel);
     launch(kernel.kernel,
            LaunchConfig{.name = kernel.name,
-                        .grid_x = g.grid,
+                        .grid_x = g.num_blocks,
                         .grid_y = 1,
                         .num_threads = kernel.num_threads,
                         .shared_bytes = kernel.shared_bytes(p.warps_m),

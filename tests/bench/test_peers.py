@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from pagewire.bench import peers
-from pagewire.bench.arena import Arena
 from pagewire.bench.attention import AttentionWork
 from pagewire.bench.cases import Attention, Pack
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.movement import PackWork
 from pagewire.bench.peers import flash_attn3, flashinfer, memcpy, vllm_triton
 
 
-def _arena() -> Arena:
-    return Arena("cpu", 1 << 17, 1 << 28)
+def _arena() -> ColdMemory:
+    return ColdMemory("cpu", 1 << 17, 1 << 28)
 
 
 def test_every_peer_runs_here_or_says_why_not():

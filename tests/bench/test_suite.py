@@ -9,9 +9,9 @@ import torch
 
 import pagewire as pw
 from pagewire.bench import cli, peers, rows, suite, suites
-from pagewire.bench.arena import Arena
 from pagewire.bench.attention import AttentionWork
 from pagewire.bench.cases import Append, Attention, Merge, Pack
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.movement import AppendWork, MergeWork, PackWork
 from pagewire.bench.timing import Clock
 from pagewire.bench.work import Contender, DoesNotFit
@@ -97,7 +97,7 @@ def test_a_wrong_peer_is_named_and_not_timed(monkeypatch, capsys, tmp_path):
     ids=lambda x: getattr(x, "id", None),
 )
 def test_moves_that_do_nothing_are_caught(case, kind, spoil, monkeypatch):
-    work = kind(case, Arena("cpu", 1 << 16, 1 << 28))
+    work = kind(case, ColdMemory("cpu", 1 << 16, 1 << 28))
     assert work.copies > 1
     honest = work.ours("reference")
     prepared: list[int] = []
@@ -108,7 +108,7 @@ def test_moves_that_do_nothing_are_caught(case, kind, spoil, monkeypatch):
 
 def test_rows_in_the_middle_of_a_prompt_are_checked():
     case = Attention("x", "1q300s400_2q1s5", (4, 2), 64, 16, torch.float32)
-    work = AttentionWork(case, Arena("cpu", 1 << 16, 1 << 28))
+    work = AttentionWork(case, ColdMemory("cpu", 1 << 16, 1 << 28))
     honest = work.ours("reference")
     assert work.check(honest).ok
 
@@ -123,7 +123,7 @@ def test_rows_in_the_middle_of_a_prompt_are_checked():
 
 def test_page_tables_are_permuted_disjoint_and_in_range():
     case = Attention("x", "2q1s40_1q1s100", (4, 2), 64, 16, torch.float32)
-    work = AttentionWork(case, Arena("cpu", 1 << 20, 1 << 28))
+    work = AttentionWork(case, ColdMemory("cpu", 1 << 20, 1 << 28))
     used = []
     for table in work.page_tables:
         for row, request in zip(table, case.requests, strict=True):
@@ -135,7 +135,7 @@ def test_page_tables_are_permuted_disjoint_and_in_range():
 
 def test_a_case_that_does_not_fit_is_skipped_with_both_figures():
     with pytest.raises(DoesNotFit, match=r"needs 1\.0 GiB, 0\.0 GiB are free"):
-        AttentionWork(Attention("x", "8q1s32k"), Arena("cpu", 1 << 20, 1 << 20))
+        AttentionWork(Attention("x", "8q1s32k"), ColdMemory("cpu", 1 << 20, 1 << 20))
 
 
 def test_minutes_that_are_over_name_what_is_left(capsys):
@@ -243,7 +243,7 @@ def test_peers_are_held_against_the_fastest_of_ours(two, monkeypatch, tmp_path, 
 def test_a_refusal_is_a_skipped_row_with_its_reason(two, monkeypatch, tmp_path, capsys):
     """The words are the registry's own."""
     monkeypatch.delenv("PAGEWIRE_EMULATE_CUDA", raising=False)
-    other = AttentionWork(Attention("x", "q1"), Arena("cpu", 1 << 16, 1 << 28)).ours("cuda")
+    other = AttentionWork(Attention("x", "q1"), ColdMemory("cpu", 1 << 16, 1 << 28)).ours("cuda")
     _spoil(monkeypatch, "cpu", lambda honest, copy: other.call(copy))
     path = tmp_path / "x.csv"
     assert _run("--only", f"^{_DECODE}$", "--csv", path, *_TWO) == 0

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pagewire.bench import tune
-from pagewire.bench.arena import Arena
 from pagewire.bench.attention import AttentionWork
 from pagewire.bench.cases import Attention
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.timing import Clock
 from pagewire.kernels import tuning
 from pagewire.kernels.tuning import KernelConfig, Key
@@ -96,8 +96,8 @@ def test_what_did_not_compile_is_not_timed(monkeypatch, capsys):
         return [1.0], [2.0]
 
     monkeypatch.setattr(tune, "compare", compare)
-    arena = Arena("cpu", 1 << 16, 1 << 28)
-    line = tune._tune(target, arena, Clock("cpu"), time.perf_counter() + 60, Compilers())
+    memory = ColdMemory("cpu", 1 << 16, 1 << 28)
+    line = tune._tune(target, memory, Clock("cpu"), time.perf_counter() + 60, Compilers())
     assert "stays" in line
     assert timed and all(c.BLOCK_N != 128 for c in timed)
     assert f"{tuple(present._replace(BLOCK_N=128))}: too wide" in capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_a_comparison_runs_both_rows_and_puts_the_table_back(monkeypatch):
 
             return tune.Contender(backend, call)
 
-    work = Watching(case, Arena("cpu", 1 << 16, 1 << 28))
+    work = Watching(case, ColdMemory("cpu", 1 << 16, 1 << 28))
     old, new = tune.compare(target, candidate, [work], Clock("cpu"), "reference")
     assert len(old) == len(new) == 1 and min(*old, *new) > 0
     assert seen == {present, candidate}

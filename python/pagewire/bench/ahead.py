@@ -114,13 +114,13 @@ def walk(wanted: Iterable[Item], arch: int) -> tuple[int, list[Work], dict[str, 
 
     JITFunction.run = run
     try:
-        # one arena a walk, as a suite has: cases take their caches from the same memory
-        arena = Blank("meta")
+        # one memory a walk, as a suite has: cases take their caches from the same memory
+        memory = Blank("meta")
         with gpu(arch), torch.inference_mode():
             for item in wanted:
                 try:
                     with item.table():
-                        work, ours = prepared(item.case, arena)
+                        work, ours = prepared(item.case, memory)
                         call_each(work, ours)
                         for peer in triton_peers(work) if item.peers else ():
                             call_each(work, peer)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import pagewire as pw
 from pagewire.backends import reference
-from pagewire.bench.arena import Arena
 from pagewire.bench.cases import Attention
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.work import Contender, Verdict, Work
 from pagewire.types import QUANT_MAX, Modifiers
 
@@ -25,16 +25,16 @@ _SCALE = 0.5  # of quantised caches: not 1, so that forgetting it is seen
 class AttentionWork(Work):
     """`page_tables[copy]` are disjoint random sets of pages of one pool; everything else is shared by the copies."""
 
-    def __init__(self, case: Attention, arena: Arena) -> None:
+    def __init__(self, case: Attention, memory: ColdMemory) -> None:
         self.case: Attention = case
-        self.device = arena.device
+        self.device = memory.device
         num_qo_heads, num_kv_heads = case.heads
         page_bytes = case.page_size * num_kv_heads * case.head_dim * case.stored.itemsize
-        self.copies = arena.copies(case.cold_bytes, 2 * case.num_pages * page_bytes)
+        self.copies = memory.copies(case.cold_bytes, 2 * case.num_pages * page_bytes)
         shape = (self.copies * case.num_pages, case.page_size, num_kv_heads, case.head_dim)
-        self.k_cache, self.v_cache = arena.take(case.stored, shape, shape)
-        self.q = arena.random(case.num_tokens, num_qo_heads, case.head_dim, dtype=case.dtype)
-        order = arena.permutation(shape[0]).to(torch.int32).view(self.copies, case.num_pages)
+        self.k_cache, self.v_cache = memory.take(case.stored, shape, shape)
+        self.q = memory.random(case.num_tokens, num_qo_heads, case.head_dim, dtype=case.dtype)
+        order = memory.permutation(shape[0]).to(torch.int32).view(self.copies, case.num_pages)
         self.page_tables = tuple(_table(case, row) for row in order)
         self.seq_lens = self._int32([r.seq_len for r in case.requests])
         ends = torch.tensor([0] + [r.q_len for r in case.requests]).cumsum(0).tolist()

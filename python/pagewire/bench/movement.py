@@ -8,8 +8,8 @@ from torch import Tensor
 import pagewire as pw
 from pagewire import moves
 from pagewire.backends import reference
-from pagewire.bench.arena import Arena
 from pagewire.bench.cases import Append, Merge, Pack
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.work import Contender, Verdict, Work
 from pagewire.cache import nhd
 from pagewire.cache_part import LayerViews
@@ -20,7 +20,7 @@ _MERGE_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def _caches(
-    arena: Arena,
+    memory: ColdMemory,
     dtype: torch.dtype,
     layout: str,
     num_layers: int,
@@ -31,10 +31,10 @@ def _caches(
 ) -> pw.PagedKVCache:
     """Random contents; quantised: one scale per token and head."""
     rows = (page_size, heads) if layout == "NHD" else (heads, page_size)
-    tensors = arena.take(dtype, *[(pages, *rows, head_dim)] * (2 * num_layers))
+    tensors = memory.take(dtype, *[(pages, *rows, head_dim)] * (2 * num_layers))
     scales: list[Tensor] | None = None
     if dtype in QUANT_MAX:
-        scales = [arena.random(pages, page_size, heads).abs() for _ in range(2 * num_layers)]
+        scales = [memory.random(pages, page_size, heads).abs() for _ in range(2 * num_layers)]
     return pw.PagedKVCache(
         tensors[::2],
         tensors[1::2],
@@ -44,10 +44,10 @@ def _caches(
     )
 
 
-def _slot_sets(arena: Arena, copies: int, pages_each: int, page_size: int, num_tokens: int) -> tuple[Tensor, ...]:
+def _slot_sets(memory: ColdMemory, copies: int, pages_each: int, page_size: int, num_tokens: int) -> tuple[Tensor, ...]:
     """Per copy the slots of `num_tokens` tokens in order over permuted pages, int64."""
-    order = arena.permutation(copies * pages_each).view(copies, pages_each)
-    offset = torch.arange(page_size, device=arena.device)
+    order = memory.permutation(copies * pages_each).view(copies, pages_each)
+    offset = torch.arange(page_size, device=memory.device)
     slots = (order[:, :, None] * page_size + offset).flatten(1)
     return tuple(row.contiguous() for row in slots[:, :num_tokens])
 
@@ -66,19 +66,19 @@ def _differing(got: list[Tensor], expected: list[Tensor]) -> Verdict:
 
 
 class AppendWork(Work):
-    def __init__(self, case: Append, arena: Arena) -> None:
+    def __init__(self, case: Append, memory: ColdMemory) -> None:
         self.case: Append = case
         pages = -(-case.num_tokens // case.page_size)
         stored = 2 * pages * case.page_size * case.num_kv_heads * case.head_dim * case.stored.itemsize
         source = 2 * case.num_tokens * case.num_kv_heads * case.head_dim * case.dtype.itemsize
-        self.copies = arena.copies(case.cold_bytes, stored + source)
+        self.copies = memory.copies(case.cold_bytes, stored + source)
         shape = (self.copies, case.num_tokens, case.num_kv_heads, case.head_dim)
         self.cache = _caches(
-            arena, case.stored, case.layout, 1, pages * self.copies, case.page_size, case.num_kv_heads, case.head_dim
+            memory, case.stored, case.layout, 1, pages * self.copies, case.page_size, case.num_kv_heads, case.head_dim
         )
-        k, v = (arena.random(*shape[1:], dtype=case.dtype).expand(shape).clone() for _ in range(2))
+        k, v = (memory.random(*shape[1:], dtype=case.dtype).expand(shape).clone() for _ in range(2))
         self.k, self.v = k, v  # [copies, num_tokens, num_kv_heads, head_dim]
-        self.slots = _slot_sets(arena, self.copies, pages, case.page_size, case.num_tokens)
+        self.slots = _slot_sets(memory, self.copies, pages, case.page_size, case.num_tokens)
 
     def ours(self, backend: str) -> Contender:
         cache = self.cache
@@ -119,20 +119,20 @@ class AppendWork(Work):
 class PackWork(Work):
     """Pack and unpack: `packed[copy]` is the wire's buffer, `slots[copy]` the tokens' places in the cache."""
 
-    def __init__(self, case: Pack, arena: Arena) -> None:
+    def __init__(self, case: Pack, memory: ColdMemory) -> None:
         self.case: Pack = case
         pages = -(-case.num_tokens // case.page_size)
         occupied = case.cache_bytes * pages * case.page_size // case.num_tokens + case.cold_bytes
-        self.copies = min(arena.copies(case.cold_bytes, occupied), 64)
+        self.copies = min(memory.copies(case.cold_bytes, occupied), 64)
         self.cache = _caches(
-            arena, case.dtype, case.layout, case.num_layers, pages * self.copies, case.page_size, case.num_kv_heads,
+            memory, case.dtype, case.layout, case.num_layers, pages * self.copies, case.page_size, case.num_kv_heads,
             case.head_dim,
         )  # fmt: skip
-        self.slots = _slot_sets(arena, self.copies, pages, case.page_size, case.num_tokens)
+        self.slots = _slot_sets(memory, self.copies, pages, case.page_size, case.num_tokens)
         # the last heads: a slice that starts in the middle of every token
         self.heads = (case.num_kv_heads - case.heads, case.num_kv_heads)
         shape = pw.packed_shape(self.cache, case.num_tokens, heads=self.heads, dtype=case.packed)
-        self.packed = tuple(PackedKV.empty(shape, arena.device) for _ in range(self.copies))
+        self.packed = tuple(PackedKV.empty(shape, memory.device) for _ in range(self.copies))
         if case.op == "unpack":  # every byte a value that has an inverse: what the reference packs
             self._reference_pack(self.packed[0], self.slots[0])
             for packed in self.packed[1:]:
@@ -185,12 +185,12 @@ class PackWork(Work):
 
 
 class MergeWork(Work):
-    def __init__(self, case: Merge, arena: Arena) -> None:
+    def __init__(self, case: Merge, memory: ColdMemory) -> None:
         self.case: Merge = case
-        self.copies = min(arena.copies(case.cold_bytes), 64)
+        self.copies = min(memory.copies(case.cold_bytes), 64)
         states = (case.num_states, case.num_tokens, case.num_heads)
-        self.outs = tuple(arena.random(*states, case.head_dim, dtype=case.dtype) for _ in range(self.copies))
-        self.lses = tuple(3 * arena.random(*states) for _ in range(self.copies))
+        self.outs = tuple(memory.random(*states, case.head_dim, dtype=case.dtype) for _ in range(self.copies))
+        self.lses = tuple(3 * memory.random(*states) for _ in range(self.copies))
 
     def ours(self, backend: str) -> Contender:
         out, lse = torch.empty_like(self.outs[0][0]), torch.empty_like(self.lses[0][0])

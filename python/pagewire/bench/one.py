@@ -17,8 +17,8 @@ import torch
 
 from pagewire import registry
 from pagewire.bench import machine, suite, suites
-from pagewire.bench.arena import Arena
 from pagewire.bench.cases import Case
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.work import Contender, DoesNotFit
 from pagewire.errors import BackendError
 
@@ -77,7 +77,7 @@ def find(text: str, device: str) -> Case:
 def run(backend: str, case: Case, device: str, calls: int) -> float | None:
     """Median µs of the calls by CUDA events; None on a CPU."""
     limit = int(suite.MEMORY_SHARE * machine.free_bytes(device))
-    work = suite._work(case, Arena(device, machine.cold_bytes(device), limit))
+    work = suite._work(case, ColdMemory(device, machine.cold_bytes(device), limit))
     contender = work.ours(backend)
     contender.once(0)
     # copy 0 is warm; with one set of buffers there is no other

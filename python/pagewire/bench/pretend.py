@@ -12,8 +12,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from pagewire import registry
-from pagewire.bench.arena import Arena
 from pagewire.bench.cases import Case
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.machine import MIB
 from pagewire.bench.movement import PackWork
 from pagewire.bench.peers import vllm_triton
@@ -44,7 +44,7 @@ class NoDevice:
         return 0
 
 
-class Blank(Arena):
+class Blank(ColdMemory):
     """Tensors of the right shapes and alignments whose values nobody reads; on "meta" they take no memory."""
 
     def __init__(self, device: str, cold: int = _COLD) -> None:
@@ -88,9 +88,9 @@ def gpu(arch: int, num_processors: int = 132) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def prepared(case: Case, arena: Arena) -> tuple[Work, Contender]:
+def prepared(case: Case, memory: ColdMemory) -> tuple[Work, Contender]:
     """A case as the suite prepares it, on the backend "triton"."""
-    work = _work(case, arena)
+    work = _work(case, memory)
     return work, work.ours("triton")
 
 

@@ -22,9 +22,9 @@ from pagewire import registry
 from pagewire.bench import machine as machines
 from pagewire.bench import roof as roofs
 from pagewire.bench import rows as csv_rows
-from pagewire.bench.arena import Arena
 from pagewire.bench.attention import AttentionWork
 from pagewire.bench.cases import Append, Attention, Case, Pack
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.movement import AppendWork, MergeWork, PackWork
 from pagewire.bench.peers import Peer
 from pagewire.bench.roof import Roof
@@ -79,7 +79,7 @@ def run(settings: Settings, cases: Sequence[Case]) -> Result:
     peers = _present(settings)
     cold = 1 << 20 if smoke else machines.cold_bytes(settings.device)
     limit = int(MEMORY_SHARE * machines.free_bytes(settings.device))
-    arena = Arena(settings.device, cold, limit)
+    memory = ColdMemory(settings.device, cold, limit)
     print(
         f"cold after {cold >> 20} MiB; at most {limit >> 20} MiB of tensors; {settings.minutes:g} minutes "
         f"for {len(cases)} cases"
@@ -93,7 +93,7 @@ def run(settings: Settings, cases: Sequence[Case]) -> Result:
             result.late.append(case.id)
             continue
         seconds = min(0.05 if smoke else _SECONDS[settings.device], _SETUP_SHARE * left / (len(cases) - at))
-        case_rows = _case(settings, case, backends, peers, arena, clock, roof, seconds)
+        case_rows = _case(settings, case, backends, peers, memory, clock, roof, seconds)
         table.case(case_rows, case.op)
         result.rows += case_rows
         result.red += [f"{case.id} ({name})" for name in _red(case_rows, case, backends, settings)]
@@ -151,12 +151,12 @@ def _present(settings: Settings) -> list[Peer]:
     return found
 
 
-def _work(case: Case, arena: Arena) -> Work:
+def _work(case: Case, memory: ColdMemory) -> Work:
     if isinstance(case, Attention):
-        return AttentionWork(case, arena)
+        return AttentionWork(case, memory)
     if isinstance(case, Append):
-        return AppendWork(case, arena)
-    return PackWork(case, arena) if isinstance(case, Pack) else MergeWork(case, arena)
+        return AppendWork(case, memory)
+    return PackWork(case, memory) if isinstance(case, Pack) else MergeWork(case, memory)
 
 
 def _case(
@@ -164,7 +164,7 @@ def _case(
     case: Case,
     backends: Sequence[str],
     peers: Sequence[Peer],
-    arena: Arena,
+    memory: ColdMemory,
     clock: Clock,
     roof: Roof,
     seconds: float,
@@ -180,7 +180,7 @@ def _case(
         )  # fmt: skip
 
     try:
-        work = _work(case, arena)
+        work = _work(case, memory)
     except (DoesNotFit, torch.OutOfMemoryError, MemoryError) as error:
         return [row(name, True, "skipped", _first_line(error)) for name in backends]
     found: list[Row] = []

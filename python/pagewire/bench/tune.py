@@ -18,9 +18,9 @@ from itertools import chain, islice, product, zip_longest
 import torch
 
 from pagewire.bench import machine as machines
-from pagewire.bench.arena import Arena
 from pagewire.bench.attention import AttentionWork
 from pagewire.bench.cases import Attention
+from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.standby import Compiler
 from pagewire.bench.timing import Clock, interleave
 from pagewire.bench.work import Contender, DoesNotFit
@@ -178,10 +178,10 @@ def compare(
     return old, new
 
 
-def _tune(target: Target, arena: Arena, clock: Clock, stop: float, compiler: Compiler) -> str:
+def _tune(target: Target, memory: ColdMemory, clock: Clock, stop: float, compiler: Compiler) -> str:
     """The line to print for a row: a proposal with its evidence, or why the present one stays."""
     try:
-        works = [AttentionWork(case, arena) for case in target.cases]
+        works = [AttentionWork(case, memory) for case in target.cases]
     except DoesNotFit as error:
         return f"    # {target.key}: skipped, {error}"
     present = target.table[target.key]
@@ -243,7 +243,7 @@ def main(kernels: str, device: str, minutes: float) -> int:
     stop = time.perf_counter() + 60 * minutes
     found = machines.describe(device)
     clock = Clock(device)
-    arena = Arena(device, machines.cold_bytes(device), machines.free_bytes(device) // 2)
+    memory = ColdMemory(device, machines.cold_bytes(device), machines.free_bytes(device) // 2)
     major, minor = torch.cuda.get_device_capability()
     print(f"# {found.device}, {found.clocks}, triton {found.triton}, {found.commit}, {found.date}")
     arch = 10 * major + minor
@@ -253,5 +253,5 @@ def main(kernels: str, device: str, minutes: float) -> int:
                 print(f"    # {_shown(target.key)}: not reached in {minutes:g} minutes")
                 continue
             print(f"    # {target.kernel} {_shown(target.key)}", flush=True)
-            print(_tune(target, arena, clock, stop, compiler), flush=True)
+            print(_tune(target, memory, clock, stop, compiler), flush=True)
     return 0

@@ -14,7 +14,7 @@ _PERIOD = (1 << 20) + 7
 _COPIES = 1024
 
 
-class Arena:
+class ColdMemory:
     """Flat random values per dtype on one device, at most `limit` bytes in all.
 
     Args:
