@@ -57,6 +57,27 @@ inline ScaleView row_scale_view(py::handle scales, int64_t layer) {
     return s;
 }
 
+inline MoveSide paged_side(const CacheView& cache, const ScaleView& scale) {
+    return {.data = cache.data,
+            .dtype = cache.dtype,
+            .stride_page = cache.stride_page,
+            .stride_token = cache.stride_token,
+            .stride_head = cache.stride_head,
+            .scale = scale};
+}
+
+// rows: [num_layers, num_tokens, num_heads, width], or without the first dim of the one layer.
+inline MoveSide dense_side(const Tensor& rows, int64_t layer, const ScaleView& scale) {
+    const RowsView of_first = rows_view(rows);
+    const int64_t behind = rows.dims == 4 ? layer * rows.stride[0] : 0;
+    return {.data = of_first.data + behind * item_size(of_first.dtype),
+            .dtype = of_first.dtype,
+            .stride_page = 0,
+            .stride_token = of_first.stride_row,
+            .stride_head = of_first.stride_head,
+            .scale = scale};
+}
+
 // movement: a Movement of pagewire/moves.py.
 inline Movement movement_of(py::handle movement) {
     static const Name kOp("op"), kParts("parts"), kSlots("slots"), kCaches("caches"), kCacheScales("cache_scales"),
@@ -70,12 +91,11 @@ inline Movement movement_of(py::handle movement) {
     p.slots = index_view(kSlots.of(movement));
     const auto parts = kParts.of(movement).cast<py::tuple>();
     p.num_parts = static_cast<int>(parts.size());
-    for (int i = 0; i < p.num_parts; ++i) {
-        const py::object part = parts[static_cast<size_t>(i)];
+    for (size_t i = 0; i < parts.size(); ++i) {
+        const py::object part = parts[i];
         const auto caches = kCaches.of(part).cast<py::sequence>(), scales = kCacheScales.of(part).cast<py::sequence>();
-        const Tensor rows(kRows.of(part));  // [num_layers, num_tokens, num_heads, width]
-        const RowsView row = rows_view(rows);
-        const py::object row_scales = kRowScales.of(part);  // None or one a layer
+        const Tensor rows(kRows.of(part));
+        const py::object row_scales = kRowScales.of(part);
         const auto how = static_cast<MoveHow>(kHow.of(part).cast<int>());
         m.moves.resize(caches.size() * parts.size());
         for (size_t layer = 0; layer < caches.size(); ++layer) {
@@ -83,23 +103,13 @@ inline Movement movement_of(py::handle movement) {
             p.page_size = cache.page_size;
             p.num_slots = cache.num_pages * cache.page_size;
             p.num_heads = cache.num_kv_heads;
-            const MoveSide paged{.data = cache.data,
-                                 .dtype = cache.dtype,
-                                 .stride_page = cache.stride_page,
-                                 .stride_token = cache.stride_token,
-                                 .stride_head = cache.stride_head,
-                                 .scale = scales.empty() ? ScaleView{} : scale_view(scales[layer])};
-            const int64_t first = rows.dims == 4 ? static_cast<int64_t>(layer) * rows.stride[0] : 0;
-            const MoveSide dense{.data = row.data + first * item_size(row.dtype),
-                                 .dtype = row.dtype,
-                                 .stride_page = 0,
-                                 .stride_token = row.stride_row,
-                                 .stride_head = row.stride_head,
-                                 .scale = row_scale_view(row_scales, static_cast<int64_t>(layer))};
-            m.moves[layer * parts.size() + static_cast<size_t>(i)] = {.source = p.to_cache ? dense : paged,
-                                                                      .target = p.to_cache ? paged : dense,
-                                                                      .width = cache.width,
-                                                                      .how = how};
+            const auto index = static_cast<int64_t>(layer);
+            const MoveSide paged = paged_side(cache, scales.empty() ? ScaleView{} : scale_view(scales[layer]));
+            const MoveSide dense = dense_side(rows, index, row_scale_view(row_scales, index));
+            m.moves[layer * parts.size() + i] = {.source = p.to_cache ? dense : paged,
+                                                 .target = p.to_cache ? paged : dense,
+                                                 .width = cache.width,
+                                                 .how = how};
         }
     }
     p.moves = m.moves.data();
