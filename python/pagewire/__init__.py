@@ -47,11 +47,13 @@ def _load() -> None:
     globals().update({name: getattr(_api, name) for name in __all__ if name != "__version__"})
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _load()
-    return globals()[name]
+if not TYPE_CHECKING:  # with it, a type checker would believe every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        _load()
+        return globals()[name]
 
 
 def __dir__() -> list[str]:
