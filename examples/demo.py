@@ -49,7 +49,7 @@ class DemoError(Exception):
 @dataclass
 class Answer:
     question: str
-    pieces: queue.Queue = field(default_factory=queue.Queue)  # text as it comes; None at the end
+    pieces: queue.Queue[str | None] = field(default_factory=queue.Queue)  # text as it comes; None at the end
     request_id: str = ""
     usage: dict[str, int] = field(default_factory=dict)
     start: float = 0.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from pagewire import overlap, scalars, shared_kv, views
 from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, StoredScaleKind, dispatches, dtype_name
 
 CACHE_SCALES: tuple[str, ...] = ("none", "tensor", "head", "token_head")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ class PagedKVCache:
             return cls(*tensors, layout=layout, k_scales=scales(), v_scales=scales())
 
 
-def _layers(name: str, tensors: Any) -> tuple[Any, ...]:
+def _layers(name: str, tensors: Sequence[T]) -> tuple[T, ...]:
+    found: tuple[T, ...]
     try:
         found = tuple(tensors)
     except TypeError:
@@ -301,8 +304,10 @@ def _shares_kv(cache: PagedKVCache, said: bool | None) -> bool:
 
 def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_heads: int) -> StoredScaleKind:
     quantised = cache.k[0].dtype in QUANT_MAX
-    kinds: set[str] = set()
-    shapes = {(): "tensor", (num_kv_heads,): "head", (num_pages, page_size, num_kv_heads): "token_head"}
+    kinds: set[StoredScaleKind] = set()
+    shapes: dict[tuple[int, ...], StoredScaleKind] = {
+        (): "tensor", (num_kv_heads,): "head", (num_pages, page_size, num_kv_heads): "token_head"
+    }  # fmt: skip
     for kind, scales in (("k", cache.k_scale), ("v", cache.v_scale)):
         for i, s in enumerate(scales):
             if s is None:
@@ -325,4 +330,4 @@ def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_hea
     if quantised != (found != "none"):
         expected = "k_scales and v_scales (1.0 for none)" if quantised else "no scales"
         raise ValueError(f"scale: a {dtype_name(cache.k[0].dtype)} cache needs {expected}, got scale kind {found!r}")
-    return found  # type: ignore[return-value]
+    return found

@@ -28,7 +28,8 @@ def integer(name: str, value: Any, *, least: int | None = None, what: str = "") 
             raise TypeError(f"{name}: expected an integer{limit}{what}, got {show(value)}") from None
     if least is not None and value < least:
         raise ValueError(f"{name}: expected >= {least}{what}, got {value}")
-    return value
+    number: int = value  # a SymInt passes for one
+    return number
 
 
 def count(name: str, value: Any, what: str = "") -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Layout = Literal["NHD", "HND"]
-LAYOUTS: tuple[str, ...] = ("NHD", "HND")
+LAYOUTS: tuple[Layout, ...] = ("NHD", "HND")
 
 ScaleKind = Literal["none", "tensor", "head", "batch_head", "token_head"]
 StoredScaleKind = Literal["none", "tensor", "head", "token_head"]  # of a cache and of packed rows: no request is in it
@@ -37,7 +37,7 @@ def scale_kind(scale: Scale) -> ScaleKind:
         return "none"
     if not isinstance(scale, Tensor):
         return "tensor"
-    return ("tensor", "head", "batch_head", "token_head")[scale.dim()]  # type: ignore[return-value]
+    return ("tensor", "head", "batch_head", "token_head")[scale.dim()]
 
 
 class Options(NamedTuple):

@@ -159,11 +159,11 @@ def _gather(cache: Tensor, slots: Tensor, scale: Scale, request: int, compute_dt
     """Real values of the given slots, `[len(slots), num_kv_heads, width]`."""
     page, offset = slots // cache.shape[1], slots % cache.shape[1]
     values = _take(cache, page, offset).to(compute_dtype)
-    kind = scale_kind(scale)
-    if kind == "none":
+    if scale is None:
         return values
+    kind = scale_kind(scale)
     if kind == "tensor":
-        return values * scale  # type: ignore[operator]
+        return values * scale
     assert isinstance(scale, Tensor)
     if kind == "token_head":
         return values * scale[page, offset][..., None].to(compute_dtype)

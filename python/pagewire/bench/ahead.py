@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ class Report(NamedTuple):
     failed: dict[str, str]  # "kernel of item" -> why
 
 
-def items(step: str, arch: int, candidates: int, only: re.Pattern | None = None) -> list[Item]:
+def items(step: str, arch: int, candidates: int, only: re.Pattern[str] | None = None) -> list[Item]:
     """What a suite or the sweep walks through.
 
     Args:
@@ -138,7 +139,7 @@ def compile_all(wanted: Sequence[Item], arch: int, jobs: int, seconds: float | N
     launches, works, failed = walk(wanted, arch)
     walked = time.process_time() - cpu
     works.sort(key=lambda w: _LONGEST.index(w.kernel) if w.kernel in _LONGEST else len(_LONGEST))
-    tasks = [lambda work=work: _compile(work) for work in works]  # type: ignore[misc]
+    tasks = [partial(_compile, work) for work in works]
     stop = float("inf") if seconds is None else started + seconds
     results = forks.run_all(tasks, jobs, stop)
     for work, result in zip(works, results, strict=True):

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from pagewire.bench import batch as batches
-from pagewire.types import QUANT_MAX
+from pagewire.types import QUANT_MAX, Layout
 
 SHORT = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -93,7 +93,7 @@ class Append:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
-    layout: str = "NHD"
+    layout: Layout = "NHD"
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None
 
@@ -132,7 +132,7 @@ class Pack:
     heads: int = 8  # how many of them travel: 1 of 8 is a tensor-parallel slice
     head_dim: int = 128
     page_size: int = 16
-    layout: str = "NHD"
+    layout: Layout = "NHD"
     dtype: torch.dtype = torch.bfloat16  # the cache's
     wire: torch.dtype | None = None
 

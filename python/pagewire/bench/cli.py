@@ -13,6 +13,7 @@ import torch
 
 from pagewire import registry
 from pagewire.bench import gate, machine, peers, rows, suite, suites, tune
+from pagewire.bench.cases import Case
 
 _EPILOG = """Every case is checked against the reference before it is timed. The column of a peer is its time over ours:
 above 1 we are faster. `-`: skipped, with the reason below the line. docs/tuning/README.md explains how to read it."""
@@ -102,7 +103,9 @@ def _minutes(name: str, device: str, gated: bool) -> float:
     return suites.MINUTES[name, device] * (4 if gated else 1)
 
 
-def _check(settings: suite.Settings, cases: list, recorded: tuple, result: suite.Result, filtered: bool) -> int:
+def _check(
+    settings: suite.Settings, cases: list[Case], recorded: gate.Record, result: suite.Result, filtered: bool
+) -> int:
     """Cases that lost are measured once more before they count."""
     machine_fields, ratios = recorded
     if machine_fields["device"] != result.machine.device:
@@ -126,7 +129,7 @@ def _check(settings: suite.Settings, cases: list, recorded: tuple, result: suite
     return 1 if lost else 0
 
 
-def _not_in(path: Path, cases: list) -> tuple[list, frozenset[tuple[str, str]]]:
+def _not_in(path: Path, cases: list[Case]) -> tuple[list[Case], frozenset[tuple[str, str]]]:
     """A run that was cut off goes on where it stopped: (cases that are not done, who ended a process in which).
 
     A case of which only faults are known comes after the new ones, for those of its contenders that did not fault.
@@ -150,7 +153,7 @@ def _ended(device: str) -> int:
     return _FAULT
 
 
-def _list(cases: list, chosen: tuple[peers.Peer, ...], device: str) -> int:
+def _list(cases: list[Case], chosen: tuple[peers.Peer, ...], device: str) -> int:
     for case in cases:
         print(f"{case.id:<52} {case.bytes / 2**20:>9.1f} MiB {case.flops / 1e9:>10.1f} GFLOP")
     for peer in chosen:

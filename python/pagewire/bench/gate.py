@@ -13,6 +13,8 @@ from pagewire.bench.rows import Row
 LOSS = 0.25  # a case may lose this share of its recorded ratio
 PEERS = "sdpa,index-select,torch"  # in every torch: the ratios mean the same on every machine
 
+Record = tuple[dict[str, str], dict[str, dict[str, float]]]  # machine fields, ratios
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -43,8 +45,8 @@ def record(path: Path, rows: Sequence[Row], machine: Machine) -> int:
     return sum(map(len, found.values()))
 
 
-def load(path: Path) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """(machine fields, ratios) of a record.
+def load(path: Path) -> Record:
+    """What `record` wrote.
 
     Raises:
         FileNotFoundError, ValueError: no record, or another kind of file.

@@ -14,7 +14,7 @@ from pagewire.bench.work import Contender, Verdict, Work
 from pagewire.cache import nhd
 from pagewire.cache_part import LayerViews
 from pagewire.packed import PackedKV
-from pagewire.types import QUANT_MAX
+from pagewire.types import QUANT_MAX, Layout
 
 _MERGE_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -22,7 +22,7 @@ _MERGE_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 def _caches(
     memory: ColdMemory,
     dtype: torch.dtype,
-    layout: str,
+    layout: Layout,
     num_layers: int,
     pages: int,
     page_size: int,
@@ -38,7 +38,7 @@ def _caches(
     return pw.PagedKVCache(
         tensors[::2],
         tensors[1::2],
-        layout=layout,  # type: ignore[arg-type]
+        layout=layout,
         k_scales=scales[::2] if scales else None,
         v_scales=scales[1::2] if scales else None,
     )
@@ -52,9 +52,9 @@ def _slot_sets(memory: ColdMemory, copies: int, pages_each: int, page_size: int,
     return tuple(row.contiguous() for row in slots[:, :num_tokens])
 
 
-def _at(cache: Tensor, layout: str, slots: Tensor) -> Tensor:
+def _at(cache: Tensor, layout: Layout, slots: Tensor) -> Tensor:
     """The stored bytes of the given slots, `[num_tokens, heads, bytes]`."""
-    view = nhd(cache, layout)  # type: ignore[arg-type]
+    view = nhd(cache, layout)
     raw = view.view(torch.uint8)
     return raw[slots // view.shape[1], slots % view.shape[1]]
 

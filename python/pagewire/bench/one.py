@@ -101,7 +101,8 @@ def profiled(contender: Contender, copies: list[int]) -> float:
         last.record()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStop()
-    return statistics.median(first.elapsed_time(last) * 1e3 for first, last in events)
+    times: list[float] = [first.elapsed_time(last) * 1e3 for first, last in events]
+    return statistics.median(times)
 
 
 def _say(text: str, code: int) -> int:

@@ -44,7 +44,8 @@ class Compiler:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the compiling process ended with {self._process.wait()}")
-        return json.loads(line)["errors"]
+        errors: list[str] = json.loads(line)["errors"]
+        return errors
 
     def __enter__(self) -> Compiler:
         return self

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,10 +232,10 @@ def _contenders(
 ) -> list[tuple[str, bool, Callable[[], Contender]]]:
     found: list[tuple[str, bool, Callable[[], Contender]]] = []
     for name in backends:
-        found.append((name, True, lambda name=name: work.ours(name)))  # type: ignore[misc]
+        found.append((name, True, partial(work.ours, name)))
     for peer in peers:
         if work.case.op in peer.ops:
-            found.append((peer.name, False, lambda peer=peer: _of_peer(peer, work)))  # type: ignore[misc]
+            found.append((peer.name, False, partial(_of_peer, peer, work)))
     return found
 
 

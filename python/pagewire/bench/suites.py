@@ -8,6 +8,7 @@ from itertools import product
 import torch
 
 from pagewire.bench.cases import Append, Attention, Case, Merge, Pack
+from pagewire.types import LAYOUTS
 
 SUITES = ("smoke", "contact", "quick", "full")
 # how long a suite may take: what does not fit is skipped and named
@@ -88,7 +89,7 @@ def _quick_cpu() -> list[Case]:
     found.append(Attention("mixed", "2q512_8q1s1k"))
     found.append(Attention("mixed", "1q1k_8q1s2k", dtype=_FP32))
     found += [Append(32), Append(4096), Append(4096, kv_dtype=_E4M3)]
-    for op, layout in product(("pack", "unpack"), ("NHD", "HND")):
+    for op, layout in product(("pack", "unpack"), LAYOUTS):
         found.append(Pack(op, 1024, 4, layout=layout))
     found += [
         Pack("pack", 1024, 4, heads=1),
@@ -125,7 +126,7 @@ def _quick_cuda() -> list[Case]:
     found.append(Attention("mixed", "2q2k_8q1s1k"))
     found.append(Attention("mixed", "4q1k_16q1s2k"))
     found += [Append(64), Append(8192), Append(8192, kv_dtype=_E4M3)]
-    for op, layout in product(("pack", "unpack"), ("NHD", "HND")):
+    for op, layout in product(("pack", "unpack"), LAYOUTS):
         found.append(Pack(op, 2048, 32, layout=layout))
     found += [
         Pack("pack", 2048, 80),
@@ -173,7 +174,7 @@ def _pack_grid(num_tokens: int, *, layers: tuple[int, ...], heads: tuple[int, ..
     return [
         Pack(op, num_tokens, num_layers, heads=taken, page_size=page_size, layout=layout, wire=wire)
         for op, wire, layout, page_size, taken, num_layers in product(
-            ("pack", "unpack"), (None, _E4M3), ("NHD", "HND"), (16, 1, 64), heads, layers
+            ("pack", "unpack"), (None, _E4M3), LAYOUTS, (16, 1, 64), heads, layers
         )
     ]
 

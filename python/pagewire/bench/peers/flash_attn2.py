@@ -38,10 +38,11 @@ def _prepare(work: Work) -> Contender:
     cu_seqlens_k = torch.cat([work.seq_lens.new_zeros(1), work.seq_lens.cumsum(0).int()])
 
     def call(copy: int) -> Tensor:
-        return flash_attn_varlen_func(
+        out: Tensor = flash_attn_varlen_func(
             work.q, work.k_cache, work.v_cache, work.cu_seqlens_q, cu_seqlens_k, work.max_q_len, work.max_seq_len,
             softmax_scale=work.softmax_scale, causal=True, block_table=work.page_tables[copy],
         )  # fmt: skip
+        return out
 
     return Contender("flash_attn2", call, version=version("flash-attn"))
 

@@ -86,10 +86,11 @@ def _from_package(work: AttentionWork) -> Callable[[int], Tensor]:
     from flash_attn_interface import flash_attn_with_kvcache
 
     def call(copy: int) -> Tensor:
-        return flash_attn_with_kvcache(
+        out: Tensor = flash_attn_with_kvcache(
             work.q, work.k_cache, work.v_cache, cache_seqlens=work.seq_lens, page_table=work.page_tables[copy],
             cu_seqlens_q=work.cu_seqlens_q, max_seqlen_q=work.max_q_len, softmax_scale=work.softmax_scale, causal=True,
         )  # fmt: skip
+        return out
 
     return call
 

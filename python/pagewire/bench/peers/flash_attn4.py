@@ -39,7 +39,8 @@ def _prepare(work: Work) -> Contender:
             max_seqlen_q=work.max_q_len, max_seqlen_k=work.max_seq_len, page_table=work.page_tables[copy],
             softmax_scale=work.softmax_scale, causal=True,
         )  # fmt: skip
-        return result[0] if isinstance(result, tuple) else result
+        out: Tensor = result[0] if isinstance(result, tuple) else result
+        return out
 
     return Contender("flash_attn4", call, version=version("flash-attn-4"))
 

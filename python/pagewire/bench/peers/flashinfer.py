@@ -114,7 +114,8 @@ def _contender(name: str, work: AttentionWork, wrapper: Any, plan: Callable[[int
     scales = {} if work.kv_scale is None else {"k_scale": work.kv_scale, "v_scale": work.kv_scale}
 
     def run(copy: int) -> Tensor:
-        return wrapper.run(work.q, (work.k_cache, work.v_cache), **scales)
+        out: Tensor = wrapper.run(work.q, (work.k_cache, work.v_cache), **scales)
+        return out
 
     def plan_and_run(copy: int) -> Tensor:
         plan(copy)

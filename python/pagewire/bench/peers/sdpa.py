@@ -72,7 +72,7 @@ def _with_gather(work: Work) -> Contender:
     return Contender("sdpa", lambda copy: _attend(work, _gather(work, copy)), version=torch.__version__)
 
 
-def _dense(name: str, context: Callable[[], AbstractContextManager]) -> Callable[[Work], Contender]:
+def _dense(name: str, context: Callable[[], AbstractContextManager[None]]) -> Callable[[Work], Contender]:
     def prepare(work: Work) -> Contender:
         assert isinstance(work, AttentionWork)
         # as many sets as keep the caches cold, in memory of their own
