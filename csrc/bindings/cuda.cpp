@@ -19,7 +19,9 @@ namespace {
 
 // call: a Call of backends/cuda.py.
 Call call_of(py::handle call) {
-    static const Name kDevice("device"), kStream("stream"), kErrorWord("error_word");
+    static const Name kDevice("device");
+    static const Name kStream("stream");
+    static const Name kErrorWord("error_word");
     return {.device = kDevice.of(call).cast<int>(),
             .stream = kStream.of(call).cast<uintptr_t>(),
             .error_word = Tensor(kErrorWord.of(call)).as<int64_t>()};
@@ -27,7 +29,9 @@ Call call_of(py::handle call) {
 
 // `allocate(partial_floats, num_counters)` gives a Workspace of backends/cuda.py.
 void attention(const AttentionParams& p, const Call& call, const py::function& allocate) {
-    static const Name kPartial("partial"), kOfItems("of_items"), kOfBlocks("of_blocks");
+    static const Name kPartial("partial");
+    static const Name kOfItems("of_items");
+    static const Name kOfBlocks("of_blocks");
     const AttentionSpace space = attention_space(p, call);
     const py::object given = allocate(space.partial_floats, space.num_counters);
     const AttentionWorkspace workspace{.partial = Tensor(kPartial.of(given)).as<float>(),

@@ -12,9 +12,17 @@ namespace pagewire::bindings {
 inline AttentionParams attention_params(const char* op, py::handle q, py::handle k_cache, py::handle v_cache,
                                         py::handle page_table, py::handle seq_lens, py::handle cu_seqlens_q,
                                         py::handle modifiers, py::handle out, py::handle lse) {
-    static const Name kSoftmaxScale("softmax_scale"), kCausal("causal"), kWindowLeft("window_left"),
-        kWindowRight("window_right"), kSoftcap("softcap"), kAlibiSlopes("alibi_slopes"), kSinks("sinks"),
-        kKScale("k_scale"), kVScale("v_scale"), kSplitSize("split_size"), kMaxQLen("max_q_len");
+    static const Name kSoftmaxScale("softmax_scale");
+    static const Name kCausal("causal");
+    static const Name kWindowLeft("window_left");
+    static const Name kWindowRight("window_right");
+    static const Name kSoftcap("softcap");
+    static const Name kAlibiSlopes("alibi_slopes");
+    static const Name kSinks("sinks");
+    static const Name kKScale("k_scale");
+    static const Name kVScale("v_scale");
+    static const Name kSplitSize("split_size");
+    static const Name kMaxQLen("max_q_len");
     const auto count = [&](const Name& name) {
         const py::object value = name.of(modifiers);
         return value.is_none() ? int64_t(0) : value.cast<int64_t>();
@@ -80,8 +88,14 @@ inline MoveSide dense_side(const Tensor& rows, int64_t layer, const ScaleView& s
 
 // movement: a Movement of pagewire/moves.py.
 inline Movement movement_of(py::handle movement) {
-    static const Name kOp("op"), kParts("parts"), kSlots("slots"), kCaches("caches"), kCacheScales("cache_scales"),
-        kRows("rows"), kRowScales("row_scales"), kHow("how");
+    static const Name kOp("op");
+    static const Name kParts("parts");
+    static const Name kSlots("slots");
+    static const Name kCaches("caches");
+    static const Name kCacheScales("cache_scales");
+    static const Name kRows("rows");
+    static const Name kRowScales("row_scales");
+    static const Name kHow("how");
     Movement m;
     MoveParams& p = m.params;
     const auto op = kOp.of(movement).cast<std::string>();
@@ -93,7 +107,8 @@ inline Movement movement_of(py::handle movement) {
     p.num_parts = static_cast<int>(parts.size());
     for (size_t i = 0; i < parts.size(); ++i) {
         const py::object part = parts[i];
-        const auto caches = kCaches.of(part).cast<py::sequence>(), scales = kCacheScales.of(part).cast<py::sequence>();
+        const auto caches = kCaches.of(part).cast<py::sequence>();
+        const auto scales = kCacheScales.of(part).cast<py::sequence>();
         const Tensor rows(kRows.of(part));
         const py::object row_scales = kRowScales.of(part);
         const auto how = static_cast<MoveHow>(kHow.of(part).cast<int>());
@@ -135,7 +150,8 @@ inline MergeParams merge_params(const StateView& a, const StateView& b, py::hand
 
 // outs: [n, num_rows, num_heads, width], lses: [n, num_rows, num_heads], n >= 1.
 inline MergeParams merge_params(py::handle outs, py::handle lses, py::handle out, py::handle lse) {
-    const Tensor values(outs), logs(lses);
+    const Tensor values(outs);
+    const Tensor logs(lses);
     const StateView first = state_view(outs, lses);
     MergeParams p = merge_params(first, first, out, lse);
     p.n = values.shape[0];

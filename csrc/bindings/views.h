@@ -36,10 +36,14 @@ struct Tensor {
     int64_t shape[kMaxDims], stride[kMaxDims];  // in elements
 
     explicit Tensor(py::handle tensor) {
-        static const Name kDataPtr("data_ptr"), kDtype("dtype"), kShape("shape"), kStride("stride");
+        static const Name kDataPtr("data_ptr");
+        static const Name kDtype("dtype");
+        static const Name kShape("shape");
+        static const Name kStride("stride");
         data = reinterpret_cast<char*>(kDataPtr.call(tensor).cast<uintptr_t>());
         dtype = kDtype.of(tensor);
-        const auto shapes = kShape.of(tensor).cast<py::tuple>(), strides = kStride.call(tensor).cast<py::tuple>();
+        const auto shapes = kShape.of(tensor).cast<py::tuple>();
+        const auto strides = kStride.call(tensor).cast<py::tuple>();
         dims = static_cast<int>(shapes.size());
         if (dims > kMaxDims) throw std::invalid_argument("pagewire: expected a tensor of at most 4 dims");
         for (int i = 0; i < dims; ++i) {

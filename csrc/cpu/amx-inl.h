@@ -103,7 +103,8 @@ void pack_value_tiles(const KeyBlock<kKeys>& keys, int64_t width, BFloat16* tile
         order[0][i] = uint16_t(i / 2 + i % 2 * 32);
         order[1][i] = uint16_t(order[0][i] + 16);
     }
-    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    const __m512i low = _mm512_load_si512(order[0]);
+    const __m512i high = _mm512_load_si512(order[1]);
     constexpr int64_t kColumn = kKeys / kTileDepth * kTileSize;
     for (int64_t d = 0; d < width; d += 2 * kTileSide, tiles += 2 * kColumn) {
         const int n = clip(width - d, 0, 2 * kTileSide);
@@ -112,7 +113,8 @@ void pack_value_tiles(const KeyBlock<kKeys>& keys, int64_t width, BFloat16* tile
             return load_words(reinterpret_cast<const T*>(keys.v[key]) + d, n);
         };
         for (int j = 0; j < round_up(keys.num_keys, kTileDepth); j += 2) {
-            const __m512i a = words(j), b = words(j + 1);
+            const __m512i a = words(j);
+            const __m512i b = words(j + 1);
             BFloat16* row = tiles + j * kTileSide;
             _mm512_store_si512(row, _mm512_permutex2var_epi16(a, low, b));
             _mm512_store_si512(row + kColumn, _mm512_permutex2var_epi16(a, high, b));
@@ -153,7 +155,8 @@ struct AmxTile {
         pack_value_tiles<T>(block, Dv, values());
     }
     void logits(int64_t row, int64_t rows, int num_keys) const {
-        const int64_t depth = tiles(D, kTileDepth), stride = depth * kTileSize;
+        const int64_t depth = tiles(D, kTileDepth);
+        const int64_t stride = depth * kTileSize;
         tile_gemm(q(row), stride, pairs_of_tiles(rows), keys(), stride, pairs_of_tiles(num_keys), depth, false,
                   s.logits, kKeys);
     }

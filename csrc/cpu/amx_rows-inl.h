@@ -36,8 +36,10 @@ inline void turn(F* x) {
     if constexpr (C == 4) {
         const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
         const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));
-        const F a = _mm512_permutex2var_ps(x[0], even, x[1]), b = _mm512_permutex2var_ps(x[2], even, x[3]);
-        const F c = _mm512_permutex2var_ps(x[0], odd, x[1]), d = _mm512_permutex2var_ps(x[2], odd, x[3]);
+        const F a = _mm512_permutex2var_ps(x[0], even, x[1]);
+        const F b = _mm512_permutex2var_ps(x[2], even, x[3]);
+        const F c = _mm512_permutex2var_ps(x[0], odd, x[1]);
+        const F d = _mm512_permutex2var_ps(x[2], odd, x[3]);
         x[0] = _mm512_shuffle_f32x4(a, b, 0x44);
         x[1] = _mm512_shuffle_f32x4(a, b, 0xee);
         x[2] = _mm512_shuffle_f32x4(c, d, 0x44);
@@ -124,7 +126,8 @@ struct AmxRows {
     void multiply_keys(const Step<kKeys>& step, int key, float* products) const {
         const KeyBlock<kKeys>& block = step.block;
         const char* const* next = step.next_k.rows + key;
-        const int64_t ahead = step.next_k.byte, num_tiles = depth;
+        const int64_t ahead = step.next_k.byte;
+        const int64_t num_tiles = depth;
         const BFloat16* query = q(step.h);
         constexpr int kLast = kTileSide - 1;
         const bool in_place = Words<T>::kAsStored && D % kChunk == 0 && key + kLast < block.num_keys &&
@@ -153,7 +156,8 @@ struct AmxRows {
 
     void copy_keys(const char* const* rows, int64_t byte) const {
         const Words<T> table = words;
-        const int64_t width = depth * kTileDepth, whole = D / kChunk * kChunk;
+        const int64_t width = depth * kTileDepth;
+        const int64_t whole = D / kChunk * kChunk;
         BFloat16* to = keys();
         for (int i = 0; i < kTileSide; ++i) {
             const T* row = reinterpret_cast<const T*>(rows[i] + byte);
@@ -178,7 +182,8 @@ struct AmxRows {
         for (int i = 0; i < kVecs; ++i) block_top = max(load(products + i * kLanes), block_top);
         block_top = over_keys<C, max>(mul(block_top, unit));
 
-        const F before = load(top(step.h)), after = max(before, block_top);
+        const F before = load(top(step.h));
+        const F after = max(before, block_top);
         const F shift = select(less(set1(-infinity()), after), sub(zero(), after), zero());
         const F rescale = exp2_negative(add(before, shift));
         F sum = mul(load(total(step.h)), rescale);
@@ -204,7 +209,10 @@ struct AmxRows {
 
     // Products become base-2 logits, -inf where a row does not see a key.
     __attribute__((noinline)) void apply_rules(const Step<kKeys>& step, bool masked, float* products) const {
-        float begin[kLanes] = {}, end[kLanes] = {}, distance[kLanes] = {}, slope[kLanes] = {};
+        float begin[kLanes] = {};
+        float end[kLanes] = {};
+        float distance[kLanes] = {};
+        float slope[kLanes] = {};
         for (int i = 0; i < kLanes; ++i) {
             const int r = i % C;
             if (r >= R) continue;
@@ -214,7 +222,8 @@ struct AmxRows {
             distance[i] = float(f.position(r) - step.block.begin);
             slope[i] = f.slope(step.h, r);
         }
-        const F scale = set1(f.logit_scale(step.h)), cap = set1(f.p.softcap);
+        const F scale = set1(f.logit_scale(step.h));
+        const F cap = set1(f.p.softcap);
         float number[kLanes];
         for (int i = 0; i < kLanes; ++i) number[i] = float(i / C);
         for (int i = 0; i < kVecs; ++i) {
@@ -252,8 +261,11 @@ struct AmxRows {
             const bool in = j >= keys.begin && j < keys.end;
             return kWhole ? kChunk : in ? clip(Dv - d, 0, kChunk) : 0;
         };
-        const char *const *rows = step.block.v, *const *next = step.next_v.rows;
-        const int64_t byte = d * int64_t(sizeof(T)), here = step.v_byte + byte, ahead = step.next_v.byte + byte;
+        const char* const* rows = step.block.v;
+        const char* const* next = step.next_v.rows;
+        const int64_t byte = d * int64_t(sizeof(T));
+        const int64_t here = step.v_byte + byte;
+        const int64_t ahead = step.next_v.byte + byte;
         BFloat16* to = values();
 #pragma GCC unroll 4
         for (int j = 0; j < kKeys; j += 2, to += kTileDepth) {
@@ -272,7 +284,8 @@ struct AmxRows {
 
     // Elements d .. d + kChunk of all rows' sums, with the values added.
     void add_values(int64_t h, int64_t d, float* to, int64_t ld_to) const {
-        const int64_t row = s.ld_acc * int64_t(sizeof(float)), row_to = ld_to * int64_t(sizeof(float));
+        const int64_t row = s.ld_acc * int64_t(sizeof(float));
+        const int64_t row_to = ld_to * int64_t(sizeof(float));
         const float* sums = acc(h, 0) + d;
         settle();
         _tile_loadd(4, sums, row);

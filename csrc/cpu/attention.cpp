@@ -65,13 +65,16 @@ void plan_rows(const AttentionParams& p, Piece piece, bool few, bool may_split, 
     const int64_t end = visible_keys(p, piece.seq_len, last).end;
     if (begin >= end) return fill_empty(p, piece.row_begin, piece.row_end);
     plan.kv_bytes += (end - begin) * p.k.num_kv_heads * (p.k.width + p.v.width) * item_size(p.k.dtype);
-    const int64_t rows = piece.row_end - piece.row_begin, group = p.q.num_heads / p.k.num_kv_heads;
+    const int64_t rows = piece.row_end - piece.row_begin;
+    const int64_t group = p.q.num_heads / p.k.num_kv_heads;
     int64_t& max_rows = few ? plan.max_few_rows : plan.max_tile_rows;
     max_rows = std::max(max_rows, rows * group);
 
     const int64_t length = may_split ? split_length(p, piece.seq_len) : end;
-    const int64_t first = begin / length, num_splits = (end + length - 1) / length - first;
-    const int64_t lse_size = rows * p.q.num_heads, out_size = lse_size * p.v.width;
+    const int64_t first = begin / length;
+    const int64_t num_splits = (end + length - 1) / length - first;
+    const int64_t lse_size = rows * p.q.num_heads;
+    const int64_t out_size = lse_size * p.v.width;
     if (num_splits > 1) {
         plan.splits.push_back({.row_begin = piece.row_begin,
                                .num_rows = rows,
@@ -94,7 +97,9 @@ Plan make_plan(const AttentionParams& p) {
     Plan plan;
     const int64_t group = p.k.num_kv_heads == 0 ? 1 : p.q.num_heads / p.k.num_kv_heads;
     for (int64_t b = 0; b < p.page_table.batch_size; ++b) {
-        const int64_t row = row_begin(p, b), row_end = row_begin(p, b + 1), q_len = row_end - row;
+        const int64_t row = row_begin(p, b);
+        const int64_t row_end = row_begin(p, b + 1);
+        const int64_t q_len = row_end - row;
         if (q_len == 0) continue;
         Piece piece{};
         piece.request = b;
@@ -102,7 +107,8 @@ Plan make_plan(const AttentionParams& p) {
         piece.head_end = p.k.num_kv_heads;
         const int64_t tile_tokens =
             std::max<int64_t>(1, std::clamp<int64_t>(q_len * group / kTilesWanted, kTileRows, kMaxTileRows) / group);
-        const bool few = q_len * group <= kFewRows, may_split = few || q_len <= tile_tokens;
+        const bool few = q_len * group <= kFewRows;
+        const bool may_split = few || q_len <= tile_tokens;
         const int64_t step = may_split ? q_len : tile_tokens;
         for (int64_t at = row; at < row_end; at += step) {
             piece.row_begin = at;
@@ -132,7 +138,9 @@ void merge_splits(const AttentionParams& p, const Plan& plan, float* outs, float
     parallel_for(num_threads, int64_t(plan.splits.size()), [&](int64_t i, int) {
         const Split& split = plan.splits[i];
         float weights[kMaxSplits + 1];
-        const int64_t heads = p.q.num_heads, width = p.v.width, lse_size = split.num_rows * heads;
+        const int64_t heads = p.q.num_heads;
+        const int64_t width = p.v.width;
+        const int64_t lse_size = split.num_rows * heads;
         const auto state = [&](int64_t s) -> StateView {
             char* out = reinterpret_cast<char*>(outs + split.out_offset + s * lse_size * width);
             return {.out = {.data = out,
@@ -166,11 +174,13 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
     Plan plan = make_plan(p);
     fill_empty(p, row_begin(p, p.page_table.batch_size), p.q.num_rows);
 
-    const int64_t heads = p.k.num_kv_heads, wanted = kPiecesPerThread * num_threads;
-    const int64_t units = std::max<int64_t>(1, plan.few.size());
+    const int64_t heads = p.k.num_kv_heads;
+    const int64_t wanted = kPiecesPerThread * num_threads;
+    const int64_t units = std::max<int64_t>(1, int64_t(plan.few.size()));
     const int64_t blocks = std::clamp<int64_t>((wanted + units - 1) / units, 1, std::max<int64_t>(heads, 1));
     const int64_t heads_each = std::max<int64_t>(1, (heads + blocks - 1) / blocks);
-    std::vector<Piece> tiles = divide_heads(plan.tiles, heads, 1), few = divide_heads(plan.few, heads, heads_each);
+    std::vector<Piece> tiles = divide_heads(plan.tiles, heads, 1);
+    std::vector<Piece> few = divide_heads(plan.few, heads, heads_each);
     // The longest first, for a thread must not be left alone with one at the end; but what shares
     // keys stays together, so that they are still in the cache.
     std::stable_sort(tiles.begin(), tiles.end(), [](const Piece& a, const Piece& b) {
@@ -180,11 +190,13 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
         return order(a) < order(b);
     });
 
-    static thread_local Scratch partials, workspace;
+    static thread_local Scratch partials;
+    static thread_local Scratch workspace;
     float* outs = nullptr;
     float* lses = nullptr;
     if (plan.partial_out > 0) {
-        outs = reinterpret_cast<float*>(partials.reserve((plan.partial_out + plan.partial_lse) * sizeof(float)));
+        outs =
+            reinterpret_cast<float*>(partials.reserve((plan.partial_out + plan.partial_lse) * int64_t(sizeof(float))));
         lses = outs + plan.partial_out;
     }
     for (std::vector<Piece>* pieces : {&tiles, &few}) {
@@ -197,7 +209,8 @@ void attention(const AttentionParams& p, const Kernels& kernels, int num_threads
         }
     }
 
-    Carver few_size{nullptr}, tile_size{nullptr};
+    Carver few_size{nullptr};
+    Carver tile_size{nullptr};
     FewRowsScratch().carve(few_size, heads_each, plan.max_few_rows, p.k.width, p.v.width);
     TileScratch().carve(tile_size, plan.max_tile_rows, p.k.width, p.v.width);
     const int64_t bytes = std::max(few.empty() ? 0 : few_size.used, tiles.empty() ? 0 : tile_size.used);

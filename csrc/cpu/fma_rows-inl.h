@@ -17,9 +17,12 @@ inline float factor(int64_t i, int64_t width) {
 
 // logits[r][key] = q[r] . K[key] for RB rows.
 template <class T, int RB, int kKeys>
+// NOLINTNEXTLINE(readability-function-cognitive-complexity): the nests are one register block, unrolled
 __attribute__((noinline)) void dot_rows(const KeyBlock<kKeys>& block, int64_t byte, int64_t width, const float* q,
                                         int64_t ld_q, float* logits, Ahead ahead) {
-    constexpr int KT = kTileAccs / RB, kVecs = Wide<T>::kVecs, kWide = kVecs * kLanes;
+    constexpr int KT = kTileAccs / RB;
+    constexpr int kVecs = Wide<T>::kVecs;
+    constexpr int kWide = kVecs * kLanes;
     constexpr int kSums = (RB * KT + kLanes - 1) / kLanes;
     for (int key = 0; key < block.num_keys; key += KT) {
         F acc[kSums * kLanes];
@@ -175,7 +178,8 @@ struct FmaRows {
             dot_rows<T, RB.value>(block, step.k_byte, D, q(step.h, r), s.ld_q, s.logits + r * kKeys, step.next_k);
         });
         apply_rules(step);
-        float *tops = top(step.h), *totals = total(step.h);
+        float* tops = top(step.h);
+        float* totals = total(step.h);
         raise_tops(tops, s.rescale, s.rescale, int(R));
         for (int64_t r = 0; r < R; ++r) {
             float* weights = s.logits + r * kKeys;

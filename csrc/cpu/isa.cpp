@@ -16,9 +16,16 @@ namespace {
 // The processor has bf16 tiles, vector conversions and byte tables, and the kernel lets this process use the tile
 // registers: one request holds for all its threads, also for those that run already.
 bool tiles_permitted() {
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
-    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5, kAvx512Vbmi = 1u << 1;
-    unsigned eax, ebx, ecx, edx;
+    constexpr int kRequestPermission = 0x1023;  // of arch_prctl
+    constexpr int kTileData = 18;               // of arch_prctl
+    constexpr unsigned kAmxBf16 = 1u << 22;
+    constexpr unsigned kAmxTile = 1u << 24;
+    constexpr unsigned kAvx512Bf16 = 1u << 5;
+    constexpr unsigned kAvx512Vbmi = 1u << 1;
+    unsigned eax;
+    unsigned ebx;
+    unsigned ecx;
+    unsigned edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
     if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
     if ((ecx & kAvx512Vbmi) == 0) return false;

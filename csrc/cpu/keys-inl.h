@@ -14,7 +14,8 @@ struct KeyBlock {
         num_keys = clip(piece.key_end - at, 0, most);
         const int64_t item = item_size(p.k.dtype);
         for (int i = 0; i < num_keys;) {
-            const int64_t entry = (at + i) / p.k.page_size, id = p.page_table.at(piece.request, entry);
+            const int64_t entry = (at + i) / p.k.page_size;
+            const int64_t id = p.page_table.at(piece.request, entry);
             int64_t within = at + i - entry * p.k.page_size;
             for (; i < num_keys && within < p.k.page_size; ++i, ++within) {
                 page[i] = id;

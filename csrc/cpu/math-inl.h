@@ -7,7 +7,8 @@ inline float infinity() { return __builtin_inff(); }
 // 2^x for x <= 0, within 2 ulp; 0 below 2^-149 and for -inf; NaN stays NaN.
 inline F exp2_negative(F x) {
     x = max(set1(-200.0f), x);
-    const F n = round_even(x), r = sub(x, n);
+    const F n = round_even(x);
+    const F r = sub(x, n);
     F y = set1(1.535336188319500e-4f);
     y = fma(y, r, set1(1.339887440266574e-3f));
     y = fma(y, r, set1(9.618437357674640e-3f));

@@ -117,7 +117,8 @@ void over_tokens(const MoveParams& p, const Move& m, int64_t begin, int64_t end,
         const int64_t slot = p.slots[i];
         if (slot < 0) continue;
         if (!p.to_cache && i + kTokensAhead < end) fetch_token(p, m, p.slots[i + kTokensAhead]);
-        const Place in_pages{slot / p.page_size, slot % p.page_size}, in_rows{0, i};
+        const Place in_pages{slot / p.page_size, slot % p.page_size};
+        const Place in_rows{0, i};
         p.to_cache ? move(in_rows, in_pages) : move(in_pages, in_rows);
     }
 }

@@ -16,7 +16,8 @@ constexpr int64_t kStreamBytes = 4 << 20;  // of a call: more than the caches of
 
 void move(const MoveParams& p, const Kernels& kernels, int num_threads) {
     check_slots(p);
-    int64_t token_bytes = 1, all_bytes = 0;
+    int64_t token_bytes = 1;
+    int64_t all_bytes = 0;
     for (int64_t i = 0; i < p.num_moves; ++i) {
         const Move& m = p.moves[i];
         const int64_t bytes = p.num_heads * m.width * item_size(m.source.dtype);
@@ -27,7 +28,8 @@ void move(const MoveParams& p, const Kernels& kernels, int num_threads) {
     const int64_t tokens_each = std::max<int64_t>(16, kBytesPerTask / token_bytes);
     const int64_t chunks = (p.slots.size + tokens_each - 1) / tokens_each;
     parallel_for(num_threads, chunks * p.num_moves, [&](int64_t i, int) {
-        const int64_t begin = i % chunks * tokens_each, end = std::min(begin + tokens_each, p.slots.size);
+        const int64_t begin = i % chunks * tokens_each;
+        const int64_t end = std::min(begin + tokens_each, p.slots.size);
         kernels.move_rows(p, p.moves[i / chunks], begin, end, stream);
     });
 }

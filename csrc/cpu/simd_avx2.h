@@ -57,7 +57,8 @@ inline F sums(const F* a) {
     F quad[2];
 #pragma GCC unroll 4
     for (int i = 0; i < 2; ++i) {
-        const F x = pair_sums(a[4 * i], a[4 * i + 1]), y = pair_sums(a[4 * i + 2], a[4 * i + 3]);
+        const F x = pair_sums(a[4 * i], a[4 * i + 1]);
+        const F y = pair_sums(a[4 * i + 2], a[4 * i + 3]);
         quad[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))),
                                 _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))));
     }
@@ -73,8 +74,10 @@ inline void transpose(F* a) {
     F b[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 4) {
-        const F lo0 = _mm256_unpacklo_ps(a[i], a[i + 1]), hi0 = _mm256_unpackhi_ps(a[i], a[i + 1]);
-        const F lo1 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), hi1 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+        const F lo0 = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        const F hi0 = _mm256_unpackhi_ps(a[i], a[i + 1]);
+        const F lo1 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]);
+        const F hi1 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
         b[i] = as_ps(_mm256_unpacklo_pd(as_pd(lo0), as_pd(lo1)));
         b[i + 1] = as_ps(_mm256_unpackhi_pd(as_pd(lo0), as_pd(lo1)));
         b[i + 2] = as_ps(_mm256_unpacklo_pd(as_pd(hi0), as_pd(hi1)));

@@ -50,7 +50,8 @@ inline F sums(const F* a) {
     F quad[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        const F x = pair_sums(a[4 * i], a[4 * i + 1]), y = pair_sums(a[4 * i + 2], a[4 * i + 3]);
+        const F x = pair_sums(a[4 * i], a[4 * i + 1]);
+        const F y = pair_sums(a[4 * i + 2], a[4 * i + 3]);
         quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
                                 _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
     }
@@ -69,17 +70,20 @@ inline void transpose(F* a) {
     F b[16];
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
-        const F lo0 = _mm512_unpacklo_ps(a[i], a[i + 1]), hi0 = _mm512_unpackhi_ps(a[i], a[i + 1]);
-        const F lo1 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]), hi1 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
+        const F lo0 = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        const F hi0 = _mm512_unpackhi_ps(a[i], a[i + 1]);
+        const F lo1 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]);
+        const F hi1 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
         b[i] = as_ps(_mm512_unpacklo_pd(as_pd(lo0), as_pd(lo1)));
         b[i + 1] = as_ps(_mm512_unpackhi_pd(as_pd(lo0), as_pd(lo1)));
         b[i + 2] = as_ps(_mm512_unpacklo_pd(as_pd(hi0), as_pd(hi1)));
         b[i + 3] = as_ps(_mm512_unpackhi_pd(as_pd(hi0), as_pd(hi1)));
     }
     for (int i = 0; i < 4; ++i) {  // b[4 g + i] holds columns i, 4 + i, 8 + i, 12 + i of row group g
-        const F p = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), q = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
-        const F r = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88),
-                s = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+        const F p = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88);
+        const F q = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+        const F r = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+        const F s = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
         a[i] = _mm512_shuffle_f32x4(p, r, 0x88);
         a[8 + i] = _mm512_shuffle_f32x4(p, r, 0xdd);
         a[4 + i] = _mm512_shuffle_f32x4(q, s, 0x88);
@@ -254,7 +258,8 @@ struct Wide<Float8E4M3> {
     static constexpr float kFactor = 256.0f;
     static void load(const Float8E4M3* p, F* x) {
         const __m512i bytes = _mm512_loadu_si512(p);
-        const __m512i keep = _mm512_set1_epi16(short(0xbf80)), all = _mm512_set1_epi16(0x3f80);
+        const __m512i keep = _mm512_set1_epi16(short(0xbf80));
+        const __m512i all = _mm512_set1_epi16(0x3f80);
         const __m512i even = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 1), keep);
         const __m512i odd = _mm512_and_si512(_mm512_srai_epi16(bytes, 1), keep);
         widen_halves(even, x);

@@ -119,7 +119,9 @@ inline void transpose(F* a) {
 // ---- storage types
 
 inline float half_to_float(uint32_t h) {
-    const uint32_t sign = (h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    const uint32_t sign = (h & 0x8000) << 16;
+    const uint32_t exponent = h >> 10 & 31;
+    const uint32_t mantissa = h & 0x3ff;
     if (exponent == 31) return from_bits(sign | 0x7f800000 | mantissa << 13);
     if (exponent == 0) {
         const float y = float(mantissa) * 5.9604644775390625e-8f;  // 2^-24
@@ -140,14 +142,16 @@ inline uint32_t round_to(uint32_t u) {  // u: bits of a finite, non-negative fp3
     return (u + rebias + (u >> kDrop & 1)) >> kDrop;
 }
 inline uint16_t float_to_half(float x) {
-    const uint32_t sign = to_bits(x) >> 16 & 0x8000, u = to_bits(x) & 0x7fffffff;
+    const uint32_t sign = to_bits(x) >> 16 & 0x8000;
+    const uint32_t u = to_bits(x) & 0x7fffffff;
     if (u > 0x7f800000) return uint16_t(sign | 0x7e00 | (u >> 13 & 0x1ff));
     if (u >= 0x47800000) return uint16_t(sign | 0x7c00);  // 2^16 and above
     return uint16_t(sign | round_to<10, 15>(u));
 }
 template <int kMantissa, int kBias>
 inline uint8_t to_float8(float x) {
-    const uint32_t sign = to_bits(x) >> 24 & 0x80, u = to_bits(x) & 0x7fffffff;
+    const uint32_t sign = to_bits(x) >> 24 & 0x80;
+    const uint32_t u = to_bits(x) & 0x7fffffff;
     return u > 0x7f800000 ? uint8_t(0x7f) : uint8_t(sign | round_to<kMantissa, kBias>(u));
 }
 inline uint16_t to_bfloat16(float x) {

@@ -56,7 +56,8 @@ __attribute__((noinline)) inline RuledRow apply_rule(const LogitRule& rule, floa
 template <class Put>
 __attribute__((noinline)) float weigh(const float* logits, int num_keys, float unit, float top, const float* v_scale,
                                       Put put) {
-    const F shift = set1(top == -infinity() ? 0.0f : -top), times = set1(unit);
+    const F shift = set1(top == -infinity() ? 0.0f : -top);
+    const F times = set1(unit);
     F total = zero();
     for (int i = 0; i < num_keys; i += kLanes) {
         F w = exp2_negative(fma(load(logits + i), times, shift));
@@ -70,7 +71,8 @@ __attribute__((noinline)) float weigh(const float* logits, int num_keys, float u
 // rescale[i] = 2^(old top - new top) and the new tops; 0 where nothing had been seen.
 inline void raise_tops(float* top, const float* block_top, float* rescale, int num_rows) {
     for (int i = 0; i < num_rows; i += kLanes) {
-        const F before = load(top + i), after = max(before, load(block_top + i));
+        const F before = load(top + i);
+        const F after = max(before, load(block_top + i));
         const F shift = select(less(set1(-infinity()), after), after, zero());
         store(rescale + i, exp2_negative(sub(before, shift)));
         store(top + i, after);

@@ -119,17 +119,22 @@ struct FmaTile {
 };
 
 template <class Tile>
+// NOLINTNEXTLINE(readability-function-cognitive-complexity): one walk whose state every part needs
 void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
     constexpr int kKeys = Tile::kKeys;
-    const int64_t group = p.q.num_heads / p.k.num_kv_heads, R = (piece.row_end - piece.row_begin) * group;
-    const int64_t head = piece.head_begin, D = p.k.width, Dv = p.v.width;
+    const int64_t group = p.q.num_heads / p.k.num_kv_heads;
+    const int64_t R = (piece.row_end - piece.row_begin) * group;
+    const int64_t head = piece.head_begin;
+    const int64_t D = p.k.width;
+    const int64_t Dv = p.v.width;
     TileScratch s;
     Carver carver{scratch};
     s.carve(carver, R, D, Dv);
 
     const Tile tile{s, D, Dv};
     for (int64_t r = 0; r < R; ++r) {  // row r: token r / group, head r % group of its group
-        const int64_t row = piece.row_begin + r / group, qo_head = head * group + r % group;
+        const int64_t row = piece.row_begin + r / group;
+        const int64_t qo_head = head * group + r % group;
         tile.take_query(r, p.q.dtype,
                         p.q.data + (row * p.q.stride_row + qo_head * p.q.stride_head) * item_size(p.q.dtype));
     }
@@ -139,7 +144,8 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
         s.total[r] = 0.0f;
     }
 
-    const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead, token_v = p.v_scale.kind == ScaleKind::kTokenHead;
+    const bool token_k = p.k_scale.kind == ScaleKind::kTokenHead;
+    const bool token_v = p.v_scale.kind == ScaleKind::kTokenHead;
     const KeyRange all = keys_all_see(p, piece.seq_len, piece.position, piece.row_end - piece.row_begin);
     KeyBlock<kKeys> keys;
     for (int64_t begin = piece.key_begin; begin < piece.key_end; begin += kKeys) {
@@ -166,7 +172,8 @@ void attend_tile(const AttentionParams& p, const Piece& piece, char* scratch) {
             const int columns = int(round_up(num_keys, Tile::kKeyStep));
             if (num_keys == 0) continue;
             tile.logits(first, rows, num_keys);
-            int64_t token = first / group, member = first % group;
+            int64_t token = first / group;
+            int64_t member = first % group;
             for (int64_t r = first; r < first + rows; ++r) {
                 const int64_t position = piece.position + token;
                 const KeyRange seen = visible_keys(p, piece.seq_len, position);

@@ -48,7 +48,7 @@ class SharedMemory {
             if (!own && !before(w.writer, w.write_epoch, thread, now)) {
                 return "reads what thread " + std::to_string(w.writer) + " wrote with no barrier between" + at(i);
             }
-            note_reader(w, by_whole_warp ? kWholeWarp : thread, thread, now);
+            note_reader(w, by_whole_warp ? kWholeWarp : static_cast<int16_t>(thread), thread, now);
         }
         return fault;
     }

@@ -32,7 +32,8 @@ inline void check_query_rows(const AttentionParams& p) {
         throw BadIndex("prefill: cu_seqlens_q[0]: expected 0, got " + to_string(p.cu_seqlens_q[0]));
     }
     for (int64_t b = 0; b + 1 < p.cu_seqlens_q.size; ++b) {
-        int64_t begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
+        int64_t begin = p.cu_seqlens_q[b];
+        int64_t end = p.cu_seqlens_q[b + 1];
         if (end < begin || end > p.q.num_rows) {
             throw BadIndex("prefill: cu_seqlens_q[" + to_string(b + 1) + "]: expected a value in [" + to_string(begin) +
                            ", " + to_string(p.q.num_rows) + "] (non-decreasing, at most num_tokens from q), got " +
@@ -47,7 +48,8 @@ inline void check_query_rows(const AttentionParams& p) {
 
 inline void check_pages(const AttentionParams& p) {
     using std::to_string;
-    const int64_t page_size = p.k.page_size, num_pages = p.k.num_pages;
+    const int64_t page_size = p.k.page_size;
+    const int64_t num_pages = p.k.num_pages;
     const int64_t capacity = p.page_table.max_pages_per_seq * page_size;
     for (int64_t b = 0; b < p.page_table.batch_size; ++b) {
         const int64_t seq_len = p.seq_lens[b];
