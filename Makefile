@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+TIDIED := $(wildcard csrc/bindings/*.cpp csrc/cpu/*.cpp csrc/emulation/*.cpp)
+# as GCC 11, for AMX; `#pragma GCC target` is not clang's, so every file gets the widest one
+TIDY_FLAGS = -std=c++20 -Icsrc -DPAGEWIRE_EMULATE -fgnuc-version=11 \
+	$(if $(filter x86_64,$(shell uname -m)),-march=sapphirerapids) $(shell $(BIN)/python -m pybind11 --includes)
 # nvcc takes minutes; without a GPU the CUDA sources are tested under emulation, which needs no nvcc
 export PAGEWIRE_CUDA ?= $(if $(wildcard /dev/nvidia0),1,0)
 export OMP_NUM_THREADS ?= 1
@@ -64,6 +68,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	printf '%s\n' $(TIDIED) | xargs -P $(JOBS) -I{} $(BIN)/clang-tidy --quiet {} -- $(TIDY_FLAGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
