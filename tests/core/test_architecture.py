@@ -1,4 +1,4 @@
-"""docs/architecture.md: every file it names exists and defines what the page says it does."""
+"""docs/architecture.md and docs/adding.md: every file they name exists and defines what they say it does."""
 
 import re
 from pathlib import Path
@@ -6,19 +6,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/architecture.md").read_text()
-NAMED = sorted(set(re.findall(r"`([\w./-]+\.(?:py|cpp|cu|h))`:\s+`(\w+)`", PAGE)))
+PAGES = [(ROOT / "docs" / page).read_text() for page in ("architecture.md", "adding.md")]
+# `file`: `name`, or `file`: `name`, `name` and `name`
+LIST = re.compile(r"`([\w./-]+\.(?:py|cpp|cu|h))`:\s+(`\w+`(?:(?:,|,?\s+and)\s+`\w+`)*)")
+NAMED = sorted({(m[1], name) for page in PAGES for m in LIST.finditer(page) for name in re.findall(r"\w+(?=`)", m[2])})
+FILES = sorted({name for page in PAGES for name in re.findall(r"`([\w-]+/[\w./-]+\.(?:py|cpp|cu|h))`", page)})
 # a folder's name in a row may be the end of a list that begins with its parent's
-FOLDERS = sorted(set(re.findall(r"`((?:python|kernels|csrc|benches|tests)/[\w/]*)`", PAGE)))
+FOLDERS = sorted({x for page in PAGES for x in re.findall(r"`((?:python|kernels|csrc|benches|tests)/[\w/]*)`", page)})
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=lambda x: str(x))
 def test_the_file_defines_it(file, name):
     text = (ROOT / file).read_text()
-    if file.endswith(".py"):
-        assert re.search(rf"^\s*(?:def|class|async def) {name}\b", text, re.M)
-    else:  # a function's head: its name and an open parenthesis, where no call's semicolon ends the line
-        assert re.search(rf"^[^/;=]*\b{name}\([^;]*$", text, re.M)
+    if file.endswith(".py"):  # a function, a class, or a table
+        assert re.search(rf"^\s*(?:def|class|async def) {name}\b|^{name}\b[^=\n]*=", text, re.M)
+    else:  # a type, or a function's head: its name and an open parenthesis, where no call's semicolon ends the line
+        assert re.search(rf"^(?:struct|enum class) {name}\b|^[^/;=]*\b{name}\([^;]*$", text, re.M)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_file_exists(file):
+    assert (ROOT / file).is_file()
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -27,7 +35,7 @@ def test_the_folder_exists(folder):
 
 
 def test_something_was_looked_up():
-    assert len(NAMED) > 40 and len(FOLDERS) > 8
+    assert len(NAMED) > 100 and len(FILES) > 60 and len(FOLDERS) > 8
 
 
 def test_the_walk_of_q_has_the_same_name_down_to_the_backend():
