@@ -1,8 +1,10 @@
 """Backends: an explicit name is obeyed or refused with its reason; explain() tells why."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import cases
 import pagewire as pw
 from pagewire import registry
+from pagewire.types import Modifiers
 
 
 def test_unknown_name():
@@ -120,3 +123,19 @@ def test_an_older_driver_is_refused_with_both_versions(driver, runtime, words, m
         assert torch.cuda.is_available() or reason == "torch sees no CUDA device"
     else:
         assert all(word in reason for word in words), reason
+
+
+@pytest.mark.parametrize(
+    ("source", "without"),
+    [
+        ("python/pagewire/backends/reference.py", {"split_size"}),
+        ("csrc/bindings/params.h", set()),
+        ("kernels/launch.py", set()),
+    ],
+    ids=["reference", "cpu and cuda", "triton"],
+)
+def test_every_backend_reads_every_modifier(source, without):
+    """By name: one that does not know a new field would leave it out of its result and say nothing."""
+    text = (Path(__file__).parents[2] / source).read_text()
+    reads = {name for name in Modifiers._fields if re.search(rf'(\bm\.|modifiers\.|"){name}\b', text)}
+    assert reads == set(Modifiers._fields) - without
