@@ -163,7 +163,8 @@ def _softmax(
     lse.allowed[at] = math.log1p(shared) + 8 * U32 * (1 + abs(lse.value[at]))
 
     if inf_v.any():
-        heavy = weights >= FAINT * weights.max()
+        # beside a heavy sink all weights may be subnormal or flushed: 0 * inf is NaN
+        heavy = (weights >= FAINT * weights.max()) & (weights >= 2 * SMALLEST["fp32"])
         up = (np.isposinf(v) & heavy[:, None]).any(0)
         down = (np.isneginf(v) & heavy[:, None]).any(0)
         faint = (np.isinf(v) & ~heavy[:, None]).any(0)
