@@ -11,7 +11,7 @@ from torch import Tensor
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.device import current
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.quant import ELEMENTS, as_stored, format_of, native_fp8, scale_kind
+from pagewire.kernels.quant import as_stored, native_fp8, scale_kind
 from pagewire.kernels.rows import (
     Stored,
     alignment,
@@ -71,11 +71,8 @@ def _launch(k_part: Part, v_part: Part, slot_mapping: Tensor, error_word: Tensor
         return
     width = triton.next_power_of_2(max(k.shape[-1], v.shape[-1]))
     rows = max(1, _TILE // width)
-    given = Stored(ELEMENTS[k.dtype], "float", "none", x_align)
-    k_stored, v_stored = (
-        Stored(ELEMENTS[k_cache.dtype], format_of(k_cache.dtype), scale_kind(scale), cache_align)
-        for scale in (k_scale, v_scale)
-    )
+    given = Stored.of(k.dtype, "none", x_align)
+    k_stored, v_stored = (Stored.of(k_cache.dtype, scale_kind(scale), cache_align) for scale in (k_scale, v_scale))
     _append_quantise_kernel[(triton.cdiv(num_rows, rows), 2)](
         *sides, slots, PAGE_SIZE=page_size, K_DIM=k.shape[-1], V_DIM=v.shape[-1], WIDTH=width, ROWS=rows,
         NATIVE=native_fp8(k.device), given=given, k_stored=k_stored, v_stored=v_stored,

@@ -17,13 +17,14 @@ from torch import Tensor
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.device import current
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.quant import ELEMENTS, format_of, native_fp8, scale_kind
+from pagewire.kernels.quant import native_fp8, scale_kind
 from pagewire.kernels.rows import (
     VECTOR_BYTES,
     Stored,
     alignment,
     byte_strides,
     copy_chunks,
+    element,
     load_real,
     scale_strides,
     slot_bytes,
@@ -99,8 +100,8 @@ def _launch(parts: Sequence[Part], slots: Tensor, packed: PackedKV, error_word: 
     kinds = scale_kind(cache_scales[0] if cache_scales else None), scale_kind(packed.k_scale)
     move = _Move(
         pack, page_size, widths[0], widths[1], native_fp8(cache.device),
-        Stored(ELEMENTS[cache.dtype], format_of(cache.dtype), kinds[0], cache_align),
-        Stored(ELEMENTS[shape.dtype], format_of(shape.dtype), kinds[1], packed_align),
+        Stored.of(cache.dtype, kinds[0], cache_align),
+        Stored.of(shape.dtype, kinds[1], packed_align),
     )  # fmt: skip
     outer = (2 if shape.head_dim_v else 1, shape.num_layers)
     if copy:
@@ -264,7 +265,7 @@ def _convert_tile(
     PACKED: tl.constexpr = move.PACKED
     NATIVE: tl.constexpr = move.NATIVE
     ROW_BYTES: tl.constexpr = move.V_BYTES if SIDE else move.K_BYTES
-    ITEM_BYTES: tl.constexpr = PACKED.ELEMENT.primitive_bitwidth // 8
+    ITEM_BYTES: tl.constexpr = element(PACKED).primitive_bitwidth // 8
     head, tile = tl.program_id(0) % packed.num_heads, tl.program_id(0) // packed.num_heads
     token = tile * ROWS + tl.arange(0, ROWS)
     cache, rows, cache_scales, scales, live, fits = _locate(

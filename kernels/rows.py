@@ -4,14 +4,17 @@ Addresses come out of tables and 64-bit products, so the compiler cannot see how
 (ALIGN, bytes, a power of two <= 16), and the hints below turn it into 16-byte accesses.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels.quant import from_float32, quantise, to_float32, token_head_scale
+from pagewire.kernels.quant import ELEMENTS, format_of, from_float32, quantise, to_float32, token_head_scale
 
 VECTOR_BYTES = 16
 
@@ -68,16 +71,25 @@ def copy_chunks(
 class Stored(NamedTuple):
     """How a cache, a packed buffer or new rows store their values; for the compiler."""
 
-    ELEMENT: Any
+    ELEMENT: str  # name of a tl.dtype; the dtype itself cannot be told to Triton's jit_cache_hook (3.6, 3.9)
     FORMAT: str
     SCALE: str  # quant.scale_kind
     ALIGN: int  # bytes
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, scale: str, align: int) -> Stored:
+        return cls(ELEMENTS[dtype].name, format_of(dtype), scale, align)
+
+
+@triton.constexpr_function
+def element(stored: Stored) -> tl.dtype:
+    return tl.dtype(stored.ELEMENT)
 
 
 @triton.jit
 def load_real(addresses, scales, rows, width_ok, WIDTH: tl.constexpr, NATIVE: tl.constexpr, stored: tl.constexpr):
     """stored * scale, fp32 [ROWS, WIDTH], 0 where masked. scales: pointers [ROWS]."""
-    ELEMENT: tl.constexpr = stored.ELEMENT
+    ELEMENT: tl.constexpr = element(stored)
     FORMAT: tl.constexpr = stored.FORMAT
     ALIGN: tl.constexpr = stored.ALIGN
     x = tl.load(tile_pointers(addresses, ELEMENT, WIDTH, ALIGN), mask=rows[:, None] & width_ok, other=0)
@@ -90,7 +102,7 @@ def load_real(addresses, scales, rows, width_ok, WIDTH: tl.constexpr, NATIVE: tl
 @triton.jit
 def store_real(x, addresses, scales, rows, width_ok, NATIVE: tl.constexpr, stored: tl.constexpr):
     """x: fp32 [ROWS, WIDTH]. scales: pointers [ROWS], or the "value"; per token they are written, otherwise read."""
-    ELEMENT: tl.constexpr = stored.ELEMENT
+    ELEMENT: tl.constexpr = element(stored)
     FORMAT: tl.constexpr = stored.FORMAT
     ALIGN: tl.constexpr = stored.ALIGN
     WIDTH: tl.constexpr = x.shape[1]

@@ -34,6 +34,16 @@ def test_what_was_not_compiled_ahead_is_waited_for(rehearse, tmp_path):
     assert told["failed"] == [] and told["launches"] > 0 and told["host_us"] > 0
 
 
+@pytest.mark.parametrize("only", ["^append .*e4m3", "^pack .*H8>2 D128 .*int8"])
+def test_a_move_that_was_compiled_ahead_is_found(rehearse, tmp_path, only):
+    rehearse.standin.build(tmp_path)
+    environment = rehearse._environment(tmp_path)
+    ahead = rehearse._json([*rehearse._AHEAD, "--json", "--only", only, "contact"], environment)
+    assert ahead["failed"] == {} and ahead["compilations"] > 0
+    told = rehearse._json([rehearse.__file__, "--walk", "contact", "--only", only], environment)
+    assert told["kernels"] == [] and told["failed"] == [] and told["launches"] > 0
+
+
 def test_a_step_that_waits_is_an_error(rehearse, monkeypatch, capsys):
     compiled = {"launches": 9, "compilations": 2, "cpu_seconds": 8.0, "wall_seconds": 4.0, "longest": 3.0, "failed": {}}
     walked = {
