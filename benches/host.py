@@ -1,27 +1,35 @@
-"""What a call costs before its backend is reached: python benches/host.py [--calls N] [--json]
+"""What a call costs on the host: python benches/host.py [--calls N] [--json]
 
-Every op on shapes it has seen before, with a backend that does nothing: µs of this machine's Python, the least of
-several rounds, with the checks remembered (`memo.py`) and with all of them done each time.
+Every op on shapes it has seen before: µs of this machine's Python, the least of many rounds.
+
+- checks: until the backend is reached, which does nothing; `anew`: with nothing remembered (`memo.py`).
+- triton: the whole call on Triton, whose own C launcher runs over a stand-in libcuda (`standin/`). launches: of it,
+  what the launchers of compiled kernels take. The rest is addresses and scratch memory. A driver's time is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from standin import driver as standin
 
 import pagewire as pw
 from pagewire import memo, registry
 
-_ROUNDS = 7
+_ROUNDS = 100
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -35,6 +43,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     many, rows = torch.zeros(64, 32, 128, dtype=bf16), torch.arange(0, 72, 8, dtype=int32)
     k, v, slots = torch.zeros(8, 8, 128, dtype=bf16), torch.zeros(8, 8, 128, dtype=bf16), torch.arange(8)
     outs, lses = torch.zeros(2, 8, 32, 128), torch.zeros(2, 8, 32)
+    two = (outs[0], lses[0], outs[1], lses[1])
     caches, fp8 = (k_cache, v_cache), (k_fp8, v_fp8)
     cache = pw.PagedKVCache.allocate(
         num_layers=32, num_pages=8, page_size=16, num_kv_heads=8, head_dim=128, dtype=bf16, device="cpu"
@@ -47,7 +56,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "prefill": lambda: pw.prefill(many, *caches, table, lens, rows, max_q_len=8),
         "append_kv": lambda: pw.append_kv(k, v, *caches, slots),
         "append_kv e4m3": lambda: pw.append_kv(k, v, *fp8, slots, k_scale=scales[0], v_scale=scales[1]),
-        "merge_state": lambda: pw.merge_state(outs[0], lses[0], outs[1], lses[1]),
+        "merge_state": lambda: pw.merge_state(*two),
         "merge_states": lambda: pw.merge_states(outs, lses),
         "pack_kv, 32 layers": lambda: pw.pack_kv(cache, slots, out=packed),
         "unpack_kv, 32 layers": lambda: pw.unpack_kv(packed, cache, slots),
@@ -75,24 +84,69 @@ def microseconds(call: Callable[[], Any], count: int) -> float:
     return min(found)
 
 
+def over_standin(count: int) -> dict[str, tuple[float, float, int]]:
+    """(µs of a call, of these in the launchers of its kernels, launches), in a process with `standin.environment`."""
+    from triton.compiler import CompiledKernel
+
+    from pagewire.bench import pretend
+
+    launched = standin.activate()
+    found = {}
+    with pretend.gpu(90), torch.inference_mode():
+        for name, call in calls().items():
+            call()
+            before = launched()
+            call()
+            launches = launched() - before
+            found[name] = microseconds(call, count), launches
+    with pretend.gpu(90), torch.inference_mode():
+        with mock.patch.object(CompiledKernel, "run", lambda *given: None):
+            without = {name: microseconds(call, count) for name, call in calls().items()}
+    return {name: (whole, whole - without[name], launches) for name, (whole, launches) in found.items()}
+
+
+def _on_triton(count: int) -> dict[str, list[float]]:
+    """`over_standin` in a process of its own; nothing where Triton or a C compiler is missing."""
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            standin.build(Path(name))
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            print(f"not measured on triton: {error}", file=sys.stderr)
+            return {}
+        kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [sys.executable, __file__, "--over-standin", "--calls", str(count)]
+        environment = kept | standin.environment(Path(name)) | {"PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="host", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--calls", type=int, default=2000, help="a round")
+    parser.add_argument("--calls", type=int, default=100, help="a round")
     parser.add_argument("--json", action="store_true", help="one object instead of a table")
+    parser.add_argument("--over-standin", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.over_standin:
+        print(json.dumps(over_standin(options.calls)))
+        return 0
     found = {}
     with no_backend():
         for name, call in calls().items():
             remembered = microseconds(call, options.calls)
             with mock.patch.object(memo, "once", lambda of, check: check()):
-                found[name] = remembered, microseconds(call, options.calls)
+                found[name] = {"checks": remembered, "anew": microseconds(call, options.calls)}
+    for name, (whole, in_launchers, launches) in _on_triton(options.calls).items():
+        found[name] |= {"triton": whole, "launches": in_launchers, "number": launches}
     if options.json:
         print(json.dumps(found))
         return 0
-    print(f"{'µs to the backend':<28} remembered  checked each time")
-    for name, (remembered, checked) in found.items():
-        print(f"{name:<28} {remembered:>10.1f}  {checked:>17.1f}")
+    print(f"{'µs':<28} checks    anew  triton  launches")
+    for name, of in found.items():
+        line = f"{name:<28} {of['checks']:>6.1f} {of['anew']:>7.1f}"
+        if "triton" in of:
+            line += f" {of['triton']:>7.1f} {of['launches']:>7.1f} of {of['number']}"
+        print(line)
     return 0
 
 

@@ -9,10 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pagewire.kernels import error_codes as codes
-from pagewire.kernels.device import current
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.quant import as_stored, native_fp8, scale_kind
+from pagewire.kernels.plan import Launch, Place, Plan
+from pagewire.kernels.quant import native_fp8, scale_kind
 from pagewire.kernels.rows import (
+    VECTOR_BYTES,
     Stored,
     alignment,
     copy_chunks,
@@ -24,59 +25,71 @@ from pagewire.kernels.rows import (
 )
 
 if TYPE_CHECKING:
-    from pagewire.moves import Part
+    from pagewire.types import Scale
 
 _APPEND_SLOT = tl.constexpr(codes.APPEND_SLOT)
 _CHUNKS = 512  # per program of 128 threads: 4 independent 16-byte copies a thread
 _TILE = 2048  # elements per program when quantising: 16 fp32 values a thread
 
 
-def append_kv(
-    k: Part,  # rows [num_tokens, num_kv_heads, head_dim], free strides
-    v: Part,
-    slot_mapping: Tensor,  # [<= num_tokens] int32 or int64; negative = skip
-    error_word: Tensor,
-    *,
-    copy: bool,
-) -> None:
-    if k.rows.shape[1]:
-        with current(k.rows.device):
-            _launch(k, v, slot_mapping, error_word, copy)
+class Tensors(NamedTuple):
+    """What a call brings, in the order in which its places count them."""
+
+    k: Any  # [num_tokens, num_kv_heads, head_dim], free strides
+    v: Any
+    k_cache: Any  # [num_pages, page_size, num_kv_heads, head_dim], free strides
+    v_cache: Any
+    k_scale: Any  # fp32 [], [num_kv_heads] or [num_pages, page_size, num_kv_heads]; a number or None has no place
+    v_scale: Any
+    slots: Any  # [<= num_tokens] int32 or int64; negative = skip
 
 
-def _launch(k_part: Part, v_part: Part, slot_mapping: Tensor, error_word: Tensor, copy: bool) -> None:
-    k, v, k_cache, v_cache = k_part.rows, v_part.rows, k_part.caches[0], v_part.caches[0]
-    k_scale, v_scale = (part.cache_scales[0] if part.cache_scales else None for part in (k_part, v_part))
-    num_heads = k.shape[1]
-    num_rows = slot_mapping.shape[0] * num_heads
-    num_pages, page_size = k_cache.shape[:2]
-    slots = _Slots(slot_mapping, slot_mapping.stride(0), num_rows, num_heads, num_pages * page_size, error_word)
-    strides = [row_strides(x) for x in (k, v, k_cache, v_cache)]
-    x_align = alignment(k.data_ptr(), v.data_ptr(), *strides[0], *strides[1])
-    cache_align = alignment(k_cache.data_ptr(), v_cache.data_ptr(), *strides[2], *strides[3])
+_PLACES = Tensors._make(map(Place, range(len(Tensors._fields))))
+
+
+def alignments(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[int, int]:
+    """Of the addresses of new rows, and of the caches': a plan is made for them."""
+    rows, caches = k.data_ptr() | v.data_ptr(), k_cache.data_ptr() | v_cache.data_ptr()
+    if (rows | caches) % VECTOR_BYTES == 0:
+        return VECTOR_BYTES, VECTOR_BYTES
+    return alignment(rows), alignment(caches)
+
+
+def plan(t: Tensors, aligned: tuple[int, int], error_word: Tensor, *, copy: bool) -> Plan:
+    num_heads = t.k.shape[1]
+    num_rows = t.slots.shape[0] * num_heads
+    num_pages, page_size = t.k_cache.shape[:2]
+    slots = _Slots(_PLACES.slots, t.slots.stride(0), num_rows, num_heads, num_pages * page_size, error_word)
+    strides = [row_strides(x) for x in (t.k, t.v, t.k_cache, t.v_cache)]
+    x_align = alignment(aligned[0], *strides[0], *strides[1])
+    cache_align = alignment(aligned[1], *strides[2], *strides[3])
+    scales = t.k_scale, t.v_scale
     sides = [
-        _Side._make((x, *x_strides, as_stored(cache), *cache_strides, *_scale(scale, error_word)))
-        for x, x_strides, cache, cache_strides, scale in (
-            (k, strides[0], k_cache, strides[2], k_scale),
-            (v, strides[1], v_cache, strides[3], v_scale),
+        _Side._make((x, *x_strides, cache, *cache_strides, *_scale(scale, place, error_word)))
+        for x, x_strides, cache, cache_strides, scale, place in (
+            (_PLACES.k, strides[0], _PLACES.k_cache, strides[2], scales[0], _PLACES.k_scale),
+            (_PLACES.v, strides[1], _PLACES.v_cache, strides[3], scales[1], _PLACES.v_scale),
         )
     ]
+    arguments: dict[str, Any] = {"k": sides[0], "v": sides[1], "slots": slots, "PAGE_SIZE": page_size}
+    k_dim, v_dim = t.k.shape[-1], t.v.shape[-1]
     if copy:
-        k_bytes, v_bytes = (x.shape[-1] * x.element_size() for x in (k, v))
+        k_bytes, v_bytes = k_dim * t.k.element_size(), v_dim * t.k.element_size()
         align = alignment(x_align, cache_align, k_bytes, v_bytes)
-        num_chunks = num_rows * max(k_bytes, v_bytes) // align
-        _append_copy_kernel[(triton.cdiv(num_chunks, _CHUNKS), 2)](
-            *sides, slots, PAGE_SIZE=page_size, K_BYTES=k_bytes, V_BYTES=v_bytes, ALIGN=align, CHUNKS=_CHUNKS
-        )
-        return
-    width = triton.next_power_of_2(max(k.shape[-1], v.shape[-1]))
-    rows = max(1, _TILE // width)
-    given = Stored.of(k.dtype, "none", x_align)
-    k_stored, v_stored = (Stored.of(k_cache.dtype, scale_kind(scale), cache_align) for scale in (k_scale, v_scale))
-    _append_quantise_kernel[(triton.cdiv(num_rows, rows), 2)](
-        *sides, slots, PAGE_SIZE=page_size, K_DIM=k.shape[-1], V_DIM=v.shape[-1], WIDTH=width, ROWS=rows,
-        NATIVE=native_fp8(k.device), given=given, k_stored=k_stored, v_stored=v_stored,
-    )  # fmt: skip
+        num_programs = triton.cdiv(num_rows * max(k_bytes, v_bytes) // align, _CHUNKS)
+        kernel = _append_copy_kernel
+        arguments |= {"K_BYTES": k_bytes, "V_BYTES": v_bytes, "ALIGN": align, "CHUNKS": _CHUNKS}
+    else:
+        width = triton.next_power_of_2(max(k_dim, v_dim))
+        rows = max(1, _TILE // width)
+        num_programs = triton.cdiv(num_rows, rows)
+        kernel = _append_quantise_kernel
+        k_stored, v_stored = (Stored.of(t.k_cache.dtype, scale_kind(scale), cache_align) for scale in scales)
+        arguments |= {
+            "K_DIM": k_dim, "V_DIM": v_dim, "WIDTH": width, "ROWS": rows, "NATIVE": native_fp8(t.k.device),
+            "given": Stored.of(t.k.dtype, "none", x_align), "k_stored": k_stored, "v_stored": v_stored,
+        }  # fmt: skip
+    return Plan([Launch(kernel, (num_programs, 2, 1), arguments, {})] if num_rows else (), t.k.device)
 
 
 class _Side(NamedTuple):
@@ -104,10 +117,10 @@ class _Slots(NamedTuple):
     error_word: Any
 
 
-def _scale(scale: Tensor | float | None, nothing: Tensor) -> tuple[Any, ...]:
+def _scale(scale: Scale, place: Place, nothing: Tensor) -> tuple[Any, ...]:
     """The scale, strides of page, token and head."""
     if isinstance(scale, Tensor):
-        return (scale, *scale_strides(scale.stride()))
+        return (place, *scale_strides(scale.stride()))
     return (nothing if scale is None else float(scale), 0, 0, 0)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,8 +21,9 @@ from pagewire.kernels.arguments import UNSPECIALISED, Heads, number, varying
 from pagewire.kernels.attend import State, attend, empty_state, is_finite, logit_terms, pages_of, rows_of, value_factor
 from pagewire.kernels.common import Spec, finish, load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.launch import Launch, run
+from pagewire.kernels.launch import Tensors
 from pagewire.kernels.partials import Partials, first_row, partial_of, store_partial
+from pagewire.kernels.plan import Launch, Place, Plan
 from pagewire.kernels.spans import (
     MAX_SPLITS,
     batch_of,
@@ -181,55 +181,34 @@ def _store(state, rows_of_it, place, out, lse, rule, partials, spec: tl.constexp
         store_partial(partials, row + row_in_tile, row_ok, values, lse_log2, spec)
 
 
-def decode(
-    q: Tensor,  # [batch_size, num_qo_heads, head_dim]
-    k_cache: Tensor,  # [num_pages, page_size, num_kv_heads, head_dim], free strides
-    v_cache: Tensor,
-    page_table: Tensor,  # [batch_size, max_pages_per_seq] int32
-    seq_lens: Tensor,  # [batch_size] int32
-    m: Modifiers,
-    out: Tensor,  # [batch_size, num_qo_heads, head_dim_v]
-    lse: Tensor | None,  # [batch_size, num_qo_heads] fp32
-    error_word: Tensor,  # int64 [1]
-) -> None:
-    if q.shape[0] > 0:
-        run(plan(q, k_cache, v_cache, page_table, seq_lens, None, m, out, lse, error_word), q.device)
+def plan(t: Tensors, m: Modifiers, error_word: Tensor) -> Plan:
+    """Of one row per request, or, with cu_seqlens_q, of requests of which max_q_len says that all are short."""
+    launches, scratch = launches_of(t, m, error_word) if t.q.shape[0] else ((), ())
+    return Plan(launches, t.q.device, scratch)
 
 
-def plan(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None,  # None: one row per request
+def launches_of(
+    t: Tensors,
     m: Modifiers,
-    out: Tensor,
-    lse: Tensor | None,
     error_word: Tensor,
     row_limit: int = 0,  # > 0: requests with more packed rows are not ours, nor are the rows no request owns
-) -> list[Launch]:
-    """The two launches of a call: split attention, and the merge that also writes every row nobody computed."""
-    batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]
-    device = launch.device_of(q.device)
+) -> tuple[list[Launch], tuple[int, ...]]:
+    """(split attention, and the merge that also writes every row nobody computed; what they need as scratch)."""
+    batch_size, num_kv_heads, ragged = t.page_table.shape[0], t.k_cache.shape[2], t.cu_seqlens_q is not None
+    device = launch.device_of(t.q.device)
     # packed rows of a request at most; never from num_tokens, on which no request's tiles may depend
-    rows = row_limit or (1 if cu_seqlens_q is None else m.max_q_len or 0) * (q.shape[1] // num_kv_heads)
-    config = tuning.decode_config(launch.traits(q, k_cache, v_cache, device), rows)
-    ragged = cu_seqlens_q is not None
-    spec = launch.attention_spec(
-        q, k_cache, v_cache, m, lse, config, device.arch,
-        ragged=ragged, row_limit=row_limit, read_once=rows <= config.BLOCK_M,
-    )  # fmt: skip
-    arguments = launch.attention_arguments(
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word, spec
-    )
+    rows = row_limit or (m.max_q_len or 0 if ragged else 1) * (t.q.shape[1] // num_kv_heads)
+    config = tuning.decode_config(launch.traits(t, device), rows)
+    spec = launch.attention_spec(t, m, config, device.arch, row_limit=row_limit, read_once=rows <= config.BLOCK_M)
+    arguments = launch.attention_arguments(t, m, error_word, spec)
     num_programs = max(2, device.num_processors * config.programs_per_processor // num_kv_heads)
-    arguments["partials"] = _partials(q, page_table, m.split_size, spec, rows, num_programs)
+    partials, scratch = _partials(t, m.split_size, spec, rows, num_programs)
+    arguments["partials"] = partials
     with_padding = ragged and row_limit == 0
     lanes = min(spec.BLOCK_M, rows) if device.arch else 1
     merge = combine._combine_kernel
-    return [
-        Launch(_decode_kernel, (num_kv_heads, num_programs), arguments, launch.options(config)),
+    launches = [
+        Launch(_decode_kernel, (num_kv_heads, num_programs, 1), arguments, launch.options(config)),
         Launch(
             merge,
             (batch_size + with_padding, lanes, num_kv_heads),
@@ -237,24 +216,23 @@ def plan(
             launch.options(tuning.COMBINE),
         ),
     ]
+    return launches, scratch
 
 
 def _partials(
-    q: Tensor, page_table: Tensor, split_size: int | None, spec: Spec, rows: int, num_programs: int
-) -> Partials:
-    """rows: packed rows of a request at most."""
+    t: Tensors, split_size: int | None, spec: Spec, rows: int, num_programs: int
+) -> tuple[Partials, tuple[int, int]]:
+    """(with places in the scratch, whose areas are so large); rows: packed rows of a request at most."""
+    num_tokens, batch_size = t.q.shape[0], t.page_table.shape[0]
     num_partials, partial_rows = 2 * num_programs, min(spec.BLOCK_M, rows)
     token_rows = request_rows = 0
     if split_size is not None:
-        num_partials = min(MAX_SPLITS, -(-page_table.shape[1] * spec.PAGE_SIZE // split_size))
-        partial_rows = min(q.shape[0] * spec.GROUP_SIZE, page_table.shape[0] * rows)
-        if partial_rows == q.shape[0] * spec.GROUP_SIZE:
+        num_partials = min(MAX_SPLITS, -(-t.page_table.shape[1] * spec.PAGE_SIZE // split_size))
+        partial_rows = min(num_tokens * spec.GROUP_SIZE, batch_size * rows)
+        if partial_rows == num_tokens * spec.GROUP_SIZE:
             token_rows = spec.GROUP_SIZE
         else:
             request_rows = rows
-    shape = (q.shape[1] // spec.GROUP_SIZE, num_partials, partial_rows)
-    return Partials(
-        torch.empty((*shape, spec.HEAD_DIM_V), dtype=torch.float32, device=q.device),
-        torch.empty(shape, dtype=torch.float32, device=q.device),
-        *varying((num_partials * partial_rows, partial_rows, token_rows, request_rows, num_programs)),
-    )
+    strides = varying((num_partials * partial_rows, partial_rows, token_rows, request_rows, num_programs))
+    num_rows = t.k_cache.shape[2] * num_partials * partial_rows
+    return Partials(Place(-1), Place(-2), *strides), (num_rows * spec.HEAD_DIM_V, num_rows)

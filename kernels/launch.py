@@ -1,10 +1,9 @@
-"""From tensors and modifiers to kernel arguments; a launch is a value, so that it can be compiled without being run."""
+"""From the tensors and modifiers of an attention call to the arguments of its kernels, with places for the tensors."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from pagewire.kernels.alone import FEWEST_KEYS, FEWEST_ROWS
 from pagewire.kernels.arguments import Cache, Call, Heads, Rule, Varying, varying
 from pagewire.kernels.common import Spec
-from pagewire.kernels.quant import as_stored, format_of, scale_kind
+from pagewire.kernels.plan import Place
+from pagewire.kernels.quant import format_of, scale_kind
 from pagewire.kernels.tuning import KernelConfig, Traits
 
 if TYPE_CHECKING:
@@ -27,11 +27,24 @@ _LOG2_E = math.log2(math.e)
 REGISTERS_OF_A_PROCESSOR = 1 << 16  # 32-bit ones
 
 
-class Launch(NamedTuple):
-    kernel: Any  # a triton.JITFunction
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
+class Tensors(NamedTuple):
+    """What an attention call brings, in the order in which its places count them."""
+
+    q: Any  # [num_tokens, num_qo_heads, head_dim]
+    k_cache: Any  # [num_pages, page_size, num_kv_heads, head_dim], free strides
+    v_cache: Any
+    page_table: Any  # [batch_size, max_pages_per_seq] int32
+    seq_lens: Any  # [batch_size] int32
+    cu_seqlens_q: Any  # [batch_size + 1] int32; None: one row per request
+    out: Any  # [num_tokens, num_qo_heads, head_dim_v]
+    lse: Any  # [num_tokens, num_qo_heads] fp32, or None
+    sinks: Any  # of the modifiers
+    alibi_slopes: Any
+    k_scale: Any  # a number has no place
+    v_scale: Any
+
+
+PLACES = Tensors._make(map(Place, range(len(Tensors._fields))))
 
 
 def options(config: KernelConfig) -> dict[str, Any]:
@@ -59,38 +72,26 @@ def device_of(device: torch.device) -> Device:
     return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-def run(launches: Sequence[Launch], device: torch.device) -> None:
-    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        with torch.cuda.device(device):
-            run(launches, torch.device("cuda"))
-        return
-    for kernel, grid, arguments, options in launches:
-        kernel[grid](**arguments, **options)
-
-
-def traits(q: Tensor, k_cache: Tensor, v_cache: Tensor, device: Device) -> Traits:
-    head_dim = max(k_cache.shape[3], v_cache.shape[3])
-    return Traits(device.arch, head_dim, q.element_size(), k_cache.element_size(), k_cache.shape[1])
+def traits(t: Tensors, device: Device) -> Traits:
+    head_dim = max(t.k_cache.shape[3], t.v_cache.shape[3])
+    return Traits(device.arch, head_dim, t.q.element_size(), t.k_cache.element_size(), t.k_cache.shape[1])
 
 
 def attention_spec(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    t: Tensors,
     m: Modifiers,
-    lse: Tensor | None,
     config: KernelConfig,
     arch: int,
     *,
-    ragged: bool,
     row_limit: int = 0,
     read_once: bool = False,  # K and V, by the rows of a request
 ) -> Spec:
+    k_cache, v_cache, ragged = t.k_cache, t.v_cache, t.cu_seqlens_q is not None
     stored = format_of(k_cache.dtype)
     alone = Spec(
         HEAD_DIM=k_cache.shape[3],
         HEAD_DIM_V=v_cache.shape[3],
-        GROUP_SIZE=q.shape[1] // k_cache.shape[2],
+        GROUP_SIZE=t.q.shape[1] // k_cache.shape[2],
         PAGE_SIZE=k_cache.shape[1],
         FORMAT=stored,
         NATIVE_E4M3=arch >= 89,
@@ -106,11 +107,11 @@ def attention_spec(
         SOFTCAP=m.softcap > 0,
         ALIBI=m.alibi_slopes is not None,
         SINKS=m.sinks is not None,
-        LSE=lse is not None,
+        LSE=t.lse is not None,
         K_SCALE=scale_kind(m.k_scale),
         V_SCALE=scale_kind(m.v_scale),
         LIFTS=scale_kind(m.v_scale) == "token"
-        and (q.dtype == torch.float16 or q.dtype == torch.bfloat16 and stored != "float"),
+        and (t.q.dtype == torch.float16 or t.q.dtype == torch.bfloat16 and stored != "float"),
         EVICT="evict_first" if read_once else "",
         SPLIT=m.split_size is not None,
     )
@@ -122,36 +123,24 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def attention_arguments(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None,
-    m: Modifiers,
-    out: Tensor,
-    lse: Tensor | None,
-    error_word: Tensor,
-    spec: Spec,
-) -> dict[str, Any]:
+def attention_arguments(t: Tensors, m: Modifiers, error_word: Tensor, spec: Spec) -> dict[str, Any]:
     """The arguments of `_prefill_kernel`; `_decode_kernel` has them too."""
     return {
-        "q": _heads(q),
-        "k": _cache(k_cache, m.k_scale),
-        "v": _cache(v_cache, m.v_scale),
-        "out": _heads(out),
-        "lse": lse,
-        "page_table": page_table,
-        "seq_lens": seq_lens,
-        "cu_seqlens_q": cu_seqlens_q,
-        "call": Call(error_word, *_numbers(q.shape[0], k_cache, page_table, seq_lens, m.max_q_len, lse)),
-        "rule": _rule(m, spec),
+        "q": _heads(PLACES.q, t.q),
+        "k": _cache(PLACES.k_cache, t.k_cache, PLACES.k_scale, t.k_scale),
+        "v": _cache(PLACES.v_cache, t.v_cache, PLACES.v_scale, t.v_scale),
+        "out": _heads(PLACES.out, t.out),
+        "lse": _placed(PLACES.lse, t.lse),
+        "page_table": PLACES.page_table,
+        "seq_lens": PLACES.seq_lens,
+        "cu_seqlens_q": _placed(PLACES.cu_seqlens_q, t.cu_seqlens_q),
+        "call": Call(error_word, *_numbers(t, m.max_q_len)),
+        "rule": _rule(t, m, spec),
         "spec": spec,
     }
 
 
-def _rule(m: Modifiers, spec: Spec) -> Rule:
+def _rule(t: Tensors, m: Modifiers, spec: Spec) -> Rule:
     scale_log2 = m.softmax_scale * _LOG2_E
     if isinstance(m.k_scale, (int, float)):
         scale_log2 *= m.k_scale
@@ -163,7 +152,7 @@ def _rule(m: Modifiers, spec: Spec) -> Rule:
     right = 0 if m.causal else m.window_right
     if m.causal and m.window_right >= 0:
         right = min(0, m.window_right)
-    sinks, alibi = _per_head(m.sinks), _per_head(m.alibi_slopes)
+    sinks, alibi = _per_head(t.sinks), _per_head(t.alibi_slopes)
     return Rule(
         scale_log2=float(scale_log2),
         softcap=float(m.softcap),
@@ -171,51 +160,52 @@ def _rule(m: Modifiers, spec: Spec) -> Rule:
         window_left=min(m.window_left, _MAX_KEYS),
         window_right=min(right, _MAX_KEYS),
         split_size=min(m.split_size or 0, _MAX_KEYS),
-        sinks=m.sinks,
+        sinks=_placed(PLACES.sinks, t.sinks),
         stride_sinks=sinks[1],
-        alibi=m.alibi_slopes,
+        alibi=_placed(PLACES.alibi_slopes, t.alibi_slopes),
         stride_alibi_request=alibi[0],
         stride_alibi_head=alibi[1],
     )
 
 
-def _numbers(
-    num_tokens: int, k_cache: Tensor, page_table: Tensor, seq_lens: Tensor, max_q_len: int | None, lse: Tensor | None
-) -> list[Varying]:
-    num_pages, page_size = k_cache.shape[:2]
-    batch_size, max_pages = page_table.shape
+def _numbers(t: Tensors, max_q_len: int | None) -> list[Varying]:
+    num_tokens, (num_pages, page_size) = t.q.shape[0], t.k_cache.shape[:2]
+    batch_size, max_pages = t.page_table.shape
     return varying(
         (
             batch_size,
             num_tokens,
             num_tokens if max_q_len is None else min(max_q_len, num_tokens),
             min(max_pages, _MAX_KEYS // page_size),
-            seq_lens.stride(0),
+            t.seq_lens.stride(0),
             num_pages,
-            page_table.stride(0),
-            *((0, 0) if lse is None else lse.stride()),
+            t.page_table.stride(0),
+            *((0, 0) if t.lse is None else t.lse.stride()),
         )
     )
 
 
-def _heads(x: Tensor) -> Heads:
-    return Heads(x, x.stride(0), x.stride(1))
+def _placed(place: Place, x: Scale) -> Place | None:
+    return place if isinstance(x, Tensor) else None
 
 
-def _cache(cache: Tensor, scale: Scale) -> Cache:
+def _heads(place: Place, x: Tensor) -> Heads:
+    return Heads(place, x.stride(0), x.stride(1))
+
+
+def _cache(place: Place, cache: Tensor, scale_place: Place, scale: Scale) -> Cache:
     of_page, of_token, of_head, _ = cache.stride()
-    return Cache(as_stored(cache), of_page, of_token, of_head, *_scale(scale))
+    return Cache(place, of_page, of_token, of_head, _placed(scale_place, scale), *_scale_strides(scale))
 
 
-def _scale(scale: Scale) -> tuple[Tensor | None, int, int, int]:
-    """With its strides, as Cache has them."""
+def _scale_strides(scale: Scale) -> tuple[int, ...]:
+    """As Cache has them."""
     if not isinstance(scale, Tensor):
-        return None, 0, 0, 0
+        return 0, 0, 0
     if scale.dim() < 3:
         of_request, of_head = _per_head(scale)
-        return scale, of_request, 0, of_head
-    of_page, of_token, of_head = scale.stride()
-    return scale, of_page, of_token, of_head
+        return of_request, 0, of_head
+    return scale.stride()
 
 
 def _per_head(x: Tensor | None) -> tuple[int, ...]:

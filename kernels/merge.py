@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels.device import current
+from pagewire.kernels.plan import Launch, Place, Plan
 from pagewire.kernels.quant import from_float32, to_float32
 
 _TILE = 1024  # elements per program of 128 threads
@@ -34,39 +34,31 @@ class States(NamedTuple):
     stride_lse_head: int
 
 
-def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
+def plan_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> Plan:
     """Two states of separate tensors; out and lse may be out_a and lse_a, or out_b and lse_b."""
-    rows, width, grid = _tiles(out)
-    if grid[0] == 0:
-        return
-    states = [_state(*pair) for pair in ((out_a, lse_a), (out_b, lse_b), (out, lse))]
-    num_rows, num_heads = out.shape[0] * out.shape[1], out.shape[1]
-    with current(out.device):
-        _merge_two_kernel[grid](*states, num_rows, num_heads, DIM=out.shape[2], WIDTH=width, ROWS=rows)
+    return _plan(_merge_two_kernel, {"a": _state(0, out_a, lse_a), "b": _state(2, out_b, lse_b)}, 4, out, lse)
 
 
-def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
+def plan(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> Plan:
     """outs [n, num_tokens, num_qo_heads, head_dim], lses [n, num_tokens, num_qo_heads]; any n, 0 gives empty rows."""
-    rows, width, grid = _tiles(out)
-    if grid[0] == 0:
-        return
-    states = States._make((outs, *outs.stride()[:3], lses, *lses.stride()))
-    num_rows, num_heads = out.shape[0] * out.shape[1], out.shape[1]
-    with current(out.device):
-        _merge_kernel[grid](
-            states, _state(out, lse), outs.shape[0], num_rows, num_heads, DIM=out.shape[2], WIDTH=width, ROWS=rows
-        )
+    states = States._make((Place(0), *outs.stride()[:3], Place(1), *lses.stride()))
+    return _plan(_merge_kernel, {"states": states, "num_states": outs.shape[0]}, 2, out, lse)
 
 
-def _state(out: Tensor, lse: Tensor) -> State:
-    return State._make((out, *out.stride()[:2], lse, *lse.stride()))
-
-
-def _tiles(out: Tensor) -> tuple[int, int, tuple[int]]:
-    """(rows per program, padded head_dim, grid)."""
-    width = triton.next_power_of_2(max(out.shape[2], 1))
+def _plan(kernel: Any, states: dict[str, Any], place: int, out: Tensor, lse: Tensor) -> Plan:
+    num_tokens, num_heads, dim = out.shape
+    num_rows, width = num_tokens * num_heads, triton.next_power_of_2(max(dim, 1))
     rows = max(1, _TILE // width)
-    return rows, width, (triton.cdiv(out.shape[0] * out.shape[1], rows),)
+    arguments = states | {
+        "merged": _state(place, out, lse), "num_rows": num_rows, "num_heads": num_heads,
+        "DIM": dim, "WIDTH": width, "ROWS": rows,
+    }  # fmt: skip
+    launch = Launch(kernel, (triton.cdiv(num_rows, rows), 1, 1), arguments, {})
+    return Plan([launch] if num_rows else (), out.device)
+
+
+def _state(place: int, out: Tensor, lse: Tensor) -> State:
+    return State._make((Place(place), *out.stride()[:2], Place(place + 1), *lse.stride()))
 
 
 @triton.jit

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pagewire.kernels import error_codes as codes
-from pagewire.kernels.device import current
 from pagewire.kernels.errors import record_error
+from pagewire.kernels.plan import Launch, Place, Plan
 from pagewire.kernels.quant import native_fp8, scale_kind
 from pagewire.kernels.rows import (
     VECTOR_BYTES,
@@ -30,17 +30,19 @@ from pagewire.kernels.rows import (
     slot_bytes,
     store_real,
 )
-from pagewire.kernels.tables import device_table
+from pagewire.kernels.tables import TableValues, device_table
 
 if TYPE_CHECKING:
-    from pagewire.moves import Part
+    from pagewire.moves import Movement
     from pagewire.packed import PackedKV
+    from pagewire.types import Kept
 
 _PACK_SLOT = tl.constexpr(codes.PACK_SLOT)
 _UNPACK_SLOT = tl.constexpr(codes.UNPACK_SLOT)
 # address, strides of page, token, head; the same of the scale; all in bytes
 _FIELDS = tl.constexpr(8)
 _CHUNKS = 512  # per program of 128 threads: 4 independent 16-byte copies a thread
+_MOST_PLANS = 64  # per part of a cache
 _TILE = 2048  # elements per program when converting: 16 fp32 values a thread
 
 
@@ -73,48 +75,77 @@ class _Move(NamedTuple):
     PACKED: Stored
 
 
-def move(
-    parts: Sequence[Part],  # K and, unless it is a view of K, V
-    slots: Tensor,  # [num_tokens] int64
-    packed: PackedKV,
-    error_word: Tensor,
-    *,
-    pack: bool,
-    copy: bool,
-) -> None:
-    with current(slots.device):
-        _launch(parts, slots, packed, error_word, pack, copy)
+class Tensors(NamedTuple):
+    """What a call brings, in the order in which its places count them."""
+
+    table: Any  # int64 [K | V, num_layers, _FIELDS]
+    slots: Any  # int64 [num_tokens]
+    buffer: Any  # uint8, the packed one
+    scales: Any  # fp32, V's behind K's, or None
 
 
-def _launch(parts: Sequence[Part], slots: Tensor, packed: PackedKV, error_word: Tensor, pack: bool, copy: bool) -> None:
+_PLACES = Tensors._make(map(Place, range(len(Tensors._fields))))
+
+
+def move(movement: Movement, packed: PackedKV, error_word: Tensor, kept: Kept, *, copy: bool) -> None:
+    """kept: for calls with the same caches."""
+    entries = kept.get("table")
+    if entries is None:
+        places = tuple((_places(part.caches), _places(part.cache_scales)) for part in movement.parts)
+        cache = movement.parts[0].caches[0]
+        entries = kept["table"] = _entries(places, tuple(cache.shape[:-1]), cache.element_size())
+    slots, buffer = movement.slots, packed.buffer
+    tensors = Tensors(device_table(entries.values, slots.device), slots, buffer, packed.k_scale)
+    if buffer.is_cuda != slots.is_cuda:  # pinned: Triton asks the driver for its address on the device
+        _plan(movement, packed, entries.align, error_word, copy).run(*tensors)
+        return
+    key = (movement.op, packed.shape, alignment(buffer.data_ptr()), slots.stride())
+    plan = kept.get(key)
+    if plan is None:
+        if len(kept) >= _MOST_PLANS:
+            kept.clear()
+        plan = kept[key] = _plan(movement, packed, entries.align, error_word, copy)
+    plan.run(*tensors)
+
+
+def _plan(movement: Movement, packed: PackedKV, cache_align: int, error_word: Tensor, copy: bool) -> Plan:
     """grid: [num_tiles * num_heads, K and V, num_layers]: adjacent programs take the heads of the same tokens."""
-    shape, cache, cache_scales = packed.shape, parts[0].caches[0], parts[0].cache_scales
-    places = tuple((_places(part.caches), _places(part.cache_scales)) for part in parts)
-    entries, cache_align = _entries(places, tuple(cache.shape[:-1]), cache.element_size())
-    table = device_table(entries, cache.device)
+    shape, part, slots = packed.shape, movement.parts[0], movement.slots
+    cache, cache_scales = part.caches[0], part.cache_scales
     widths = [shape.head_dim * shape.dtype.itemsize, shape.head_dim_v * shape.dtype.itemsize]
     packed_align = alignment(packed.buffer.data_ptr(), *widths)
     num_slots, page_size = cache.shape[0] * cache.shape[1], cache.shape[1]
-    where = _Slots(slots, slots.stride(0), num_slots, error_word)
-    to = _Packed(packed.buffer, shape.num_layers, shape.num_heads, shape.num_tokens, *_scales(packed, error_word))
+    scales = _scales(packed, error_word)
     kinds = scale_kind(cache_scales[0] if cache_scales else None), scale_kind(packed.k_scale)
-    move = _Move(
-        pack, page_size, widths[0], widths[1], native_fp8(cache.device),
-        Stored.of(cache.dtype, kinds[0], cache_align),
-        Stored.of(shape.dtype, kinds[1], packed_align),
-    )  # fmt: skip
-    outer = (2 if shape.head_dim_v else 1, shape.num_layers)
+    arguments: dict[str, Any] = {
+        "table_ptr": _PLACES.table,
+        "slots": _Slots(_PLACES.slots, slots.stride(0), num_slots, error_word),
+        "packed": _Packed(_PLACES.buffer, shape.num_layers, shape.num_heads, shape.num_tokens, *scales),
+        "move": _Move(
+            movement.from_cache, page_size, widths[0], widths[1], native_fp8(cache.device),
+            Stored.of(cache.dtype, kinds[0], cache_align), Stored.of(shape.dtype, kinds[1], packed_align),
+        ),
+    }  # fmt: skip
     if copy:
         align = min(cache_align, packed_align)
         num_chunks = shape.num_tokens * max(widths) // align
         chunks = min(_CHUNKS, max(128, triton.next_power_of_2(num_chunks)))
-        grid = (triton.cdiv(num_chunks, chunks) * shape.num_heads, *outer)
-        _copy_kernel[grid](table, where, to, ALIGN=align, CHUNKS=chunks, move=move)
-        return
-    width = triton.next_power_of_2(max(shape.head_dim, shape.head_dim_v))
-    rows = max(1, _TILE // width)
-    grid = (triton.cdiv(shape.num_tokens, rows) * shape.num_heads, *outer)
-    _convert_kernel[grid](table, where, to, WIDTH=width, ROWS=rows, move=move)
+        kernel, num_tiles = _copy_kernel, triton.cdiv(num_chunks, chunks)
+        arguments |= {"ALIGN": align, "CHUNKS": chunks}
+    else:
+        width = triton.next_power_of_2(max(shape.head_dim, shape.head_dim_v))
+        rows = max(1, _TILE // width)
+        kernel, num_tiles = _convert_kernel, triton.cdiv(shape.num_tokens, rows)
+        arguments |= {"WIDTH": width, "ROWS": rows}
+    grid = (num_tiles * shape.num_heads, 2 if shape.head_dim_v else 1, shape.num_layers)
+    return Plan([Launch(kernel, grid, arguments, {})], cache.device)
+
+
+class _Entries(NamedTuple):
+    """Of the table."""
+
+    values: TableValues  # _FIELDS per K or V and layer
+    align: int  # of the caches' rows, bytes
 
 
 _Places = tuple[tuple[int, tuple[int, ...]], ...]
@@ -125,10 +156,7 @@ def _places(tensors: Sequence[Any]) -> _Places:
 
 
 @functools.lru_cache(256)
-def _entries(
-    parts: tuple[tuple[_Places, _Places], ...], shape: tuple[int, ...], itemsize: int
-) -> tuple[tuple[int, ...], int]:
-    """(the table: _FIELDS numbers per K or V and layer, alignment of the caches' rows)."""
+def _entries(parts: tuple[tuple[_Places, _Places], ...], shape: tuple[int, ...], itemsize: int) -> _Entries:
     table: list[int] = []
     align = VECTOR_BYTES
     for caches, scales in parts:
@@ -137,15 +165,15 @@ def _entries(
             strides = byte_strides(shape, stride[:-1], itemsize)
             table += (cache, *strides, scale, *scale_strides(scale_stride))
             align = alignment(align, cache, *strides)
-    return tuple(table), align
+    return _Entries(TableValues(table), align)
 
 
-def _scales(packed: PackedKV, nothing: Tensor) -> tuple[Tensor, int, int]:
+def _scales(packed: PackedKV, nothing: Tensor) -> tuple[Any, int, int]:
     """Scales, V's behind K's, and their strides, as _Packed has them."""
     if packed.k_scale is None:
         return nothing, 0, 0
     by_head = packed.k_scale.dim() > 1
-    return packed.k_scale, packed.shape.num_heads if by_head else 1, int(by_head)
+    return _PLACES.scales, packed.shape.num_heads if by_head else 1, int(by_head)
 
 
 # ------------------------------------------------------------------------------------------ where things are

@@ -28,7 +28,8 @@ from pagewire.kernels.attend import (
 )
 from pagewire.kernels.common import load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.launch import Launch, run
+from pagewire.kernels.launch import Tensors
+from pagewire.kernels.plan import Launch, Plan
 from pagewire.kernels.spans import batch_of, inner_keys, load_rows, load_seq_lens, record_spans, tile_keys
 
 if TYPE_CHECKING:
@@ -169,50 +170,23 @@ def _prefill_kernel(
                     store_whole(lone_state, lone_rows, out, lse_rows, rule, alone)
 
 
-def prefill(
-    q: Tensor,  # [num_tokens, num_qo_heads, head_dim]
-    k_cache: Tensor,  # [num_pages, page_size, num_kv_heads, head_dim], free strides
-    v_cache: Tensor,
-    page_table: Tensor,  # [batch_size, max_pages_per_seq] int32
-    seq_lens: Tensor,  # [batch_size] int32
-    cu_seqlens_q: Tensor,  # [batch_size + 1] int32
-    m: Modifiers,  # Modifiers
-    out: Tensor,  # [num_tokens, num_qo_heads, head_dim_v]
-    lse: Tensor | None,  # [num_tokens, num_qo_heads] fp32
-    error_word: Tensor,  # int64 [1]
-) -> None:
-    if q.shape[0] > 0:
-        run(plan(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word), q.device)
-
-
-def plan(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    m: Modifiers,
-    out: Tensor,
-    lse: Tensor | None,
-    error_word: Tensor,
-) -> list[Launch]:
+def plan(t: Tensors, m: Modifiers, error_word: Tensor) -> Plan:
     """One launch for the long requests, two for the short ones; only the two if max_q_len says that all are short."""
-    if page_table.shape[0] == 0:  # rows that no request owns have no slopes and scales either
+    if t.page_table.shape[0] == 0:  # rows that no request owns have no slopes and scales either
         m = m._replace(alibi_slopes=None, k_scale=None, v_scale=None)
-    tensors = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, m, out, lse, error_word)
-    num_tokens, num_qo_heads, _ = q.shape
-    batch_size, num_kv_heads = page_table.shape[0], k_cache.shape[2]
+        t = t._replace(alibi_slopes=None, k_scale=None, v_scale=None)
+    num_tokens, num_qo_heads, _ = t.q.shape
+    batch_size, num_kv_heads = t.page_table.shape[0], t.k_cache.shape[2]
     group_size = num_qo_heads // num_kv_heads
-    device = launch.device_of(q.device)
-    traits = launch.traits(q, k_cache, v_cache, device)
+    device = launch.device_of(t.q.device)
+    traits = launch.traits(t, device)
     row_limit = tuning.row_limit(traits)
-    if m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
-        return decode.plan(*tensors)
+    if num_tokens == 0 or m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
+        return decode.plan(t, m, error_word)
     config = tuning.prefill_config(traits)
-    spec = launch.attention_spec(q, k_cache, v_cache, m, lse, config, device.arch, ragged=True, row_limit=row_limit)
-    arguments = launch.attention_arguments(*tensors, spec)
+    spec = launch.attention_spec(t, m, config, device.arch, row_limit=row_limit)
+    arguments = launch.attention_arguments(t, m, error_word, spec)
     most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1
-    grid = (most_tiles, num_kv_heads)
-    long = Launch(_prefill_kernel, grid, arguments, launch.options(config))
-    return [long, *decode.plan(*tensors, row_limit)] if batch_size else [long]
+    long = Launch(_prefill_kernel, (most_tiles, num_kv_heads, 1), arguments, launch.options(config))
+    short, scratch = decode.launches_of(t, m, error_word, row_limit) if batch_size else ([], ())
+    return Plan([long, *short], t.q.device, scratch)

@@ -1,5 +1,6 @@
 """A table of int64 values (addresses, strides) on the device, made without a host copy or a synchronisation."""
 
+import functools
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -11,6 +12,17 @@ from pagewire.kernels.device import is_capturing
 
 _MAX_TABLES = 256  # a few KiB each; a serving process has one or two per cache
 _PER_LAUNCH = 32
+
+
+class TableValues(tuple[int, ...]):
+    """Of hundreds of numbers: hashed once."""
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass
@@ -59,7 +71,7 @@ def device_table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 def _write(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """The values travel as kernel arguments: no pinned memory that must outlive a copy or a graph."""
-    padded = values + values[-1:] * (-len(values) % _PER_LAUNCH)
+    padded = (*values, *values[-1:] * (-len(values) % _PER_LAUNCH))
     with torch.inference_mode(False):  # kept for calls in any mode
         table = torch.empty(len(padded), dtype=torch.int64, device=device)
     for start in range(0, len(padded), _PER_LAUNCH):

@@ -8,6 +8,7 @@ register spills that count for every dtype and modifier (tests/kernels/test_atte
 at least 32 KiB of KV in flight per processor.
 """
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 
@@ -35,6 +36,10 @@ class Key(NamedTuple):
     head_dim: int  # 64, 128 or 256, rounded up
     rows: int = 0  # decode: 16, 32 or 64 packed rows, rounded up, more take several tiles; prefill: 0
     page_size: int = 0  # 0: any; else 1, 16 or 64, rounded down: a row of that class alone
+
+
+# what tells the tables apart from those of other calls: a plan is kept for one of them (bench/tune.py changes both)
+variant: Hashable = None
 
 
 def key(traits: Traits, rows: int = 0) -> Key:

@@ -107,6 +107,16 @@ class PagedKVCache:
         return found
 
     @cached_property
+    def parts(self) -> dict[Any, Any]:
+        """What calls found of some layers and heads (`cache_part.py`), for the next; nothing in it holds the cache."""
+        return {}
+
+    def forget(self) -> None:
+        """All that was found by the addresses of tensors, which have others now."""
+        for name in ("spans", "conflict", "parts"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
     def foreign(self) -> str | None:
         """The first tensor of a kind that takes torch ops into its own hands, as fake ones do."""
         return next((name for name, t in self.tensors.items() if dispatches(type(t))), None)
@@ -145,7 +155,6 @@ class PagedKVCache:
         """Moves the tensors of a CPU cache to memory that other processes can map; returns the cache itself."""
         for tensor in self.tensors.values():
             tensor.share_memory_()
-        self.__dict__.pop("spans", None)
         return self
 
     @property

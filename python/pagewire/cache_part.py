@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +13,10 @@ from pagewire.cache import PagedKVCache, nhd
 from pagewire.overlap import overlap, same, span, touches
 from pagewire.packed import PackedKV, PackedShape
 from pagewire.types import KV_DTYPES, QUANT_MAX, dispatches, dtype_name
+
+T = TypeVar("T")
+
+_MOST = 256  # parts of a cache, and what is remembered of each; then all of it is forgotten
 
 
 class LayerViews(NamedTuple):
@@ -25,19 +28,60 @@ class LayerViews(NamedTuple):
     v_scale: list[Tensor]
 
 
-@dataclass(frozen=True)
-class CachePart:
+class Addressed(NamedTuple):
+    """What was found of a part, as long as its tensors are where they were (`tensor.data = ...` moves one)."""
+
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+    found: dict[Any, Any]
+    tensors: tuple[Tensor, ...]
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cache: PagedKVCache, layers: Any, heads: Any) -> Addressed:
+        g = cache.geometry
+        taken, columns = _range("layers", layers, g.num_layers), _range("heads", heads, g.num_kv_heads)
+        lists = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        tensors = tuple(t for given in lists for t in given[slice(*taken)] if t is not None)
+        known = not torch.compiler.is_compiling() and cache.foreign is None
+        return cls(taken, columns, {}, tensors, tuple(map(Tensor.data_ptr, tensors)) if known else ())
+
+
+class CachePart(NamedTuple):
     cache: PagedKVCache
     layers: tuple[int, int]  # (start, stop)
     heads: tuple[int, int]
+    found: dict[Any, Any]  # for earlier calls
 
     @classmethod
     def of(cls, cache: Any, layers: Any, heads: Any) -> CachePart:
         """None: all of them."""
         if not isinstance(cache, PagedKVCache):
             raise TypeError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
-        g = cache.geometry
-        return cls(cache, _range("layers", layers, g.num_layers), _range("heads", heads, g.num_kv_heads))
+        known = None
+        plain = not torch.compiler.is_compiling() and _is_plain(layers) and _is_plain(heads)
+        if plain:
+            known = cache.parts.get((layers, heads))
+            if known is not None and known.addresses != tuple(map(Tensor.data_ptr, known.tensors)):
+                cache.forget()
+                known = None
+        if known is None:
+            known = Addressed.of(cache, layers, heads)
+            if plain and known.addresses:
+                if len(cache.parts) >= _MOST:
+                    cache.parts.clear()
+                cache.parts[layers, heads] = known
+        return cls(cache, known.layers, known.heads, known.found)
+
+    def once(self, key: Any, find: Callable[[], T]) -> T:
+        """What `find` returned for this key, which must be all that it depends on besides the part."""
+        known = self.found.get(key)
+        if known is None:
+            known = find()
+            if len(self.found) >= _MOST:
+                self.found.clear()
+            self.found[key] = known
+        return known
 
     @property
     def head_dim_v(self) -> int:
@@ -46,6 +90,11 @@ class CachePart:
         return 0 if g.shares_kv else g.head_dim_v
 
     def packed_shape(self, num_tokens: int, dtype: Any) -> PackedShape:
+        if torch.compiler.is_compiling() or type(num_tokens) is not int:
+            return self._packed_shape(num_tokens, dtype)
+        return self.once(("shape", num_tokens, dtype), lambda: self._packed_shape(num_tokens, dtype))
+
+    def _packed_shape(self, num_tokens: int, dtype: Any) -> PackedShape:
         g = self.cache.geometry
         dtype = g.dtype if dtype is None else dtype
         if dtype not in KV_DTYPES:
@@ -118,7 +167,7 @@ class CachePart:
         if out is None:
             return PackedKV.empty(shape, device)
         if isinstance(out, PackedKV):
-            if out.shape != shape:
+            if out.shape is not shape and out.shape != shape:
                 raise ValueError(f"out: expected {shape}, got {out.shape}")
         elif not isinstance(out, Tensor):
             raise TypeError(f"out: expected a uint8 tensor or a PackedKV, got {scalars.show(out)}")
@@ -132,18 +181,23 @@ class CachePart:
         if not isinstance(packed, PackedKV):
             raise TypeError(f"packed: expected a PackedKV, got {scalars.show(packed)}")
         g, shape = self.cache.geometry, packed.shape
-        for name, expected, got, source in (
-            ("num_layers", self.layers[1] - self.layers[0], shape.num_layers, f"layers={self.layers}"),
-            ("num_heads", self.heads[1] - self.heads[0], shape.num_heads, f"heads={self.heads}"),
-            ("num_tokens", slots.shape[0], shape.num_tokens, "slots"),
-            ("head_dim", g.head_dim, shape.head_dim, "the cache"),
-            ("head_dim_v", self.head_dim_v, shape.head_dim_v, "the cache; 0 = V is a view of K"),
-        ):
-            if expected != got:
-                raise ValueError(f"packed: expected {name}={expected} (from {source}), got {got}")
+        expected = (
+            self.layers[1] - self.layers[0], self.heads[1] - self.heads[0], slots.shape[0], g.head_dim, self.head_dim_v
+        )  # fmt: skip
+        got = shape.num_layers, shape.num_heads, shape.num_tokens, shape.head_dim, shape.head_dim_v
+        if expected != got:
+            raise self._other_shape(expected, got)
         if (shape.dtype in QUANT_MAX) != (shape.scale_kind != "none"):
             raise ValueError(f"packed: scale kind {shape.scale_kind!r} does not go with {dtype_name(shape.dtype)}")
         self._check_place("packed", packed.buffer)
+
+    def _other_shape(self, expected: tuple[int, ...], got: tuple[int, ...]) -> ValueError:
+        sources = {
+            "num_layers": f"layers={self.layers}", "num_heads": f"heads={self.heads}", "num_tokens": "slots",
+            "head_dim": "the cache", "head_dim_v": "the cache; 0 = V is a view of K",
+        }  # fmt: skip
+        name, e, g = next((n, e, g) for n, e, g in zip(sources, expected, got, strict=True) if e != g)
+        return ValueError(f"packed: expected {name}={e} (from {sources[name]}), got {g}")
 
     def check_writable(self, packed: PackedKV, slots: Tensor) -> None:
         """unpack_kv writes each element once, and nothing that it still has to read."""
@@ -167,6 +221,11 @@ class CachePart:
         for where, tensor in self.cache.tensors.items():
             if overlap(buffer, tensor):
                 raise ValueError(f"{name}: expected memory of its own, got a tensor that overlaps {where} of the cache")
+
+
+def _is_plain(given: Any) -> bool:
+    """None or a pair of integers: equal ones are the same to every check."""
+    return given is None or type(given) is tuple and all(type(x) is int for x in given)
 
 
 def _range(name: str, given: Any, extent: int) -> tuple[int, int]:

@@ -43,6 +43,8 @@ class Dims:
         """`pattern`: dim names separated by spaces; a leading "<=" accepts a smaller extent."""
         if type(tensor) is not Tensor:
             _plain(name, tensor)
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got layout {tensor.layout}")
         words, shape, known = _words(pattern), tensor.shape, self._known
         if len(shape) != len(words):
             raise ValueError(f"{name}: expected [{pattern.replace(' ', ', ')}], got shape {tuple(shape)}")

@@ -6,18 +6,18 @@ values every time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pagewire import check, memo, moves, registry, shared_kv
+from pagewire import check, memo, moves, overlap, registry, shared_kv
 from pagewire.cache import nhd
 from pagewire.cache_part import CachePart, LayerViews
 from pagewire.errors import check_after_call
-from pagewire.overlap import is_prefix
-from pagewire.packed import PackedKV
-from pagewire.types import FLOAT_DTYPES, SHORT_QUERY, Layout, Modifiers, Options, Problem
+from pagewire.packed import PackedKV, PackedShape
+from pagewire.types import FLOAT_DTYPES, SHORT_QUERY, Kept, Layout, Modifiers, Options, Problem
 
 
 def append_kv(
@@ -38,7 +38,24 @@ def append_kv(
     k_scale = k_scale if seen.k_scale is None else seen.k_scale
     v_scale = v_scale if seen.v_scale is None else seen.v_scale
     implementation = registry.choose(seen.problem, backend)
-    shared = is_prefix(v_cache, k_cache)
+    kept = seen.kept
+    if not seen.room.surely(k_cache, v_cache, k_scale, v_scale, slot_mapping, k, v):
+        given = (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+        changed = _make_room(*given, seen.room)
+        if changed is not None:  # other tensors than the caller's are of no kind
+            (k, v, v_cache, v_scale), kept = changed, {}
+    caches = nhd(k_cache, layout), nhd(v_cache, layout)
+    if slot_mapping.shape[0]:
+        implementation.move(moves.append(k, v, *caches, slot_mapping, k_scale, v_scale), kept)
+    check_after_call(k.device)
+
+
+def _make_room(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Any, v_scale: Any,
+    room: overlap.Room,
+) -> tuple[Tensor, Tensor, Tensor, Any] | None:  # fmt: skip
+    """k, v, v_cache and v_scale to go on with, so that each element is written once; None: as they are."""
+    shared = overlap.is_prefix(v_cache, k_cache)
     if shared:  # K's rows are written, and V's within them
         shared_kv.one_scale("v_scale", k_scale, v_scale, may_wait=False)
         shared_kv.same_rows(k, v, slot_mapping)
@@ -52,11 +69,13 @@ def append_kv(
             (written if scale.dim() == 3 else read)[name] = scale
     # rows of the cache itself are read before any is written
     within = check.memory(written, read | {"k": k, "v": v}, copied=("k", "v"))
+    if not shared and not within:
+        every = (k_cache, v_cache, k_scale, v_scale, slot_mapping, k, v)
+        num_written = 4 if "k_scale" in written or "v_scale" in written else 2
+        room.learn(every[:num_written], every[num_written:])
+        return None
     k, v = (x.clone() if name in within else x for name, x in (("k", k), ("v", v)))
-    caches = nhd(k_cache, layout), nhd(v_cache, layout)
-    if slot_mapping.shape[0]:
-        implementation.move(moves.append(k, v, *caches, slot_mapping, k_scale, v_scale))
-    check_after_call(k.device)
+    return k, v, v_cache, v_scale
 
 
 class _Append(NamedTuple):
@@ -65,6 +84,8 @@ class _Append(NamedTuple):
     problem: Problem
     k_scale: float | None
     v_scale: float | None
+    room: overlap.Room
+    kept: Kept
 
 
 def _check_append(given: tuple[Any, ...], layout: Layout) -> _Append:
@@ -87,8 +108,8 @@ def _check_append(given: tuple[Any, ...], layout: Layout) -> _Append:
         "k", k.device, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping,
         k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
-    numbers = (None if isinstance(scale, Tensor) else scale for scale in (k_scale, v_scale))
-    return _Append(_problem("append_kv", k, dims, k_cache.dtype), *numbers)
+    k_number, v_number = (None if isinstance(scale, Tensor) else scale for scale in (k_scale, v_scale))
+    return _Append(_problem("append_kv", k, dims, k_cache.dtype), k_number, v_number, overlap.Room(), {})
 
 
 def _is_read(scale: Any, x: Any) -> bool:
@@ -103,15 +124,15 @@ def decode(
     options: Options, backend: str | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     tensors = (q, k_cache, v_cache, page_table, seq_lens, out, lse)
-    of = _kind("decode", tensors, layout, options)
+    of = _kind("decode", tensors, layout, options, return_lse)
     seen = memo.once(of, lambda: _check_attention("decode", tensors, None, layout, options))
     m = seen.with_tensors(options)
     if out is not None or lse is not None:
-        _check_results(q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens)
-    out, lse = _results(q, seen.head_dim_v, out, lse, return_lse)
+        _check_results(out, lse, (q, k_cache, v_cache, page_table, seq_lens, None), m, seen.room)
+    out, lse = seen.results.given(out, lse, return_lse)
     implementation = registry.choose(seen.problem, backend)
     caches = nhd(k_cache, layout), nhd(v_cache, layout)
-    implementation.decode(q, *caches, page_table, seq_lens, m, out, lse)
+    implementation.decode(q, *caches, page_table, seq_lens, m, out, lse, seen.kept)
     check_after_call(q.device)
     return out, lse
 
@@ -122,17 +143,15 @@ def prefill(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     tensors = (q, k_cache, v_cache, page_table, seq_lens, out, lse)
-    of = _kind("prefill", (*tensors, cu_seqlens_q), layout, options)
+    of = _kind("prefill", (*tensors, cu_seqlens_q), layout, options, return_lse)
     seen = memo.once(of, lambda: _check_attention("prefill", tensors, cu_seqlens_q, layout, options))
     m = seen.with_tensors(options)
     if out is not None or lse is not None:
-        _check_results(
-            q, k_cache, v_cache, m, out, lse, page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
-        )
-    out, lse = _results(q, seen.head_dim_v, out, lse, return_lse)
+        _check_results(out, lse, (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q), m, seen.room)
+    out, lse = seen.results.given(out, lse, return_lse)
     implementation = registry.choose(seen.problem, backend)
     implementation.prefill(
-        q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse
+        q, nhd(k_cache, layout), nhd(v_cache, layout), page_table, seq_lens, cu_seqlens_q, m, out, lse, seen.kept
     )
     check_after_call(q.device)
     return out, lse
@@ -142,21 +161,28 @@ class _Attention(NamedTuple):
     """What was found of a decode or prefill."""
 
     problem: Problem
-    head_dim_v: int
+    results: Results
     modifiers: Modifiers  # without its tensors, which are each call's own
     tensors: tuple[str, ...]  # their fields
+    room: overlap.Room
+    kept: Kept
 
     def with_tensors(self, options: Options) -> Modifiers:
         if not self.tensors:
             return self.modifiers
-        own: dict[str, Any] = {name: getattr(options, name) for name in self.tensors}
-        return self.modifiers._replace(**own)
+        fields = [*self.modifiers]
+        for name in self.tensors:
+            fields[_FIELD[name]] = getattr(options, name)
+        return Modifiers._make(fields)
 
 
 _TENSORS = ("alibi_slopes", "sinks", "k_scale", "v_scale")  # modifiers that may be some
+_FIELD = {name: Modifiers._fields.index(name) for name in _TENSORS}
 
 
-def _kind(op: str, tensors: tuple[Tensor | None, ...], layout: Layout, options: Options) -> memo.Kind | None:
+def _kind(
+    op: str, tensors: tuple[Tensor | None, ...], layout: Layout, options: Options, return_lse: bool
+) -> memo.Kind | None:
     scale, causal, window, softcap, slopes, sinks, k_scale, v_scale, split_size, max_q_len = options
     if type(window) is not tuple:
         return None
@@ -164,7 +190,7 @@ def _kind(op: str, tensors: tuple[Tensor | None, ...], layout: Layout, options: 
         _is_read(k_scale, tensors[0]) or _is_read(v_scale, tensors[0])
     ):
         return None
-    numbers = (layout, scale, causal, softcap, split_size, max_q_len, *window)
+    numbers = (layout, scale, causal, softcap, split_size, max_q_len, return_lse, *window)
     return memo.kind(op, (*tensors, slopes, sinks, k_scale, v_scale), numbers)
 
 
@@ -183,17 +209,22 @@ def _check_attention(
     names = tuple(name for name in _TENSORS if isinstance(getattr(m, name), Tensor))
     none: dict[str, Any] = dict.fromkeys(names)
     problem = _problem(op, q, dims, k_cache.dtype, m.max_q_len)
-    return _Attention(problem, dims["head_dim_v"], m._replace(**none), names)
+    return _Attention(
+        problem, Results.of(q, q.shape[:-1], dims["head_dim_v"]), m._replace(**none), names, overlap.Room(), {}
+    )
+
+
+_INPUTS = ("q", "k_cache", "v_cache", "page_table", "seq_lens", "cu_seqlens_q", *_TENSORS)
 
 
 def _check_results(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, m: Modifiers, out: Tensor | None, lse: Tensor | None, **tables: Tensor
+    out: Tensor | None, lse: Tensor | None, tensors: tuple[Any, ...], m: Modifiers, room: overlap.Room
 ) -> None:
-    inputs = {
-        "q": q, "k_cache": k_cache, "v_cache": v_cache, **tables, "alibi_slopes": m.alibi_slopes, "sinks": m.sinks,
-        "k_scale": m.k_scale, "v_scale": m.v_scale,
-    }  # fmt: skip
-    check.memory({"out": out, "lse": lse}, inputs, in_place=[("out", "q")])
+    inputs = (*tensors, m.alibi_slopes, m.sinks, m.k_scale, m.v_scale)
+    if not room.surely(out, lse, *inputs):
+        given = dict(zip(_INPUTS, inputs, strict=True))
+        check.memory({"out": out, "lse": lse}, given, in_place=[("out", "q")])
+        room.learn((out, lse), inputs)
 
 
 def merge_state(
@@ -201,21 +232,35 @@ def merge_state(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = (out_a, lse_a, out_b, lse_b, out, lse)
-    problem = memo.once(memo.kind("merge_state", tensors, ()), lambda: _check_two(*tensors))
-    if out is not None or lse is not None:
-        states = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-        in_place = [(name[:3], name) for name in states]
-        check.memory({"out": out, "lse": lse}, states, in_place)
-    out, lse = _results(out_a, problem.head_dim, out, lse, True)
+    seen = memo.once(memo.kind("merge_state", tensors, ()), lambda: _check_two(*tensors))
+    states = (out_a, lse_a, out_b, lse_b)
+    if (out is not None or lse is not None) and not seen.room.surely(out, lse, *states):
+        _check_merged(out, lse, dict(zip(("out_a", "lse_a", "out_b", "lse_b"), states, strict=True)))
+        seen.room.learn((out, lse), states)
+    out, lse = seen.results.given(out, lse, True)
     assert lse is not None
-    implementation = registry.choose(problem, backend)
-    implementation.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
+    implementation = registry.choose(seen.problem, backend)
+    implementation.merge_state(out_a, lse_a, out_b, lse_b, out, lse, seen.kept)
     return out, lse
+
+
+class _Merge(NamedTuple):
+    """What was found of a merge."""
+
+    problem: Problem
+    results: Results
+    room: overlap.Room
+    kept: Kept
+
+
+def _check_merged(out: Tensor | None, lse: Tensor | None, states: dict[str, Tensor]) -> None:
+    """A result may be a state of its own sort, in place."""
+    check.memory({"out": out, "lse": lse}, states, [(name[:3], name) for name in states])
 
 
 def _check_two(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, lse: Tensor | None
-) -> Problem:
+) -> _Merge:
     dims = check.Dims()
     for name, o, s in (("a", out_a, lse_a), ("b", out_b, lse_b)):
         dims.check(f"out_{name}", o, "num_tokens num_qo_heads head_dim")
@@ -225,34 +270,31 @@ def _check_two(
     check.last_dim_contiguous(out_a=out_a, out_b=out_b)
     check.device("out_a", out_a.device, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     check.out_and_lse(dims, out_a, out, lse, "num_tokens", width="head_dim")
-    return _movement("merge_state", out_a, dims["head_dim"])
+    return _merge("merge_state", out_a, out_a.shape)
 
 
 def merge_states(
     outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     tensors = (outs, lses, out, lse)
-    problem = memo.once(memo.kind("merge_states", tensors, ()), lambda: _check_many(*tensors))
-    if out is not None or lse is not None:
-        states = {f"outs[{i}]": o for i, o in enumerate(outs)}
-        states |= {f"lses[{i}]": s for i, s in enumerate(lses)}
-        in_place = [(name[:3], name) for name in states]
-        check.memory({"out": out, "lse": lse}, states, in_place)
-    if out is None:
-        out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
-    if lse is None:
-        lse = torch.empty(lses.shape[1:], dtype=torch.float32, device=outs.device)
-    implementation = registry.choose(problem, backend)
+    seen = memo.once(memo.kind("merge_states", tensors, ()), lambda: _check_many(*tensors))
+    if (out is not None or lse is not None) and not seen.room.surely(out, lse, outs, lses):
+        states = {f"outs[{i}]": o for i, o in enumerate(outs)} | {f"lses[{i}]": s for i, s in enumerate(lses)}
+        _check_merged(out, lse, states)
+        seen.room.learn((out, lse), (outs, lses))
+    out, lse = seen.results.given(out, lse, True)
+    assert lse is not None
+    implementation = registry.choose(seen.problem, backend)
     if outs.shape[0] == 0:
         with torch.inference_mode():  # they may be inference tensors
             out.zero_()
             lse.fill_(-torch.inf)
     else:
-        implementation.merge_states(outs, lses, out, lse)
+        implementation.merge_states(outs, lses, out, lse, seen.kept)
     return out, lse
 
 
-def _check_many(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None) -> Problem:
+def _check_many(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | None) -> _Merge:
     dims = check.Dims()
     dims.check("outs", outs, "n num_tokens num_qo_heads head_dim")
     dims.check("lses", lses, "n num_tokens num_qo_heads")
@@ -261,51 +303,81 @@ def _check_many(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | No
     check.last_dim_contiguous(outs=outs)
     check.device("outs", outs.device, lses=lses)
     check.out_and_lse(dims, outs, out, lse, "num_tokens", width="head_dim")
-    return _movement("merge_states", outs, dims["head_dim"])
+    return _merge("merge_states", outs, outs.shape[1:])
 
 
 def pack_kv(part: CachePart, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
     part.check_shared_scales(slots)
-    run_pack(part.views, slots, packed, backend)
+    views = part.once("views", lambda: part.views)
+    run_pack(views, slots, packed, backend, part.once("pack_kv", dict))
 
 
 def unpack_kv(packed: PackedKV, part: CachePart, slots: Tensor, backend: str | None) -> None:
     part.check_writable(packed, slots)
-    run_unpack(packed, part.views, slots, backend)
+    views = part.once("views", lambda: part.views)
+    run_unpack(packed, views, slots, backend, part.once("unpack_kv", dict))
     second = part.second_scales()
     if second is not None:  # the same rows once more, for the scale of each
-        run_unpack(packed, second, slots, backend)
+        run_unpack(packed, second, slots, backend, part.once("unpack_kv, second scales", dict))
 
 
-def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
-    implementation = registry.choose(_cache_problem("pack_kv", packed, views.k[0]), backend)
+def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | None, kept: Kept) -> None:
+    problem = _cache_problem("pack_kv", packed.shape, views.k[0])
+    implementation = registry.choose(problem, backend)
     if slots.shape[0] == 0:  # what travels without any token
         packed.take_shared_scales(views.k_scale, views.v_scale)
     else:
-        implementation.move(moves.pack(views, slots, packed))
+        implementation.move(moves.pack(views, slots, packed), kept)
     # rarely any: what lay there before must not travel, and equal contents must give equal buffers
-    padding = packed.buffer[packed.shape.payload_bytes : packed.shape.scales_start]
-    if padding.numel():
+    start, stop = packed.shape.padding
+    if start < stop:
         with torch.inference_mode():  # the buffer may be an inference tensor
-            padding.zero_()
+            packed.buffer[start:stop].zero_()
     check_after_call(slots.device)
 
 
-def run_unpack(packed: PackedKV, views: LayerViews, slots: Tensor, backend: str | None) -> None:
-    implementation = registry.choose(_cache_problem("unpack_kv", packed, views.k[0]), backend)
+def run_unpack(packed: PackedKV, views: LayerViews, slots: Tensor, backend: str | None, kept: Kept) -> None:
+    implementation = registry.choose(_cache_problem("unpack_kv", packed.shape, views.k[0]), backend)
     if slots.shape[0]:
-        implementation.move(moves.unpack(packed, views, slots))
+        implementation.move(moves.unpack(packed, views, slots), kept)
     check_after_call(slots.device)
 
 
-def _results(
-    q: Tensor, width: int, out: Tensor | None, lse: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    if out is None:
-        out = torch.empty((*q.shape[:-1], width), dtype=q.dtype, device=q.device)
-    if lse is None and return_lse:
-        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    return out, lse
+class Result:
+    """A result that the caller did not give, new for each call of a kind."""
+
+    __slots__ = ("_blank", "_device", "_dtype", "_is_first", "_shape")
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._shape, self._dtype, self._device = shape, dtype, device
+        self._blank: Tensor | None = None
+        self._is_first = True
+
+    def new(self) -> Tensor:
+        if self._is_first:
+            self._is_first = False
+            return torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        if self._blank is None:
+            with torch.inference_mode(False):  # kept for calls in any mode; of one element, whatever the shape
+                self._blank = torch.empty((), dtype=self._dtype, device=self._device).expand(self._shape)
+        # half of the time of torch.empty
+        return torch.empty_like(self._blank, memory_format=torch.contiguous_format)
+
+
+class Results(NamedTuple):
+    out: Result
+    lse: Result
+
+    @classmethod
+    def of(cls, x: Tensor, rows: Sequence[int], width: int) -> Results:
+        """Of x's dtype and device."""
+        return cls(Result((*rows, width), x.dtype, x.device), Result(tuple(rows), torch.float32, x.device))
+
+    def given(self, out: Tensor | None, lse: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Those of the caller, else new ones."""
+        if lse is None and return_lse:
+            lse = self.lse.new()
+        return self.out.new() if out is None else out, lse
 
 
 def _problem(op: str, x: Tensor, dims: check.Dims, kv_dtype: torch.dtype, max_q_len: int | None = None) -> Problem:
@@ -318,13 +390,14 @@ def _problem(op: str, x: Tensor, dims: check.Dims, kv_dtype: torch.dtype, max_q_
     )  # fmt: skip
 
 
-def _movement(op: str, x: Tensor, width: int) -> Problem:
-    return Problem(op, x.device.type, x.dtype, x.dtype, width, width, device_index=x.device.index)
+def _merge(op: str, x: Tensor, shape: Sequence[int]) -> _Merge:
+    *rows, width = shape
+    problem = Problem(op, x.device.type, x.dtype, x.dtype, width, width, device_index=x.device.index)
+    return _Merge(problem, Results.of(x, rows, width), overlap.Room(), {})
 
 
-def _cache_problem(op: str, packed: PackedKV, k_cache: Tensor) -> Problem:
-    shape, device = packed.shape, k_cache.device
-    page_size = k_cache.shape[1]
+def _cache_problem(op: str, shape: PackedShape, k_cache: Tensor) -> Problem:
+    device, page_size = k_cache.device, k_cache.shape[1]
     return Problem(
         op, device.type, shape.dtype, k_cache.dtype, shape.head_dim, shape.head_dim_v, page_size,
         device_index=device.index,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from pagewire.environment import lookup
 from pagewire.kernels import error_codes as codes
 
 
@@ -95,7 +94,7 @@ def check_errors() -> None:
 
 def check_after_call(device: torch.device) -> None:
     """Under PAGEWIRE_CHECK=1, `check_errors()` after each call outside a capture."""
-    if not _words or os.environ.get("PAGEWIRE_CHECK") != "1":
+    if not _words or lookup("PAGEWIRE_CHECK") != "1":
         return
     if _is_capturing(device):
         return

@@ -15,10 +15,10 @@ from torch import Tensor
 T = TypeVar("T")
 Kind = tuple[Any, ...]
 
-_MOST = 4096  # kinds; then all are forgotten: a server sees a few hundred
+_MOST = 1024  # kinds; then all are forgotten: a server sees a few hundred
 _NUMBERS = {int, float, bool, str, type(None)}
+_MIXED = _NUMBERS | {Tensor}
 _found: dict[Kind, Any] = {}
-_plain: set[Kind] = set()  # (how many are tensors or numbers, types of all) that can be told apart
 
 
 def kind(op: str, mixed: tuple[Any, ...], numbers: tuple[Any, ...]) -> Kind | None:
@@ -27,29 +27,32 @@ def kind(op: str, mixed: tuple[Any, ...], numbers: tuple[Any, ...]) -> Kind | No
     Args:
         mixed: tensors whose values the checks do not read, or numbers. numbers: numbers, strings or None.
     """
-    types = (len(mixed), *map(type, mixed), *map(type, numbers))
-    if types not in _plain:
-        if not {*types[1 : len(mixed) + 1]} <= _NUMBERS | {Tensor} or not {*types[len(mixed) + 1 :]} <= _NUMBERS:
-            return None
-        _plain.add(types)
     try:
         looks = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in mixed]
     except RuntimeError:  # a layout without strides: the checks have a sentence for it
         return None
-    return (op, types, numbers, *looks)
+    return (op, (*map(type, mixed), *map(type, numbers)), numbers, *looks)
 
 
 def once(of: Kind | None, check: Callable[[], T]) -> T:
     """What `check` returned for the first call of this kind; it raises for a call that is wrong, every time."""
-    if of is None:
-        return check()
-    found = _found.get(of)
+    try:
+        found = _found.get(of)  # type: ignore[arg-type]
+    except TypeError:  # it cannot be hashed: something that is no number
+        of = None
+        found = None
     if found is None:
         found = check()
-        if len(_found) >= _MOST:
-            _found.clear()
-        _found[of] = found
+        if of is not None and _can_be_told_apart(of):
+            if len(_found) >= _MOST:
+                _found.clear()
+            _found[of] = found
     return found
+
+
+def _can_be_told_apart(of: Kind) -> bool:
+    _, types, _, *looks = of
+    return {*types[: len(looks)]} <= _MIXED and {*types[len(looks) :]} <= _NUMBERS
 
 
 def forget() -> None:

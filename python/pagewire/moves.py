@@ -106,16 +106,9 @@ def unpack(packed: PackedKV, views: LayerViews, slots: Tensor) -> Movement:
 
 
 def _packed_parts(views: LayerViews, packed: PackedKV, how: How) -> tuple[Part, ...]:
-    k = Part(views.k, views.k_scale, packed.k.transpose(1, 2), _by_token(packed.k_scale), how)
-    if not views.v:
-        return (k,)
-    assert packed.v is not None
-    return k, Part(views.v, views.v_scale, packed.v.transpose(1, 2), _by_token(packed.v_scale), how)
-
-
-def _by_token(scales: Tensor | None) -> Tensor | None:
-    """[L, H, T] -> [L, T, H]; others as they are."""
-    return scales.transpose(1, 2) if scales is not None and scales.dim() == 3 else scales
+    k_rows, *v_rows = packed.rows
+    k = Part(views.k, views.k_scale, *k_rows, how)
+    return (k,) if not v_rows else (k, Part(views.v, views.v_scale, *v_rows[0], how))
 
 
 def _per_token(scale: Scale) -> bool:

@@ -11,6 +11,7 @@ import functools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
@@ -35,6 +36,39 @@ def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
+class Room:
+    """Of calls that differ in addresses only, once one was looked at closely: what is surely apart again."""
+
+    def __init__(self) -> None:
+        self._written: list[tuple[int, int]] = []  # (index among the tensors, bytes of the span), none of no bytes
+        self._read: list[tuple[int, int]] = []
+
+    def learn(self, written: Sequence[Any], read: Sequence[Any]) -> None:
+        """The first call has passed; what is no tensor counts for nothing."""
+        spans = [span(x) if isinstance(x, Tensor) else (0, 0) for x in (*written, *read)]
+        sizes = [(i, stop - start) for i, (start, stop) in enumerate(spans) if start < stop]
+        self._written = [(i, size) for i, size in sizes if i < len(written)]
+        self._read = [(i, size) for i, size in sizes if i >= len(written)]
+
+    def surely(self, *tensors: Any) -> bool:
+        """Whether the span of no written tensor meets another's; the tensors as they were learnt."""
+        placed: list[tuple[int, int]] = []
+        for index, size in self._written:
+            start = tensors[index].data_ptr()
+            stop = start + size
+            for its_start, its_stop in placed:
+                if its_start < stop and start < its_stop:
+                    return False
+            placed.append((start, stop))
+        for index, size in self._read:
+            start = tensors[index].data_ptr()
+            stop = start + size
+            for its_start, its_stop in placed:
+                if its_start < stop and start < its_stop:
+                    return False
+        return bool(placed)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

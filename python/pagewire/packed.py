@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ class PackedShape:
         """Byte offset of the scales; the bytes between the payload and it are zero."""
         return -(-self.payload_bytes // _ALIGN) * _ALIGN
 
+    @cached_property
+    def padding(self) -> tuple[int, int]:
+        """The bytes [start, stop) between the payload and the scales: zero."""
+        return self.payload_bytes, self.payload_bytes if self.scale_shape is None else self.scales_start
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole buffer, scales included."""
@@ -57,6 +63,18 @@ class PackedShape:
             return self.payload_bytes
         num_scales = torch.Size(self.scale_shape).numel() * (2 if self.head_dim_v else 1)
         return self.scales_start + 4 * num_scales
+
+
+class Rows(NamedTuple):
+    """Tokens as kernels count them, and their scales."""
+
+    values: Tensor  # [num_layers, num_tokens, num_heads, width]
+    scales: Tensor | None  # fp32 [num_layers], [num_layers, num_heads] or [num_layers, num_tokens, num_heads]
+
+
+def _by_token(scales: Tensor | None) -> Tensor | None:
+    """[L, H, T] -> [L, T, H]; others as they are."""
+    return scales.transpose(1, 2) if scales is not None and scales.dim() == 3 else scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +99,12 @@ class PackedKV:
     @property
     def num_bytes(self) -> int:
         return self.shape.num_bytes
+
+    @cached_property
+    def rows(self) -> tuple[Rows, ...]:
+        """K and, unless it is a view of K, V."""
+        k = Rows(self.k.transpose(1, 2), _by_token(self.k_scale))
+        return (k,) if self.v is None else (k, Rows(self.v.transpose(1, 2), _by_token(self.v_scale)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies keep the buffer and their views in it."""

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from pagewire import emulation
+from pagewire.environment import lookup
 from pagewire.errors import BackendError
 from pagewire.moves import Movement
-from pagewire.types import FLOAT_DTYPES, KV_DTYPES, SHORT_QUERY, Modifiers, Problem, dtype_name
+from pagewire.types import FLOAT_DTYPES, KV_DTYPES, SHORT_QUERY, Kept, Modifiers, Problem, dtype_name
 
 OPS = ("append_kv", "decode", "prefill", "merge_state", "merge_states", "pack_kv", "unpack_kv")
 
@@ -27,27 +28,29 @@ OPS = ("append_kv", "decode", "prefill", "merge_state", "merge_states", "pack_kv
 class Implementation(Protocol):
     """What a module of backends/ has. Arguments have been checked; page ids, slots and lengths have not, and a backend
     checks or masks every one. Caches are NHD views, `[num_pages, page_size, num_kv_heads, width]` with free strides but
-    a contiguous last dim. Results go into the tensors given for them.
+    a contiguous last dim. Results go into the tensors given for them. `kept` is the same dict for all calls of a kind:
+    of the same shapes, strides, dtypes, devices and numbers, which tensors are None included; but not addresses. Of a
+    cache's pack_kv and unpack_kv it is the same for the same layers and heads.
     """
 
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-        modifiers: Modifiers, out: Tensor, lse: Tensor | None, /,
+        modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept, /,
     ) -> None: ...  # fmt: skip
 
     def prefill(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
-        modifiers: Modifiers, out: Tensor, lse: Tensor | None, /,
+        modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept, /,
     ) -> None: ...  # fmt: skip
 
     def merge_state(
-        self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor, /
+        self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor, kept: Kept, /
     ) -> None: ...
 
-    def merge_states(self, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, /) -> None:
+    def merge_states(self, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, kept: Kept, /) -> None:
         """Of one state or more."""
 
-    def move(self, movement: Movement, /) -> None:
+    def move(self, movement: Movement, kept: Kept, /) -> None:
         """append_kv, pack_kv or unpack_kv of one token or more."""
 
 
@@ -211,7 +214,7 @@ def choose(problem: Problem, backend: str | None) -> Implementation:
         raise TypeError(f"backend: expected one of {', '.join(_BY_NAME)} or None, got {backend!r}")
     if problem.device == "meta":
         return _load("meta")
-    environment = None if backend is not None else os.environ.get("PAGEWIRE_BACKEND") or None
+    environment = None if backend is not None else lookup("PAGEWIRE_BACKEND") or None
     # what a choice by name depends on besides: triton and cuda run on a CPU only if a variable says so
     variables: tuple[object, ...] = ()
     if problem.device == "cpu" and (backend or environment) in ("triton", "cuda"):

@@ -71,6 +71,7 @@ class Modifiers(NamedTuple):
     max_q_len: int | None = None  # None: num_tokens
 
 
+Kept = dict[Any, Any]  # what a backend keeps for the next call of a kind (`memo.py`), and nobody else reads
 SHORT_QUERY = 16  # rows of a request: what a kernel for short queries takes
 
 

@@ -188,6 +188,33 @@ def test_memory_is_looked_at_every_time(reached):
         pw.decode(**call, out=shared)
 
 
+def test_memory_of_every_result_is_looked_at_every_time(reached):
+    call = attention(False) | {"sinks": torch.zeros(8)[:4]}
+    own = {"out": torch.zeros(2, 4, 16, dtype=bf16), "lse": torch.zeros(2, 4), "return_lse": True}
+    pw.decode(**call, **own)
+    room = torch.zeros(8)
+    for other in ({"sinks": room[4:]}, {"sinks": room[2:6]}):
+        with pytest.raises(ValueError, match="lse: expected memory of its own, got a tensor that overlaps sinks"):
+            pw.decode(**call | own | other | {"lse": room.view(2, 4)})
+    with pytest.raises(ValueError, match="v_cache: expected memory of its own"):
+        call = append()
+        pw.append_kv(**call)
+        room = torch.zeros(500, dtype=bf16)
+        caches = {
+            name: room[start : start + 384].view(3, 4, 2, 16) for name, start in (("k_cache", 0), ("v_cache", 100))
+        }
+        pw.append_kv(**call | caches)
+    reached.clear()
+    inside = {"v": call["v_cache"].view(-1)[:64].view(2, 2, 16)}  # new rows in the cache are read before it is written
+    pw.append_kv(**call | inside)
+    ((_, (movement, _)),) = reached
+    assert movement.parts[0].rows is call["k"] and movement.parts[1].rows.data_ptr() != call["v_cache"].data_ptr()
+    a, b = merge(), merge()
+    pw.merge_state(**a, out=torch.zeros(2, 4, 16), lse=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="lse: expected memory of its own, got a tensor that overlaps out_b"):
+        pw.merge_state(**b, out=torch.zeros(2, 4, 16), lse=b["out_b"].view(-1)[:8].view(2, 4))
+
+
 def test_the_environment_is_looked_at_every_time(reached, monkeypatch):
     pw.decode(**attention(False))
     monkeypatch.setenv("PAGEWIRE_BACKEND", "nobody")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from triton.runtime.driver import driver
 
 from pagewire.bench.pretend import NoDevice
 from pagewire.kernels import decode, launch, prefill, tuning
+from pagewire.kernels.plan import Launch
 from pagewire.types import QUANT_MAX, Modifiers, dtype_name
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -49,7 +51,7 @@ class Case:
 
 def launches(
     case: Case, batch_size: int = 3, num_tokens: int | None = None, num_pages: int = 8, max_pages: int = 8
-) -> list[launch.Launch]:
+) -> list[Launch]:
     driver.set_active(NoDevice(case.arch))
     launch.device_of = lambda device: launch.Device(case.arch, 132)
     ragged = case.op == "prefill" or case.modified
@@ -76,13 +78,22 @@ def launches(
             max_q_len=case.rows // group if case.op == "decode" else None,
         )  # fmt: skip
     word = torch.zeros(1, dtype=torch.int64)
-    if case.op == "decode":
-        return decode.plan(q, *caches, table, lens, rows if ragged else None, m, out, lse, word)
-    return prefill.plan(q, *caches, table, lens, rows, m, out, lse, word)
+    made = (m.sinks, m.alibi_slopes, m.k_scale, m.v_scale)
+    tensors = launch.Tensors(q, *caches, table, lens, rows if ragged else None, out, lse, *made)
+    plan = decode.plan if case.op == "decode" else prefill.plan
+    return plan(tensors, m, word).bound(*tensors)
 
 
-def spills_of_tile_loops(sass: str) -> float:
-    """Of the innermost loops with a softmax (an EX2), the largest share of instructions that touch local memory."""
+class Loop(NamedTuple):
+    """An innermost loop over tiles of keys: instructions in all, and of these on local memory, which are spills."""
+
+    length: int
+    local: int
+    wgmma: int
+
+
+def tile_loops(sass: str) -> list[Loop]:
+    """Those with a softmax (an EX2)."""
     code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)
     at = {int(address, 16): i for i, (address, _) in enumerate(code)}
     loops = []
@@ -93,11 +104,13 @@ def spills_of_tile_loops(sass: str) -> float:
             loops.append((start, i + 1))
     loops = [(a, b) for a, b in loops if any("MUFU.EX2" in text for _, text in code[a:b])]
     inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    local = [sum(bool(re.search(r"\b(STL|LDL)", t)) for _, t in code[a:b]) / (b - a) for a, b in inner]
-    return max(local, default=0.0)
+    texts = [[text for _, text in code[a:b]] for a, b in inner]
+    return [
+        Loop(len(t), sum(bool(re.search(r"\b(STL|LDL)", x)) for x in t), sum("HGMMA" in x for x in t)) for t in texts
+    ]
 
 
-def facts(case: Case, planned: launch.Launch) -> dict:
+def facts(case: Case, planned: Launch) -> dict:
     kernel = planned.kernel.warmup(**planned.arguments, grid=planned.grid, **planned.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -109,7 +122,9 @@ def facts(case: Case, planned: launch.Launch) -> dict:
 
         usage = dump("--dump-resource-usage")
         # disassembling takes longer than compiling: only where there is something to look for
-        sass = dump("-sass") if "STACK:0" not in usage or "wgmma" in kernel.asm["ptx"] else ""
+        looked_at = "STACK:0" not in usage or "wgmma" in kernel.asm["ptx"] or case in BUDGETED
+        sass = dump("-sass") if looked_at and planned.kernel.__name__ != "_combine_kernel" else ""
+    loops = tile_loops(sass)
     used = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)(?:, [^;]*)?;", ptx)
@@ -118,7 +133,9 @@ def facts(case: Case, planned: launch.Launch) -> dict:
         "arch": case.arch,
         "kernel": planned.kernel.__name__,
         **used,
-        "spills": spills_of_tile_loops(sass) if "STACK:0" not in usage else 0.0,
+        "spills": max((loop.local / loop.length for loop in loops), default=0.0) if "STACK:0" not in usage else 0.0,
+        # without masks: of the tiles between the first and the last, not of rows looked at alone
+        "loop": min((loop.length for loop in loops if loop.wgmma or not any(x.wgmma for x in loops)), default=0),
         "shared": kernel.metadata.shared,
         "num_warps": planned.options["num_warps"],
         "programs_per_processor": planned.grid[0] * planned.grid[1] / 132,
@@ -159,6 +176,11 @@ QUICK += [Case(90, "prefill", page_size=page_size) for page_size in (1, 64)]
 QUICK += [Case(90, "decode", head_dim=256, rows=64)]  # two tiles read the same K and V
 
 
+# whose instructions are counted (docs/tuning/instructions.md)
+BUDGETED = [case for case in QUICK if case.arch == 90 and not case.modified]
+BUDGETED += [Case(90, "decode", kv_dtype=e4m3), Case(90, "decode", page_size=1), Case(90, "prefill", kv_dtype=e4m3)]
+
+
 def compilations() -> None:
     """How often each kernel is compiled for calls that differ only in batch, rows, pages and alignment."""
     counts = {}
@@ -177,7 +199,8 @@ def main() -> None:
         compilations()
         return
     wanted = sys.argv[4] if len(sys.argv) > 4 else ""
-    cases = [case for case in (QUICK if sys.argv[1] == "quick" else every_row()) if wanted in case.id]
+    chosen = {"quick": [*dict.fromkeys([*QUICK, *BUDGETED])], "full": every_row()}[sys.argv[1]]
+    cases = [case for case in chosen if wanted in case.id]
     cases.sort(key=lambda case: case.modified)  # these take three times as long: shared out evenly
     shard, num_shards = (int(n) for n in (sys.argv[2:4] or (0, 1)))
     for case in itertools.islice(cases, shard, None, num_shards):

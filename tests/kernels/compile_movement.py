@@ -21,9 +21,10 @@ from triton.runtime.jit import JITFunction
 
 import pagewire as pw
 from pagewire import moves
+from pagewire.backends import triton as backend
 from pagewire.bench.pretend import NoDevice
 from pagewire.cache_part import CachePart
-from pagewire.kernels import append, merge, pack, tables
+from pagewire.kernels import append, pack, tables
 from pagewire.types import dtype_name
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -51,9 +52,7 @@ def append_call(dtype, kv_dtype, scale, dim, dim_v=None, pad=0) -> None:
     caches = [torch.empty(8, 16, 2, n, dtype=kv_dtype) for n in (dim, dim_v or dim)]
     shape = {"tensor": (), "head": (2,), "token_head": (8, 16, 2)}.get(scale)
     s = 1.0 if scale == "float" else None if shape is None else torch.ones(shape)
-    word = torch.zeros(1, dtype=torch.int64)
-    movement = moves.append(*x, *caches, torch.arange(40), s, s)
-    append.append_kv(*movement.parts, movement.slots, word, copy=movement.parts[0].how is moves.How.COPY)
+    backend.move(moves.append(*x, *caches, torch.arange(40), s, s), {})
 
 
 def move_call(op, kv_dtype, scale, wire, dim, dim_v=None, heads=(0, 4), page_size=16) -> None:
@@ -64,19 +63,16 @@ def move_call(op, kv_dtype, scale, wire, dim, dim_v=None, heads=(0, 4), page_siz
     slots = torch.arange(page_size * 6)
     packed = pw.PackedKV.empty(pw.packed_shape(cache, len(slots), heads=heads, dtype=wire), "cpu")
     views = CachePart.of(cache, None, heads).views
-    word = torch.zeros(1, dtype=torch.int64)
-    movement = moves.pack(views, slots, packed) if op == "pack" else moves.unpack(packed, views, slots)
-    copy = movement.parts[0].how is moves.How.COPY
-    pack.move(movement.parts, slots, packed, word, pack=movement.from_cache, copy=copy)
+    backend.move(moves.pack(views, slots, packed) if op == "pack" else moves.unpack(packed, views, slots), {})
 
 
 def merge_call(num_states, dtype, out_dtype, dim) -> None:
     outs, lses = torch.empty(num_states, 9, 4, dim, dtype=dtype), torch.empty(num_states, 9, 4)
     out, lse = torch.empty(9, 4, dim, dtype=out_dtype), torch.empty(9, 4)
     if num_states == 2:
-        merge.merge_state(outs[0], lses[0], outs[1], lses[1], out, lse)
+        backend.merge_state(outs[0], lses[0], outs[1], lses[1], out, lse, {})
     else:
-        merge.merge_states(outs, lses, out, lse)
+        backend.merge_states(outs, lses, out, lse, {})
 
 
 def table_call() -> None:

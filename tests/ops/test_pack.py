@@ -1,6 +1,8 @@
 """pack_kv and unpack_kv: bitwise equal to the reference; a byte copy where nothing is to be converted."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -142,3 +144,38 @@ def test_no_tokens(backend, device):
     packed = pw.pack_kv(cache, empty, backend=backend)
     assert packed.num_bytes == 0 and packed.k.shape == (2, 4, 0, 32)
     pw.unpack_kv(packed, cache, empty, backend=backend)
+
+
+def test_a_cache_whose_memory_moves_is_packed_from_where_it_is(backend, device):
+    """`tensor.data = ...`, as engines do that let go of a cache and fetch it again, and shared memory."""
+    slots = torch.arange(TOKENS, device=device)
+    for name in ("bf16-NHD-p16", "fp32-HND-p3"):
+        cache = make(name, device)
+        for heads in (None, (1, 3)):
+            pw.pack_kv(cache, slots, heads=heads, backend=backend)
+        old = cache.k[1].data
+        cache.k[1].data = torch.full_like(old, 3.0)
+        for heads, value in (((1, 3), 3.0), (None, 3.0), (None, 5.0)):
+            packed = pw.pack_kv(cache, slots, heads=heads, backend=backend)
+            assert torch.all(packed.k[1, packed.shape.num_heads - 1] == value)
+            packed.k.fill_(5.0)
+            if heads is None:
+                pw.unpack_kv(packed, cache, slots, backend=backend)
+        assert not torch.any(old == 5.0)
+        assert torch.all(pw.pack_kv(cache, slots, heads=(1, 3), backend=backend).k == 5.0)
+        with pytest.raises(ValueError, match="overlaps"):
+            pw.pack_kv(cache, slots[:1], out=cache.k[1].view(-1).view(torch.uint8), backend=backend)
+
+
+def test_a_cache_is_let_go_with_its_last_reference(backend, device):
+    """And not when the garbage collector comes by: it may be most of a GPU's memory."""
+    cache = make("bf16-NHD-p16", device)
+    slots = torch.arange(TOKENS, device=device)
+    gc.disable()
+    try:
+        pw.unpack_kv(pw.pack_kv(cache, slots, backend=backend), cache, slots, backend=backend)
+        kept = weakref.ref(cache.k[0])
+        del cache
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -18,7 +18,7 @@ from torch import Tensor
 from pagewire import emulation
 from pagewire.errors import device_word
 from pagewire.moves import Movement
-from pagewire.types import Modifiers
+from pagewire.types import Kept, Modifiers
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def _call(device: torch.device) -> Call:
 
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-    modifiers: Modifiers, out: Tensor, lse: Tensor | None,
+    modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
     call = _call(q.device)
     _extension(q.device).decode(
@@ -62,7 +62,7 @@ def decode(
 
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
-    modifiers: Modifiers, out: Tensor, lse: Tensor | None,
+    modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
     call = _call(q.device)
     _extension(q.device).prefill(
@@ -71,15 +71,17 @@ def prefill(
     )  # fmt: skip
 
 
-def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor, kept: Kept
+) -> None:
     _extension(out.device).merge_state(out_a, lse_a, out_b, lse_b, out, lse, _call(out.device))
 
 
-def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
+def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, kept: Kept) -> None:
     _extension(out.device).merge_states(outs, lses, out, lse, _call(out.device))
 
 
-def move(movement: Movement) -> None:
+def move(movement: Movement, kept: Kept) -> None:
     device = movement.slots.device
     _extension(device).move(movement, _call(device))
 

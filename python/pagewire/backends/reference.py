@@ -16,7 +16,7 @@ from torch import Tensor
 from pagewire.errors import BadIndexError
 from pagewire.moves import How, Layer, Movement, layers
 from pagewire.quant import dequantise, quantise, token_head_scale
-from pagewire.types import QUANT_MAX, Modifiers, Scale, scale_kind
+from pagewire.types import QUANT_MAX, Kept, Modifiers, Scale, scale_kind
 
 _ROWS = 256  # query rows at a time: bounds the logits of a long prefill
 
@@ -46,6 +46,7 @@ def decode(
     modifiers: Modifiers,
     out: Tensor,  # [batch_size, num_qo_heads, head_dim_v]
     lse: Tensor | None,  # [batch_size, num_qo_heads] fp32
+    kept: Kept | None = None,
     *,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -64,6 +65,7 @@ def prefill(
     modifiers: Modifiers,
     out: Tensor,
     lse: Tensor | None,
+    kept: Kept | None = None,
     *,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -225,19 +227,19 @@ def _check_pages(
 
 
 @_bound_by_nobody
-def move(movement: Movement) -> None:
+def move(movement: Movement, kept: Kept) -> None:
     slots = movement.slots.long()
     appends = movement.op == "append_kv"
     cache = movement.parts[0].caches[0]
     num_pages, page_size = cache.shape[:2]
     _check_slots(movement, slots, num_pages * page_size, negative_skips=appends)
-    kept = slots >= 0
-    page, offset = slots[kept] // page_size, slots[kept] % page_size
+    taken = slots >= 0
+    page, offset = slots[taken] // page_size, slots[taken] % page_size
     for layer in layers(movement):
         if movement.from_cache:
             _pack(layer, page, offset)
         else:
-            _store(layer._replace(rows=layer.rows[: len(slots)][kept]), page, offset)
+            _store(layer._replace(rows=layer.rows[: len(slots)][taken]), page, offset)
 
 
 def _pack(layer: Layer, page: Tensor, offset: Tensor) -> None:
@@ -312,8 +314,10 @@ def _check_slots(movement: Movement, slots: Tensor, num_slots: int, *, negative_
 
 
 @_bound_by_nobody
-def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
-    merge_states(torch.stack([out_a.float(), out_b.float()]), torch.stack([lse_a, lse_b]), out, lse)
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor, kept: Kept
+) -> None:
+    merge_states(torch.stack([out_a.float(), out_b.float()]), torch.stack([lse_a, lse_b]), out, lse, kept)
 
 
 @_bound_by_nobody
@@ -322,6 +326,7 @@ def merge_states(
     lses: Tensor,  # [n, num_tokens, num_qo_heads] fp32; +inf and -inf are empty
     out: Tensor,
     lse: Tensor,
+    kept: Kept,
 ) -> None:
     lses = lses.masked_fill(lses == torch.inf, -torch.inf)
     merged = lses.logsumexp(0)

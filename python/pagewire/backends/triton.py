@@ -14,40 +14,71 @@ import pagewire.kernels.merge as _merge
 import pagewire.kernels.pack as _pack
 import pagewire.kernels.prefill as _prefill
 from pagewire.errors import device_word
+from pagewire.kernels import tuning
+from pagewire.kernels.launch import Tensors
 from pagewire.moves import How, Movement
-from pagewire.types import Modifiers
+from pagewire.types import Kept, Modifiers
 
 _cache_keys.settle()
 
 
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-    modifiers: Modifiers, out: Tensor, lse: Tensor | None,
+    modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
-    _decode.decode(q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, device_word(q.device))
+    m = modifiers
+    tensors = (
+        q, k_cache, v_cache, page_table, seq_lens, None, out, lse, m.sinks, m.alibi_slopes, m.k_scale, m.v_scale
+    )  # fmt: skip
+    plan = kept.get(tuning.variant)
+    if plan is None:
+        plan = kept[tuning.variant] = _decode.plan(Tensors(*tensors), m, device_word(q.device))
+    plan.run(*tensors)
 
 
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
-    modifiers: Modifiers, out: Tensor, lse: Tensor | None,
+    modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
-    word = device_word(q.device)
-    _prefill.prefill(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, modifiers, out, lse, word)
+    m = modifiers
+    tensors = (
+        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, out, lse, m.sinks, m.alibi_slopes, m.k_scale, m.v_scale
+    )  # fmt: skip
+    plan = kept.get(tuning.variant)
+    if plan is None:
+        plan = kept[tuning.variant] = _prefill.plan(Tensors(*tensors), m, device_word(q.device))
+    plan.run(*tensors)
 
 
-def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
-    _merge.merge_state(out_a, lse_a, out_b, lse_b, out, lse)
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor, kept: Kept
+) -> None:
+    tensors = (out_a, lse_a, out_b, lse_b, out, lse)
+    plan = kept.get("plan")
+    if plan is None:
+        plan = kept["plan"] = _merge.plan_two(*tensors)
+    plan.run(*tensors)
 
 
-def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
-    _merge.merge_states(outs, lses, out, lse)
+def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, kept: Kept) -> None:
+    tensors = (outs, lses, out, lse)
+    plan = kept.get("plan")
+    if plan is None:
+        plan = kept["plan"] = _merge.plan(*tensors)
+    plan.run(*tensors)
 
 
-def move(movement: Movement) -> None:
+def move(movement: Movement, kept: Kept) -> None:
     word, copy = device_word(movement.slots.device), movement.parts[0].how is How.COPY
-    if movement.op == "append_kv":
-        k, v = movement.parts
-        _append.append_kv(k, v, movement.slots, word, copy=copy)
-    else:
-        assert movement.packed is not None
-        _pack.move(movement.parts, movement.slots, movement.packed, word, pack=movement.from_cache, copy=copy)
+    if movement.packed is not None:
+        _pack.move(movement, movement.packed, word, kept, copy=copy)
+        return
+    k, v = movement.parts
+    k_scale, v_scale = (part.cache_scales[0] if part.cache_scales else None for part in (k, v))
+    k_cache, v_cache = k.caches[0], v.caches[0]
+    tensors = (k.rows, v.rows, k_cache, v_cache, k_scale, v_scale, movement.slots)
+    aligned = _append.alignments(k.rows, v.rows, k_cache, v_cache)
+    plan = kept.get(aligned)
+    if plan is None:
+        plan = kept[aligned] = _append.plan(_append.Tensors(*tensors), aligned, word, copy=copy)
+    plan.run(*tensors)

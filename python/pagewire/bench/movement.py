@@ -109,7 +109,7 @@ class AppendWork(Work):
         self._poison()
         k, v = (nhd(t, cache.layout) for t in (cache.k[0], cache.v[0]))
         scales = cache.k_scale[0], cache.v_scale[0]
-        reference.move(moves.append(self.k[0], self.v[0], k, v, self.slots[0], *scales))
+        reference.move(moves.append(self.k[0], self.v[0], k, v, self.slots[0], *scales), {})
         expected = self._stored()
         self._poison()
         contender.once(0)
@@ -144,7 +144,7 @@ class PackWork(Work):
         return LayerViews(k, v, [], [])
 
     def _reference_pack(self, packed: PackedKV, slots: Tensor) -> None:
-        reference.move(moves.pack(self._views(), slots, packed))
+        reference.move(moves.pack(self._views(), slots, packed), {})
 
     def ours(self, backend: str) -> Contender:
         def pack(copy: int) -> PackedKV:
@@ -177,7 +177,7 @@ class PackWork(Work):
             contender.once(0)
             return _differing([self.packed[0].buffer], [expected.buffer])
         self._poison()
-        reference.move(moves.unpack(self.packed[0], self._views(), self.slots[0]))
+        reference.move(moves.unpack(self.packed[0], self._views(), self.slots[0]), {})
         stored = self._stored()
         self._poison()
         contender.once(0)

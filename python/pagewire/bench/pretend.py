@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from pagewire import registry
+from pagewire import memo, registry
 from pagewire.bench.cases import Case
 from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.machine import MIB
@@ -79,6 +79,7 @@ def gpu(arch: int, num_processors: int = 132) -> Iterator[None]:
         (torch.cuda, "get_device_capability", lambda of=None: divmod(arch, 10)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    memo.forget()  # plans for another device
     try:
         for owner, name, value in replaced:
             setattr(owner, name, value)
@@ -86,6 +87,7 @@ def gpu(arch: int, num_processors: int = 132) -> Iterator[None]:
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+        memo.forget()
 
 
 def prepared(case: Case, memory: ColdMemory) -> tuple[Work, Contender]:

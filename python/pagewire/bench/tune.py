@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, product, zip_longest
@@ -143,12 +143,16 @@ def search(
 @contextmanager
 def row(target: Target, config: KernelConfig) -> Iterator[None]:
     """The table with another row, for as long as the block runs."""
-    present = target.table[target.key]
-    target.table[target.key] = config
+    before = target.table[target.key], tuning.variant
+    _use(target, config, (target.key, config))
     try:
         yield
     finally:
-        target.table[target.key] = present
+        _use(target, *before)
+
+
+def _use(target: Target, config: KernelConfig, variant: Hashable) -> None:
+    target.table[target.key], tuning.variant = config, variant
 
 
 def compare(
@@ -165,7 +169,7 @@ def compare(
         ours = work.ours(backend)
 
         def use(row_config: KernelConfig) -> Callable[[int], None]:
-            return lambda copy: target.table.__setitem__(target.key, row_config)
+            return lambda copy: _use(target, row_config, (target.key, row_config))
 
         with row(target, config):
             verdict = work.check(ours)
