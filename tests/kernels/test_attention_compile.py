@@ -13,6 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 SCRIPT = pathlib.Path(__file__).with_name("compile_attention.py")
+TABLE = pathlib.Path(__file__).parents[2] / "docs" / "tuning" / "instructions.md"
 # of asynchronous copies on sm_90; Triton 3.6 drops them
 KEEPS_HINTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 # of the instructions of a tile loop. 128 rows of 256 dims: 1.9 times as fast as 64 rows that do not spill (H200,
@@ -58,8 +59,13 @@ def check(rows: list[dict]) -> None:
             assert resident >= row["programs_per_processor"], f"its grid does not fit at once: {row}"
 
 
-def test_representative_set() -> None:
-    rows = compiled("quick")
+@pytest.fixture(scope="module")
+def representative() -> list[dict]:
+    return compiled("quick")
+
+
+def test_representative_set(representative: list[dict]) -> None:
+    rows = representative
     check(rows)
     for row in rows:
         if row["kernel"] != "_combine_kernel" and "float32" not in row["case"]:
@@ -70,6 +76,21 @@ def test_representative_set() -> None:
             assert row["evict_first"] == 0, f"K and V are read again: {row}"
         elif row["kernel"] == "_decode_kernel" and row["arch"] == 90 and KEEPS_HINTS:
             assert row["evict_first"] > 0, row
+
+
+def budgets() -> dict[str, int]:
+    """case -> instructions of its loop, of docs/tuning/instructions.md for this version of Triton."""
+    rows = [line.strip("| \n").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    version = "Triton " + ".".join(triton.__version__.split(".")[:2])
+    if version not in rows[0]:
+        pytest.skip(f"{TABLE.name} has no budgets for {version}")
+    return {row[0].strip("`"): int(row[rows[0].index(version)]) for row in rows[1:]}
+
+
+def test_hot_loops_keep_their_budgets(representative: list[dict]) -> None:
+    counted = {row["case"]: row["loop"] for row in representative if row["kernel"] != "_combine_kernel"}
+    for case, budget in budgets().items():
+        assert 0.95 * budget <= counted[case] <= budget, f"{case}: {counted[case]} instructions, {budget} in {TABLE}"
 
 
 def test_no_compilation_for_another_batch_or_length() -> None:
