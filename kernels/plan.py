@@ -100,8 +100,9 @@ def _has_places(value: Any) -> bool:
 
 def _is_watched() -> bool:
     """Somebody, a profiler, wants to be told of launches, as Triton does it."""
-    runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    # chains of hooks, unless somebody has put a function or None there
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 # ---------------------------------------------------------------------------------------------- without Triton's run

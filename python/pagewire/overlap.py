@@ -42,33 +42,27 @@ class Room:
     """Of calls that differ in addresses only, once one was looked at closely: what is surely apart again."""
 
     def __init__(self) -> None:
-        self._written: list[tuple[int, int]] = []  # (index among the tensors, bytes of the span), none of no bytes
-        self._read: list[tuple[int, int]] = []
+        self._num_written = 0
+        self._sizes: list[tuple[int, int]] = []  # (index among the tensors, bytes of the span), none of no bytes
 
     def learn(self, written: Sequence[Any], read: Sequence[Any]) -> None:
         """The first call has passed; what is no tensor counts for nothing."""
         spans = [span(x) if isinstance(x, Tensor) else (0, 0) for x in (*written, *read)]
-        sizes = [(i, stop - start) for i, (start, stop) in enumerate(spans) if start < stop]
-        self._written = [(i, size) for i, size in sizes if i < len(written)]
-        self._read = [(i, size) for i, size in sizes if i >= len(written)]
+        self._sizes = [(i, stop - start) for i, (start, stop) in enumerate(spans) if start < stop]
+        self._num_written = sum(i < len(written) for i, _ in self._sizes)
 
     def surely(self, *tensors: Any) -> bool:
         """Whether the span of no written tensor meets another's; the tensors as they were learnt."""
-        placed: list[tuple[int, int]] = []
-        for index, size in self._written:
+        written: list[Span] = []
+        for n, (index, size) in enumerate(self._sizes):
             start = tensors[index].data_ptr()
             stop = start + size
-            for its_start, its_stop in placed:
+            for its_start, its_stop in written:
                 if its_start < stop and start < its_stop:
                     return False
-            placed.append((start, stop))
-        for index, size in self._read:
-            start = tensors[index].data_ptr()
-            stop = start + size
-            for its_start, its_stop in placed:
-                if its_start < stop and start < its_stop:
-                    return False
-        return bool(placed)
+            if n < self._num_written:
+                written.append((start, stop))
+        return bool(written)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

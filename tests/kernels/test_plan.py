@@ -116,7 +116,10 @@ def test_a_profiler_is_told_by_triton(monkeypatch):
         hook.add(print)
         plan.run(x, x)
         hook.remove(print)
-    assert (len(jit.calls), len(jit.compiled.told)) == (3, 0)
+    monkeypatch.setattr(plans.triton.knobs.runtime, "launch_enter_hook", print)
+    plan.run(x, x)
+    assert (len(jit.calls), len(jit.compiled.told)) == (4, 0)
+    monkeypatch.setattr(plans.triton.knobs.runtime, "launch_enter_hook", None)
     plan.run(x, x)
     assert len(jit.compiled.told) == 1
 

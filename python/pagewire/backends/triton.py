@@ -5,6 +5,9 @@ Caches arrive as NHD views, `[num_pages, page_size, num_kv_heads, head_dim]` wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 import pagewire.kernels.append as _append
@@ -16,6 +19,7 @@ import pagewire.kernels.prefill as _prefill
 from pagewire.errors import device_word
 from pagewire.kernels import tuning
 from pagewire.kernels.launch import Tensors
+from pagewire.kernels.plan import Plan
 from pagewire.moves import How, Movement
 from pagewire.types import Kept, Modifiers
 
@@ -26,28 +30,24 @@ def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
-    m = modifiers
-    tensors = (
-        q, k_cache, v_cache, page_table, seq_lens, None, out, lse, m.sinks, m.alibi_slopes, m.k_scale, m.v_scale
-    )  # fmt: skip
-    plan = kept.get(tuning.variant)
-    if plan is None:
-        plan = kept[tuning.variant] = _decode.plan(Tensors(*tensors), m, device_word(q.device))
-    plan.run(*tensors)
+    _attend(_decode.plan, (q, k_cache, v_cache, page_table, seq_lens, None, out, lse), modifiers, kept)
 
 
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
     modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
-    m = modifiers
-    tensors = (
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, out, lse, m.sinks, m.alibi_slopes, m.k_scale, m.v_scale
-    )  # fmt: skip
+    _attend(_prefill.plan, (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, out, lse), modifiers, kept)
+
+
+def _attend(
+    plan_of: Callable[[Tensors, Modifiers, Tensor], Plan], tensors: tuple[Any, ...], m: Modifiers, kept: Kept
+) -> None:
+    every = (*tensors, m.sinks, m.alibi_slopes, m.k_scale, m.v_scale)
     plan = kept.get(tuning.variant)
     if plan is None:
-        plan = kept[tuning.variant] = _prefill.plan(Tensors(*tensors), m, device_word(q.device))
-    plan.run(*tensors)
+        plan = kept[tuning.variant] = plan_of(Tensors(*every), m, device_word(tensors[0].device))
+    plan.run(*every)
 
 
 def merge_state(
