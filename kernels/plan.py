@@ -44,6 +44,7 @@ class Plan:
         self._cuda_index = device.index if device.type == "cuda" else None
         self._areas = [-(-n // _ALIGN) * _ALIGN for n in scratch]
         self._kernels: list[CompiledKernel] | None = None  # of the first call
+        self._blank: Tensor | None = None  # like the scratch, of one element
         self._again: Again | None = None
 
     def run(self, *tensors: Any) -> None:
@@ -57,6 +58,9 @@ class Plan:
         if self._kernels is not None and not _is_watched():
             if self._again is None:
                 self._again = _again(self.launches, self._kernels, self._areas)
+                with torch.inference_mode(False):  # kept for calls in any mode
+                    blank = torch.empty((), dtype=torch.float32, device=self._device)
+                    self._blank = blank.expand(sum(self._areas))
             if self._again(tensors, scratch):
                 return
         kernels = [kernel[grid](**given, **options) for kernel, grid, given, options in self._bound(tensors, scratch)]
@@ -78,7 +82,11 @@ class Plan:
         ]
 
     def _scratch(self) -> Tensor | None:
-        return torch.empty(sum(self._areas), dtype=torch.float32, device=self._device) if self._areas else None
+        if not self._areas:
+            return None
+        if self._blank is not None:  # half of the time
+            return torch.empty_like(self._blank, memory_format=torch.contiguous_format)
+        return torch.empty(sum(self._areas), dtype=torch.float32, device=self._device)
 
 
 def _as_bytes(x: Any) -> Any:
