@@ -19,8 +19,9 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
+from pagewire.kernels.quant import as_stored
+
 _ALIGN = 16  # bytes
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Plan:
 
     def _bound(self, tensors: Sequence[Any], scratch: Tensor | None) -> list[Launch]:
         areas = () if scratch is None else reversed(scratch.split(self._areas))
-        values = [_as_bytes(x) for x in (*tensors, *areas)]
+        values = [as_stored(x) if isinstance(x, Tensor) else x for x in (*tensors, *areas)]
         return [
             launch._replace(arguments={name: _filled(value, values) for name, value in launch.arguments.items()})
             for launch in self.launches
@@ -87,11 +88,6 @@ class Plan:
         if self._blank is not None:  # half of the time
             return torch.empty_like(self._blank, memory_format=torch.contiguous_format)
         return torch.empty(sum(self._areas), dtype=torch.float32, device=self._device)
-
-
-def _as_bytes(x: Any) -> Any:
-    """fp8, as kernels see it."""
-    return x.view(torch.uint8) if isinstance(x, Tensor) and x.dtype in _FP8 else x
 
 
 def _filled(value: Any, values: Sequence[Any]) -> Any:

@@ -38,7 +38,7 @@ def scale_kind(scale: torch.Tensor | float | None) -> str:
 
 def as_stored(x: torch.Tensor) -> torch.Tensor:
     """fp8 as the bytes the kernels see."""
-    return x.view(torch.uint8) if ELEMENTS[x.dtype] == tl.uint8 else x
+    return x.view(torch.uint8) if ELEMENTS.get(x.dtype) == tl.uint8 else x
 
 
 def native_fp8(device: torch.device) -> bool:

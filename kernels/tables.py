@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pagewire.kernels.device import is_capturing
+from pagewire.kernels.device import current, is_capturing
 
 _MAX_TABLES = 256  # a few KiB each; a serving process has one or two per cache
 _PER_LAUNCH = 32
@@ -74,8 +74,9 @@ def _write(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     padded = (*values, *values[-1:] * (-len(values) % _PER_LAUNCH))
     with torch.inference_mode(False):  # kept for calls in any mode
         table = torch.empty(len(padded), dtype=torch.int64, device=device)
-    for start in range(0, len(padded), _PER_LAUNCH):
-        _write_kernel[(1,)](table[start:], *padded[start : start + _PER_LAUNCH], num_warps=1)
+    with current(device):
+        for start in range(0, len(padded), _PER_LAUNCH):
+            _write_kernel[(1,)](table[start:], *padded[start : start + _PER_LAUNCH], num_warps=1)
     return table
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagewire import overlap, scalars, shared_kv, views
-from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, StoredScaleKind, dispatches, dtype_name
+from pagewire.types import KV_DTYPES, LAYOUTS, QUANT_MAX, Layout, StoredScaleKind, dense, dispatches, dtype_name
 
 CACHE_SCALES: tuple[str, ...] = ("none", "tensor", "head", "token_head")
 
@@ -323,6 +323,7 @@ def _cache_scale(cache: PagedKVCache, num_pages: int, page_size: int, num_kv_hea
                 kinds.add("none")
                 continue
             where = f"{kind}_scales[{i}]"
+            dense(where, s)
             if s.dtype != torch.float32:
                 raise TypeError(f"{where}: expected float32, got {dtype_name(s.dtype)}")
             if s.device != cache.k[0].device:

@@ -12,7 +12,7 @@ from pagewire import scalars, shared_kv
 from pagewire.cache import PagedKVCache, nhd
 from pagewire.overlap import overlap, same, span, touches
 from pagewire.packed import PackedKV, PackedShape
-from pagewire.types import KV_DTYPES, QUANT_MAX, dispatches, dtype_name
+from pagewire.types import KV_DTYPES, QUANT_MAX, dense, dispatches, dtype_name
 
 T = TypeVar("T")
 
@@ -147,6 +147,7 @@ class CachePart(NamedTuple):
             if foreign is not None:
                 kind = type(self.cache.tensors[foreign]).__name__
                 raise TypeError(f"{foreign} of the cache: expected a plain torch.Tensor like slots, got {kind}")
+            dense("slots", slots)
         if slots.dim() != 1 or slots.dtype != torch.int64:
             raise ValueError(f"slots: expected [num_tokens] int64, got {tuple(slots.shape)} {dtype_name(slots.dtype)}")
         if slots.device != self.cache.device:

@@ -18,6 +18,7 @@ from pagewire.types import (
     Modifiers,
     Options,
     Scale,
+    dense,
     dispatches,
     dtype_name,
 )
@@ -43,8 +44,7 @@ class Dims:
         """`pattern`: dim names separated by spaces; a leading "<=" accepts a smaller extent."""
         if type(tensor) is not Tensor:
             _plain(name, tensor)
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got layout {tensor.layout}")
+        dense(name, tensor)
         words, shape, known = _words(pattern), tensor.shape, self._known
         if len(shape) != len(words):
             raise ValueError(f"{name}: expected [{pattern.replace(' ', ', ')}], got shape {tuple(shape)}")
@@ -131,6 +131,7 @@ def scale(dims: Dims, name: str, value: Scale, kv_dtype: torch.dtype, *, per_req
         return
     if not isinstance(value, Tensor):
         return
+    dense(name, value)
     dtype(name, value, (torch.float32,))
     heads, pages, page_size = dims["num_kv_heads"], dims["num_pages"], dims["page_size"]
     accepted = {"[]": (), "[num_kv_heads]": (heads,), "[num_pages, page_size, num_kv_heads]": (pages, page_size, heads)}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pagewire.scalars import integer, show
+from pagewire.types import dense
 
 
 def page_slots(page_table_row: Tensor, start: int, stop: int, page_size: int) -> Tensor:
@@ -24,6 +25,7 @@ def page_slots(page_table_row: Tensor, start: int, stop: int, page_size: int) ->
     """
     if not isinstance(page_table_row, Tensor):
         raise TypeError(f"page_table_row: expected a torch.Tensor, got {show(page_table_row)}")
+    dense("page_table_row", page_table_row)
     if page_table_row.dim() != 1 or page_table_row.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             "page_table_row: expected [max_pages_per_seq] int32 or int64, got "

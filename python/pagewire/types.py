@@ -31,6 +31,12 @@ def dispatches(kind: type[Tensor]) -> bool:
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def dense(name: str, x: Tensor) -> None:
+    """Raises TypeError for a tensor without strides or memory of its own, as a sparse one is."""
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got layout {x.layout}")
+
+
 def scale_kind(scale: Scale) -> ScaleKind:
     """Which of the accepted forms a scale has; its shape has been checked before."""
     if scale is None:

@@ -30,6 +30,8 @@ REFUSED = [
     ("q is another float", Q, lambda q: q.half(), TypeError, "k_cache: expected float16 (from q), float8_e4m3fn"),
     ("heads do not divide", Q, lambda q: q[:, :3], ValueError, "multiple of num_kv_heads=2 (from k_cache), got 3"),
     ("q not dense", Q, lambda q: q.mT.contiguous().mT, ValueError, "q: expected a contiguous"),
+    ("q is sparse", Q, lambda q: q.to_sparse(), TypeError, "q: expected a dense tensor (layout torch.strided), got"),
+    ("lens are sparse", LENS, lambda s: s.to_sparse(), TypeError, "seq_lens: expected a dense tensor"),
     ("head_dim differs", Q, lambda q: q[..., :16], ValueError, "head_dim=16 from q"),
     ("k is 3-d", K, lambda k: k[0], ValueError, "k_cache: expected [num_pages, page_size, num_kv_heads, head_dim]"),
     ("v has fewer pages", V, lambda v: v[1:], ValueError, "num_pages=5 from k_cache"),
@@ -231,3 +233,21 @@ def test_page_helpers():
         pw.page_table_from_csr(torch.tensor([0, 3, 5]), torch.arange(3))
     with pytest.raises(ValueError, match="request 0 has 3 pages"):
         pw.page_table_from_csr(torch.tensor([0, 3]), torch.arange(3), 2)
+
+
+def test_sparse_tensors_are_refused_in_words():
+    """Wherever a tensor may come in that no other check takes apart."""
+    cache = pw.PagedKVCache.allocate(
+        num_layers=1, num_pages=2, page_size=4, num_kv_heads=2, head_dim=8, dtype=torch.int8, device="cpu", scale="head"
+    )
+    ones, rows = torch.ones(2).to_sparse(), torch.zeros(2, 2, 8)
+    slots = torch.arange(2)
+    for name, call in (
+        ("k_scales[0]", lambda: pw.PagedKVCache(cache.k, cache.v, k_scales=[ones], v_scales=[ones])),
+        ("slots", lambda: pw.pack_kv(cache, slots.to_sparse())),
+        ("k_scale", lambda: pw.append_kv(rows, rows, cache.k[0], cache.v[0], slots, k_scale=ones, v_scale=ones)),
+        ("lses", lambda: pw.merge_states(torch.zeros(2, 1, 2, 8), torch.zeros(2, 1, 2).to_sparse())),
+        ("page_table_row", lambda: pw.page_slots(slots.to_sparse(), 0, 3, 4)),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"{name}: expected a dense tensor")):
+            call()

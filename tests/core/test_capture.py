@@ -53,6 +53,22 @@ def on_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("device", [FIRST, SECOND], ids=str)
+def test_a_table_is_written_on_its_device(device, captured, monkeypatch):
+    tables = pytest.importorskip("pagewire.kernels.tables")
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, **options: launched.append(torch.cuda.current_device())
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **more: empty(*size, **more))
+    monkeypatch.setattr(tables, "_write_kernel", Kernel())
+    tables._write(tuple(range(40)), device)
+    assert launched == [device.index] * 2
+
+
+@pytest.mark.parametrize("device", [FIRST, SECOND], ids=str)
 def test_error_word(device, captured, on_cpu, monkeypatch):
     monkeypatch.setattr(errors, "_words", {})
     if device == captured:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python" / "pagewire"
 # lowest first; a module may import its own layer and those before it
 LAYERS = [
     {"kernels", "version"},
-    {"types", "environment", "errors", "emulation", "memo", "overlap", "scalars", "views"},
+    {"types", "environment", "errors", "emulation", "memo", "overlap", "results", "scalars", "views"},
     {"quant", "packed", "pages", "allocator", "cache", "shared_kv"},
     {"check", "cache_part"},
     {"moves"},

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import pagewire as pw  # noqa: E402
 from core.test_memo import append, attention, fp8, random_call  # noqa: E402
-from pagewire import eager, memo  # noqa: E402
+from pagewire import memo, results  # noqa: E402
 from pagewire.bench import pretend, tune  # noqa: E402
 from pagewire.bench.cases import Attention  # noqa: E402
 from pagewire.kernels import plan as plans  # noqa: E402
@@ -179,7 +179,7 @@ def launched(monkeypatch):
 
     aligned = []
     made: dict = {}
-    monkeypatch.setattr(eager.Result, "new", lambda of: made.setdefault((*of._shape, of._dtype), zeros(of)))
+    monkeypatch.setattr(results.Result, "new", lambda of: made.setdefault((*of._shape, of._dtype), zeros(of)))
     monkeypatch.setattr(Plan, "run", run)
     monkeypatch.setattr(Plan, "_scratch", lambda plan: scratch[: sum(plan._areas)] if plan._areas else None)
     memo.forget()
