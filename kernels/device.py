@@ -1,11 +1,12 @@
 """What CUDA asks of the current device is asked of the tensors' own."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 
-def current(device: torch.device) -> AbstractContextManager:
+def current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes `device` the current one, as Triton's launches want it; free when it already is."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()

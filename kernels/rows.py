@@ -80,6 +80,10 @@ class Stored(NamedTuple):
     def of(cls, dtype: torch.dtype, scale: str, align: int) -> Stored:
         return cls(ELEMENTS[dtype].name, format_of(dtype), scale, align)
 
+    @property
+    def num_bytes(self) -> int:
+        return tl.dtype(self.ELEMENT).primitive_bitwidth // 8  # type: ignore[no-any-return]
+
 
 @triton.constexpr_function
 def element(stored: Stored) -> tl.dtype:

@@ -96,8 +96,10 @@ def decode(
     options = Options(
         softmax_scale, False, window_size, softcap, alibi_slopes, sinks, k_scale, v_scale, split_size, None
     )
-    result = _route(q).decode(q, k_cache, v_cache, page_table, seq_lens, layout, options, backend, out, lse, return_lse)
-    return result if return_lse else result[0]  # type: ignore[return-value]
+    found: tuple[Tensor, Tensor] = _route(q).decode(
+        q, k_cache, v_cache, page_table, seq_lens, layout, options, backend, out, lse, return_lse
+    )
+    return found if return_lse else found[0]
 
 
 def prefill(
@@ -141,10 +143,10 @@ def prefill(
     options = Options(
         softmax_scale, causal, window_size, softcap, alibi_slopes, sinks, k_scale, v_scale, split_size, max_q_len
     )
-    result = _route(q).prefill(
+    found: tuple[Tensor, Tensor] = _route(q).prefill(
         q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, layout, options, backend, out, lse, return_lse
     )
-    return result if return_lse else result[0]  # type: ignore[return-value]
+    return found if return_lse else found[0]
 
 
 def merge_state(
@@ -168,7 +170,8 @@ def merge_state(
     Raises:
         ValueError, TypeError: a shape, dtype, stride or device that does not fit. BackendError: no backend takes it.
     """
-    return _route(out_a).merge_state(out_a, lse_a, out_b, lse_b, out, lse, backend)
+    merged: tuple[Tensor, Tensor] = _route(out_a).merge_state(out_a, lse_a, out_b, lse_b, out, lse, backend)
+    return merged
 
 
 def merge_states(
@@ -181,7 +184,8 @@ def merge_states(
         out, lse: results, [num_tokens, num_qo_heads, head_dim] and [num_tokens, num_qo_heads].
     Returns, Raises: as `merge_state`.
     """
-    return _route(outs).merge_states(outs, lses, out, lse, backend)
+    merged: tuple[Tensor, Tensor] = _route(outs).merge_states(outs, lses, out, lse, backend)
+    return merged
 
 
 def pack_kv(

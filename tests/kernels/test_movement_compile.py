@@ -27,10 +27,10 @@ def check(rows: list[dict]) -> None:
     for row in rows:
         assert row["stack"] == row["local"] == 0, f"spills: {row}"
         scaled = "tensor" in row["call"] or "head" in row["call"]  # scales are copied one by one
-        if row["kernel"] in ("_append_copy_kernel", "_copy_kernel") and not scaled:
+        if row["kernel"] == "_copy_kernel" and not scaled:
             narrow = row["call"].endswith("-24-3")  # odd strides
             assert (row["words"] == WIDE) != narrow, f"not 16 bytes at a time: {row}"
-        if row["kernel"] in ("_append_quantise_kernel", "_convert_kernel"):
+        if row["kernel"] == "_convert_kernel":
             assert not row["div_full"], f"approximate division: {row}"
             # narrow accesses are the scales'; values go 16 (fp8 and int8 at least 8) bytes at a time
             assert set(WIDE[:1]) <= set(row["words"]), f"narrow loads: {row}"
@@ -40,10 +40,7 @@ def test_quick_set() -> None:
     rows = compiled("quick")
     check(rows)
     kernels = {row["kernel"] for row in rows}
-    assert kernels == {
-        "_append_copy_kernel", "_append_quantise_kernel", "_copy_kernel", "_convert_kernel",
-        "_merge_two_kernel", "_merge_kernel", "_write_kernel",
-    }  # fmt: skip
+    assert kernels == {"_copy_kernel", "_convert_kernel", "_merge_two_kernel", "_merge_kernel", "_write_kernel"}
     native = {row["arch"]: row["native"] for row in rows if "float8" in row["call"]}
     assert native == {80: False, 90: True}
 

@@ -235,7 +235,7 @@ def test_rows_that_lie_in_the_cache_have_a_plan_of_their_own(launched):
         seen.clear()
         for rows in order:
             pw.append_kv(*rows, *caches, torch.arange(2), backend="triton")
-        strides = [launches[0][2]["k"][1] for launches in seen]
+        strides = [launches[0][2]["rows"][1] for launches in seen]
         assert strides == [128 if rows is apart else 64 for rows in order]
 
 
@@ -274,7 +274,7 @@ def test_a_kept_plan_moves_what_a_new_one_would(launched, wire, scale):
 def without_table(launches):
     """On a CPU it is made for each call."""
     ((kernel, grid, given),) = launches
-    return kernel, grid, {name: x for name, x in given.items() if name != "table_ptr"}
+    return kernel, grid, {name: x for name, x in given.items() if name not in "kv"}
 
 
 def test_a_sweep_times_the_row_it_puts_into_the_table(launched):

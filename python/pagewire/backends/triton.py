@@ -70,15 +70,7 @@ def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, kept: Kep
 
 def move(movement: Movement, kept: Kept) -> None:
     word, copy = device_word(movement.slots.device), movement.parts[0].how is How.COPY
-    if movement.packed is not None:
-        _pack.move(movement, movement.packed, word, kept, copy=copy)
-        return
-    k, v = movement.parts
-    k_scale, v_scale = (part.cache_scales[0] if part.cache_scales else None for part in (k, v))
-    k_cache, v_cache = k.caches[0], v.caches[0]
-    tensors = (k.rows, v.rows, k_cache, v_cache, k_scale, v_scale, movement.slots)
-    aligned = _append.alignments(k.rows, v.rows, k_cache, v_cache)
-    plan = kept.get(aligned)
-    if plan is None:
-        plan = kept[aligned] = _append.plan(_append.Tensors(*tensors), aligned, word, copy=copy)
-    plan.run(*tensors)
+    if movement.packed is None:
+        _append.run(movement, word, kept, copy=copy)
+    else:
+        _pack.run(movement, movement.packed, word, kept, copy=copy)

@@ -32,7 +32,7 @@ from pagewire.kernels.tuning import KernelConfig, Key
 
 STEPS = (*suites.SUITES, "tune")
 # the longest first, so that no long one is left alone at the end
-_LONGEST = ("_prefill_kernel", "_decode_kernel", "_convert_kernel", "_append_quantise_kernel")
+_LONGEST = ("_prefill_kernel", "_decode_kernel", "_convert_kernel")
 
 
 class Item(NamedTuple):
