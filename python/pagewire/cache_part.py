@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pagewire import scalars, shared_kv
 from pagewire.cache import PagedKVCache, nhd
-from pagewire.overlap import overlap, same, span, touches
+from pagewire.overlap import meet, overlap, same, span, touches
 from pagewire.packed import PackedKV, PackedShape
 from pagewire.types import KV_DTYPES, QUANT_MAX, dense, dispatches, dtype_name
 
@@ -34,6 +34,7 @@ class Addressed(NamedTuple):
     layers: tuple[int, int]
     heads: tuple[int, int]
     found: dict[Any, Any]
+    device: torch.device
     tensors: tuple[Tensor, ...]
     addresses: tuple[int, ...]
 
@@ -44,7 +45,7 @@ class Addressed(NamedTuple):
         lists = (cache.k, cache.v, cache.k_scale, cache.v_scale)
         tensors = tuple(t for given in lists for t in given[slice(*taken)] if t is not None)
         known = not torch.compiler.is_compiling() and cache.foreign is None
-        return cls(taken, columns, {}, tensors, tuple(map(Tensor.data_ptr, tensors)) if known else ())
+        return cls(taken, columns, {}, cache.device, tensors, tuple(map(Tensor.data_ptr, tensors)) if known else ())
 
 
 class CachePart(NamedTuple):
@@ -52,6 +53,7 @@ class CachePart(NamedTuple):
     layers: tuple[int, int]  # (start, stop)
     heads: tuple[int, int]
     found: dict[Any, Any]  # for earlier calls
+    device: torch.device
 
     @classmethod
     def of(cls, cache: Any, layers: Any, heads: Any) -> CachePart:
@@ -71,7 +73,7 @@ class CachePart(NamedTuple):
                 if len(cache.parts) >= _MOST:
                     cache.parts.clear()
                 cache.parts[layers, heads] = known
-        return cls(cache, known.layers, known.heads, known.found)
+        return cls(cache, *known[:4])
 
     def once(self, key: Any, find: Callable[[], T]) -> T:
         """What `find` returned for this key, which must be all that it depends on besides the part."""
@@ -150,8 +152,8 @@ class CachePart(NamedTuple):
             dense("slots", slots)
         if slots.dim() != 1 or slots.dtype != torch.int64:
             raise ValueError(f"slots: expected [num_tokens] int64, got {tuple(slots.shape)} {dtype_name(slots.dtype)}")
-        if slots.device != self.cache.device:
-            raise ValueError(f"slots: expected device {self.cache.device} (from the cache), got {slots.device}")
+        if slots.device != self.device:
+            raise ValueError(f"slots: expected device {self.device} (from the cache), got {slots.device}")
 
     def check_shared_scales(self, slots: Tensor) -> None:
         """V within K has K's scales: others would not travel."""
@@ -164,9 +166,8 @@ class CachePart(NamedTuple):
 
     def buffer(self, out: Any, shape: PackedShape, slots: Tensor) -> PackedKV:
         """`out` as the PackedKV that receives, or a new one."""
-        device = self.cache.device
         if out is None:
-            return PackedKV.empty(shape, device)
+            return PackedKV.empty(shape, self.device)
         if isinstance(out, PackedKV):
             if out.shape is not shape and out.shape != shape:
                 raise ValueError(f"out: expected {shape}, got {out.shape}")
@@ -208,16 +209,17 @@ class CachePart(NamedTuple):
         self._check_apart("packed", packed.buffer, slots)
 
     def _check_place(self, name: str, buffer: Tensor) -> None:
-        device = self.cache.device
+        device = self.device
         if buffer.device != device and not (device.type == "cuda" and buffer.is_pinned()):
             raise ValueError(f"{name}: expected device {device} (from the cache) or pinned memory, got {buffer.device}")
 
     def _check_apart(self, name: str, buffer: Tensor, slots: Tensor) -> None:
         if torch.compiler.is_compiling() or dispatches(type(buffer)):
             return
-        if overlap(buffer, slots):
+        its = span(buffer)
+        if meet(its, span(slots)) and overlap(buffer, slots):
             raise ValueError(f"{name}: expected memory of its own, got a tensor that overlaps slots")
-        if not touches(self.cache.spans, span(buffer)):
+        if not touches(self.cache.spans, its):
             return
         for where, tensor in self.cache.tensors.items():
             if overlap(buffer, tensor):

@@ -307,28 +307,46 @@ def _check_many(outs: Tensor, lses: Tensor, out: Tensor | None, lse: Tensor | No
     return _merge("merge_states", outs, outs.shape[1:])
 
 
+class Moved(NamedTuple):
+    """What was found of a move between a part of a cache and packed values of a dtype."""
+
+    problem: Problem
+    views: LayerViews
+    kept: Kept
+
+    @classmethod
+    def of(cls, op: moves.Op, shape: PackedShape, views: LayerViews) -> Moved:
+        device, page_size = views.k[0].device, views.k[0].shape[1]
+        problem = Problem(
+            op, device.type, shape.dtype, views.k[0].dtype, shape.head_dim, shape.head_dim_v, page_size,
+            device_index=device.index,
+        )  # fmt: skip
+        return cls(problem, views, {})
+
+
 def pack_kv(part: CachePart, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
     part.check_shared_scales(slots)
-    views = part.once("views", lambda: part.views)
-    run_pack(views, slots, packed, backend, part.once("pack_kv", dict))
+    shape = packed.shape
+    run_pack(part.once(("pack", shape.dtype), lambda: Moved.of("pack_kv", shape, part.views)), slots, packed, backend)
 
 
 def unpack_kv(packed: PackedKV, part: CachePart, slots: Tensor, backend: str | None) -> None:
     part.check_writable(packed, slots)
-    views = part.once("views", lambda: part.views)
-    run_unpack(packed, views, slots, backend, part.once("unpack_kv", dict))
+    shape = packed.shape
+    of = part.once(("unpack", shape.dtype), lambda: Moved.of("unpack_kv", shape, part.views))
+    run_unpack(packed, of, slots, backend)
     second = part.second_scales()
     if second is not None:  # the same rows once more, for the scale of each
-        run_unpack(packed, second, slots, backend, part.once("unpack_kv, second scales", dict))
+        of = part.once(("unpack, second scales", shape.dtype), lambda: Moved.of("unpack_kv", shape, second))
+        run_unpack(packed, of, slots, backend)
 
 
-def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | None, kept: Kept) -> None:
-    problem = _cache_problem("pack_kv", packed.shape, views.k[0])
-    implementation = registry.choose(problem, backend)
+def run_pack(of: Moved, slots: Tensor, packed: PackedKV, backend: str | None) -> None:
+    implementation = registry.choose(of.problem, backend)
     if slots.shape[0] == 0:  # what travels without any token
-        packed.take_shared_scales(views.k_scale, views.v_scale)
+        packed.take_shared_scales(of.views.k_scale, of.views.v_scale)
     else:
-        implementation.move(moves.pack(views, slots, packed), kept)
+        implementation.move(moves.pack(of.views, slots, packed), of.kept)
     # rarely any: what lay there before must not travel, and equal contents must give equal buffers
     start, stop = packed.shape.padding
     if start < stop:
@@ -337,10 +355,10 @@ def run_pack(views: LayerViews, slots: Tensor, packed: PackedKV, backend: str | 
     check_after_call(slots.device)
 
 
-def run_unpack(packed: PackedKV, views: LayerViews, slots: Tensor, backend: str | None, kept: Kept) -> None:
-    implementation = registry.choose(_cache_problem("unpack_kv", packed.shape, views.k[0]), backend)
+def run_unpack(packed: PackedKV, of: Moved, slots: Tensor, backend: str | None) -> None:
+    implementation = registry.choose(of.problem, backend)
     if slots.shape[0]:
-        implementation.move(moves.unpack(packed, views, slots), kept)
+        implementation.move(moves.unpack(packed, of.views, slots), of.kept)
     check_after_call(slots.device)
 
 
@@ -358,11 +376,3 @@ def _merge(op: str, x: Tensor, shape: Sequence[int]) -> _Merge:
     *rows, width = shape
     problem = Problem(op, x.device.type, x.dtype, x.dtype, width, width, device_index=x.device.index)
     return _Merge(problem, Results.of(x, rows, width), overlap.Room(), {})
-
-
-def _cache_problem(op: str, shape: PackedShape, k_cache: Tensor) -> Problem:
-    device, page_size = k_cache.device, k_cache.shape[1]
-    return Problem(
-        op, device.type, shape.dtype, k_cache.dtype, shape.head_dim, shape.head_dim_v, page_size,
-        device_index=device.index,
-    )  # fmt: skip

@@ -106,9 +106,9 @@ def unpack(packed: PackedKV, views: LayerViews, slots: Tensor) -> Movement:
 
 
 def _packed_parts(views: LayerViews, packed: PackedKV, how: How) -> tuple[Part, ...]:
-    k_rows, *v_rows = packed.rows
-    k = Part(views.k, views.k_scale, *k_rows, how)
-    return (k,) if not v_rows else (k, Part(views.v, views.v_scale, *v_rows[0], how))
+    rows = packed.rows
+    k = Part(views.k, views.k_scale, rows[0].values, rows[0].scales, how)
+    return (k,) if len(rows) == 1 else (k, Part(views.v, views.v_scale, rows[1].values, rows[1].scales, how))
 
 
 def _per_token(scale: Scale) -> bool:

@@ -40,7 +40,8 @@ def _run_pack(
     *flat, backend = shape_and_backend
     shape = _packed_shape(k_caches, flat)
     packed = PackedKV.empty(shape, slots.device) if buffer is None else PackedKV.wrap(buffer, shape)
-    eager.run_pack(LayerViews(k_caches, v_caches, k_scales, v_scales), slots, packed, backend, {})
+    views = LayerViews(k_caches, v_caches, k_scales, v_scales)
+    eager.run_pack(eager.Moved.of("pack_kv", packed.shape, views), slots, packed, backend)
     return packed.buffer
 
 
@@ -83,7 +84,8 @@ def _run_unpack(
                 f"unpack_kv: v_caches[{layer}] is a view of k_caches[{layer}], but V was packed on its own; make the "
                 "cache outside torch.compile, or with shares_kv=True"
             )
-    eager.run_unpack(packed, LayerViews(k_caches, v_caches, k_scales, v_scales), slots, backend, {})
+    views = LayerViews(k_caches, v_caches, k_scales, v_scales)
+    eager.run_unpack(packed, eager.Moved.of("unpack_kv", packed.shape, views), slots, backend)
 
 
 define(
