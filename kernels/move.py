@@ -181,7 +181,8 @@ def _convert_tile(plane, rows, slots, WIDTH: tl.constexpr, ROWS: tl.constexpr, S
     DENSE: tl.constexpr = move.ROWS
     NATIVE: tl.constexpr = move.NATIVE
     ROW_BYTES: tl.constexpr = move.V_BYTES if SIDE else move.K_BYTES
-    DIM: tl.constexpr = ROW_BYTES // (element(DENSE).primitive_bitwidth // 8)
+    NAME: tl.constexpr = DENSE.ELEMENT
+    DIM: tl.constexpr = ROW_BYTES // (element(NAME).primitive_bitwidth // 8)
     row = tl.program_id(0) // slots.heads_apart * ROWS + tl.arange(0, ROWS)
     token, head, slot, live, fits = _place(row, row >= 0, slots, SIDE, move)
     in_cache, cache_scales = _in_cache(plane, slot, head, rows, SIDE, move)

@@ -7,6 +7,7 @@ NATIVE selects the hardware conversions (sm_90 and newer); without it the same b
 
 import torch
 import triton
+import triton._C.libtriton as libtriton
 import triton.language as tl
 
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
@@ -21,7 +22,11 @@ ELEMENTS = {  # what a kernel loads and stores
 
 # The interpreter truncates fp32 -> bf16 and mistakes bf16 subnormals: there the casts are done on the bits.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# and before Triton 3.9 its fma rounds twice: there a division stays one
+_FMA_ROUNDS_ONCE = tl.constexpr(not triton.knobs.runtime.interpret or hasattr(libtriton.interpreter, "fma_fp32"))
 _INF_BITS = tl.constexpr(0x7F800000)
+_SMALL, _LARGE = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
+_TINY, _HUGE = tl.constexpr(2.0**-80), tl.constexpr(2.0**80)
 _ROUND_TO_INT = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction bits
 
 
@@ -103,8 +108,11 @@ def token_head_scale(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def quantise(x, scale, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
-    """fp32 `x / scale`, IEEE, to nearest even, saturated; NaN is 0x7F (int8: 0). scale: fp32, of x's shape."""
-    y = tl.div_rn(x, scale)
+    """fp32 `x / scale`, IEEE, to nearest even, saturated; NaN is 0x7F (int8: 0). scale: fp32, [ROWS, 1]."""
+    if _FMA_ROUNDS_ONCE:
+        y = _quotient(x, scale)
+    else:
+        y = tl.div_rn(x, scale)
     limit = _largest(FORMAT)
     clamped = tl.clamp(y, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     if FORMAT == "int8":
@@ -113,6 +121,25 @@ def quantise(x, scale, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     else:
         code = _to_fp8(clamped, FORMAT, NATIVE)
         return code if NATIVE else tl.where(y == y, code, 0x7F).to(tl.uint8)
+
+
+@triton.jit
+def _quotient(x, divisor):
+    """`x / divisor`, IEEE wherever it decides a code: with one division a row. divisor: fp32 [ROWS, 1].
+
+    Markstein's correction: with r = 1 / d to nearest and q = x * r, the remainder x - q * d is exact in one fma, and
+    q + remainder * r rounds to the quotient (P. Markstein, IBM J. Res. Dev. 34, 1990). Where q is too large for that
+    it saturates, and where it is too small, or a zero with a sign, its code is zero. Divisors near the ends of the
+    range are scaled into the middle, and x with them.
+    """
+    factor = tl.where(tl.abs(divisor) < _SMALL, _HUGE, tl.where(tl.abs(divisor) > _LARGE, _TINY, 1.0))
+    divisor *= factor
+    x *= factor
+    reciprocal = tl.div_rn(1.0 + tl.zeros_like(divisor), divisor)
+    q = x * reciprocal
+    divisor, reciprocal = divisor + tl.zeros_like(q), reciprocal + tl.zeros_like(q)
+    corrected = tl.fma(tl.fma(-q, divisor, x), reciprocal, q)
+    return tl.where((tl.abs(q) > 2.0**-20) & (tl.abs(q) < 2.0**30), corrected, q)
 
 
 @triton.jit

@@ -82,18 +82,19 @@ class Stored(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return tl.dtype(self.ELEMENT).primitive_bitwidth // 8  # type: ignore[no-any-return]
+        return element(self.ELEMENT).primitive_bitwidth // 8  # type: ignore[no-any-return]
 
 
 @triton.constexpr_function
-def element(stored: Stored) -> tl.dtype:
-    return tl.dtype(stored.ELEMENT)
+def element(name: str) -> tl.dtype:
+    return tl.dtype(name)
 
 
 @triton.jit
 def load_real(addresses, scales, rows, width_ok, WIDTH: tl.constexpr, NATIVE: tl.constexpr, stored: tl.constexpr):
     """stored * scale, fp32 [ROWS, WIDTH], 0 where masked. scales: pointers [ROWS]."""
-    ELEMENT: tl.constexpr = element(stored)
+    NAME: tl.constexpr = stored.ELEMENT
+    ELEMENT: tl.constexpr = element(NAME)
     FORMAT: tl.constexpr = stored.FORMAT
     ALIGN: tl.constexpr = stored.ALIGN
     x = tl.load(tile_pointers(addresses, ELEMENT, WIDTH, ALIGN), mask=rows[:, None] & width_ok, other=0)
@@ -106,7 +107,8 @@ def load_real(addresses, scales, rows, width_ok, WIDTH: tl.constexpr, NATIVE: tl
 @triton.jit
 def store_real(x, addresses, scales, rows, width_ok, NATIVE: tl.constexpr, stored: tl.constexpr):
     """x: fp32 [ROWS, WIDTH]. scales: pointers [ROWS], or the "value"; per token they are written, otherwise read."""
-    ELEMENT: tl.constexpr = element(stored)
+    NAME: tl.constexpr = stored.ELEMENT
+    ELEMENT: tl.constexpr = element(NAME)
     FORMAT: tl.constexpr = stored.FORMAT
     ALIGN: tl.constexpr = stored.ALIGN
     WIDTH: tl.constexpr = x.shape[1]

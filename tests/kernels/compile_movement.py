@@ -31,17 +31,29 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 e4m3, e5m2, int8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 
 
-def facts(kernel: triton.compiler.CompiledKernel) -> dict:
+def facts(kernel: triton.compiler.CompiledKernel, counts: bool) -> dict:
+    """counts: instructions too, which takes longer than compiling."""
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        def dump(what: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, what, cubin.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, sass = dump("--dump-resource-usage"), dump("-sass") if counts else ""
     used = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    code = [text for _, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)]
     accesses = re.findall(r"\b((?:ld|st)\.global[.\w]*)", ptx)
     words = sorted({a for a in accesses if a.endswith(("b32", "b16", "b8"))})
-    return {**used, "words": words, "div_full": "div.full" in ptx, "native": "cvt.rn.satfinite" in ptx}
+    return {
+        **used,
+        "words": words,
+        "div_full": "div.full" in ptx,
+        "native": "cvt.rn.satfinite" in ptx,
+        "instructions": sum("NOP" not in text for text in code),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ calls
@@ -82,9 +94,11 @@ def table_call() -> None:
 QUICK = [
     (append_call, bf16, bf16, None, 128),
     (append_call, bf16, e4m3, "token_head", 128),
+    (append_call, bf16, e4m3, "float", 128),
     (move_call, "pack", bf16, "none", bf16, 128, None, (1, 2)),
     (move_call, "unpack", bf16, "none", bf16, 80, 64),
     (move_call, "pack", bf16, "none", e4m3, 128),
+    (move_call, "pack", e4m3, "token_head", bf16, 128),
     (move_call, "unpack", e5m2, "token_head", bf16, 128),
     (merge_call, 2, bf16, bf16, 128),
     (merge_call, 5, fp32, fp32, 128),
@@ -130,7 +144,8 @@ def main() -> None:
 
             def launch(fn, *args, grid, warmup, _call=call, _arch=arch, **kwargs):
                 line = {"arch": _arch, "call": name_of(_call), "kernel": fn.__name__}
-                print(json.dumps(line | facts(run(fn, *args, grid=grid, warmup=True, **kwargs))), flush=True)
+                kernel = run(fn, *args, grid=grid, warmup=True, **kwargs)
+                print(json.dumps(line | facts(kernel, _arch == 90 and _call in QUICK)), flush=True)
 
             JITFunction.run = launch
             append.native_fp8 = pack.native_fp8 = lambda device, native=arch >= 90: native

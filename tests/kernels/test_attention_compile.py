@@ -12,8 +12,9 @@ import sys
 import pytest
 
 triton = pytest.importorskip("triton")
+from kernels import instructions  # noqa: E402
+
 SCRIPT = pathlib.Path(__file__).with_name("compile_attention.py")
-TABLE = pathlib.Path(__file__).parents[2] / "docs" / "tuning" / "instructions.md"
 # of asynchronous copies on sm_90; Triton 3.6 drops them
 KEEPS_HINTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 # of the instructions of a tile loop. 128 rows of 256 dims: 1.9 times as fast as 64 rows that do not spill (H200,
@@ -78,19 +79,9 @@ def test_representative_set(representative: list[dict]) -> None:
             assert row["evict_first"] > 0, row
 
 
-def budgets() -> dict[str, int]:
-    """case -> instructions of its loop, of docs/tuning/instructions.md for this version of Triton."""
-    rows = [line.strip("| \n").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| ")]
-    version = "Triton " + ".".join(triton.__version__.split(".")[:2])
-    if version not in rows[0]:
-        pytest.skip(f"{TABLE.name} has no budgets for {version}")
-    return {row[0].strip("`"): int(row[rows[0].index(version)]) for row in rows[1:]}
-
-
 def test_hot_loops_keep_their_budgets(representative: list[dict]) -> None:
     counted = {row["case"]: row["loop"] for row in representative if row["kernel"] != "_combine_kernel"}
-    for case, budget in budgets().items():
-        assert 0.95 * budget <= counted[case] <= budget, f"{case}: {counted[case]} instructions, {budget} in {TABLE}"
+    instructions.check(counted, instructions.budgets("kernel,"))
 
 
 def test_no_compilation_for_another_batch_or_length() -> None:

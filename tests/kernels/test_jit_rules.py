@@ -19,9 +19,9 @@ STRINGS = {name for name, kind in KINDS.items() if kind is str}
 TUPLES = {"ALONE"} | {name for name, kind in KINDS.items() if kind is Stored}
 
 
-def _functions(source: str, jitted: bool) -> list[ast.FunctionDef]:
+def _functions(source: str, decorator: str, without: bool = False) -> list[ast.FunctionDef]:
     every = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
-    return [f for f in every if any("triton.jit" in ast.unparse(d) for d in f.decorator_list) == jitted]
+    return [f for f in every if any(decorator in ast.unparse(d) for d in f.decorator_list) != without]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -29,13 +29,22 @@ def test_no_string_of_a_tuple_is_read_in_a_call(file):
     """There it is a str and no constant: "'str' object has no attribute 'type'". A name bound before is one."""
     wrong = [
         f"{file.name}:{argument.lineno}: {ast.unparse(argument)}"
-        for function in _functions(file.read_text(), jitted=True)
+        for function in _functions(file.read_text(), "triton.jit")
         for call in ast.walk(function)
         if isinstance(call, ast.Call)
         for argument in (*call.args, *(k.value for k in call.keywords))
         if isinstance(argument, ast.Attribute) and argument.attr in STRINGS | TUPLES
     ]
     assert not wrong
+
+
+def test_constexpr_functions_take_no_tuples():
+    """Triton 3.6's interpreter hands them tuples without names, and its compiler too."""
+    found = [f for file in FILES for f in _functions(file.read_text(), "constexpr_function")]
+    assert found
+    for function in found:
+        kinds = {a.arg: ast.unparse(a.annotation) for a in function.args.args if a.annotation}
+        assert set(kinds.values()) <= {"str", "int", "bool", "float"}, f"{function.name}: {kinds}"
 
 
 def test_the_rule_has_something_to_look_for():
@@ -46,7 +55,7 @@ def test_the_rule_has_something_to_look_for():
 def _untyped(source: str) -> list[str]:
     """Functions that are not jitted and whose arguments and result do not all have types."""
     found = []
-    for function in _functions(source, jitted=False):
+    for function in _functions(source, "triton.jit", without=True):
         given = function.args
         every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
         names = [a.arg for a in every if a is not None and a.annotation is None and a.arg not in ("self", "cls")]

@@ -9,6 +9,8 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+from kernels import instructions  # noqa: E402
+
 SCRIPT = pathlib.Path(__file__).with_name("compile_movement.py")
 WIDE = ["ld.global.v4.b32", "st.global.v4.b32"]
 
@@ -36,8 +38,18 @@ def check(rows: list[dict]) -> None:
             assert set(WIDE[:1]) <= set(row["words"]), f"narrow loads: {row}"
 
 
-def test_quick_set() -> None:
-    rows = compiled("quick")
+@pytest.fixture(scope="module")
+def quick() -> list[dict]:
+    return compiled("quick")
+
+
+def test_kernels_keep_their_budgets(quick: list[dict]) -> None:
+    counted = {f"{row['kernel']} {row['call']}": row["instructions"] for row in quick if row["arch"] == 90}
+    instructions.check(counted, instructions.budgets("whole"))
+
+
+def test_quick_set(quick: list[dict]) -> None:
+    rows = quick
     check(rows)
     kernels = {row["kernel"] for row in rows}
     assert kernels == {"_copy_kernel", "_convert_kernel", "_merge_two_kernel", "_merge_kernel", "_write_kernel"}

@@ -98,3 +98,31 @@ def test_every_bit_pattern_quantises_as_defined(dtype, kv_dtype, backend, device
             pw.append_kv(x, x, cache, cache.clone(), slot, k_scale=scale, v_scale=scale, backend=name)
             results.append(bits(cache))
         assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=cases.SHORT.get)
+def test_quotients_next_to_a_tie_quantise_as_defined(kv_dtype, backend, device):
+    """A scale a head, of any size and sign; values whose quotients are ties between codes, a few fp32 steps around
+    them, and any."""
+    torch.manual_seed(20261127)
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kv_dtype).float()
+    codes = codes[codes.isfinite()].sort().values.unique()
+    ties = (codes[1:] + codes[:-1]) / 2
+    exponents = torch.arange(-149, 128).repeat(2).double()
+    scales = (torch.rand(len(exponents), dtype=torch.float64) + 1) * 2**exponents
+    scales[::3] *= -1
+    scales[1::7] = 2 ** exponents[1::7]
+    scales = torch.cat((scales.float(), torch.tensor([0.0, -0.0, torch.inf, torch.nan, 1 - 2**-24, 2 - 2**-23])))
+    near = (ties.double() * scales[:, None].double()).float()  # [num_heads, num_ties]
+    steps = torch.randint(-3, 4, near.shape, dtype=torch.int32)
+    near = torch.where(near.abs() > 1e-44, (near.view(torch.int32) + steps).view(torch.float32), near)
+    any_bits = torch.randint(-(2**31), 2**31, (len(scales), 512 - near.shape[1])).to(torch.int32).view(torch.float32)
+    k, v = torch.cat((near, any_bits), 1).unsqueeze(0).to(device).split(256, 2)
+    results = []
+    for name in (backend, "reference"):
+        caches = [torch.zeros(1, 1, len(scales), 256, dtype=kv_dtype, device=device) for _ in "kv"]
+        slot = torch.zeros(1, dtype=torch.int64, device=device)
+        scale = scales.to(device)
+        pw.append_kv(k, v, *caches, slot, k_scale=scale, v_scale=scale, backend=name)
+        results.append(torch.cat([bits(cache) for cache in caches]))
+    assert torch.equal(*results)
