@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from pagewire.kernels import tuning
 from pagewire.kernels.arguments import UNSPECIALISED, Heads, number
@@ -54,6 +55,8 @@ def _combine_kernel(
     dim = tl.arange(0, BLOCK_DV)
     dim_ok = dim < spec.HEAD_DIM_V
 
+    if spec.DEPENDENT:  # all that was found so far was there before the decode kernel began
+        gdc_wait()
     for row in range(tl.program_id(1), packed, tl.num_programs(1)):
         first_unit = request_unit + row // BLOCK_M * num
         first_program = 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from pagewire.kernels import combine, launch, tuning
 from pagewire.kernels import error_codes as codes
@@ -60,6 +61,8 @@ def _decode_kernel(
     and walks through the row tiles they belong to. Bound by KV bytes: each is read once for all query
     heads of its group, and again for the rows that do not fit the tile.
     """
+    if spec.DEPENDENT:  # the merge's programs may take what room is left, find their rows, and wait
+        gdc_launch_dependents()
     batch = batch_of(seq_lens, cu_seqlens_q, call, spec)
     lse_rows = Heads(lse, number(call.stride_lse_token), number(call.stride_lse_head))
     K_SCALE: tl.constexpr = spec.K_SCALE
@@ -213,7 +216,7 @@ def launches_of(
             merge,
             (batch_size + with_padding, lanes, num_kv_heads),
             {name: arguments[name] for name in merge.arg_names},
-            launch.options(tuning.COMBINE),
+            launch.options(tuning.COMBINE) | ({"launch_pdl": True} if spec.DEPENDENT else {}),
         ),
     ]
     return launches, scratch

@@ -142,6 +142,9 @@ def facts(case: Case, planned: Launch) -> dict:
         "copies": sorted({int(n, 0) for n in copies}),
         "evict_first": len(re.findall(r"cp\.async\.c[^;]*cache_hint", ptx)),
         "wgmma": "wgmma" in ptx,
+        "dependent": kernel.metadata.launch_pdl,
+        # in order: what other kernels have left (rows of fp32) is read, results are written
+        "order": re.findall(r"griddepcontrol\.\w+|ld\.global[.\w]*\.v4|st\.global", ptx),
         "serialised": sass.count("WARPGROUP.ARRIVE") * 2 > sass.count("HGMMA") > 0,
     }
 

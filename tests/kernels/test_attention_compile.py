@@ -79,6 +79,20 @@ def test_representative_set(representative: list[dict]) -> None:
             assert row["evict_first"] > 0, row
 
 
+def test_the_merge_waits_for_what_it_reads(representative: list[dict]) -> None:
+    """It may be launched while the decode kernel runs: only on sm_90, and nothing is read or written before."""
+    for row in representative:
+        grid = [word for word in row["order"] if word.startswith("griddep")]
+        if row["kernel"] == "_combine_kernel":
+            assert row["dependent"] == (row["arch"] == 90) and "st.global" in row["order"], row["case"]
+            assert grid == ["griddepcontrol.wait"] * row["dependent"], row["case"]
+            assert row["order"][: len(grid)] == grid, row["case"]
+        else:
+            assert not row["dependent"], row["case"]
+            lets = row["arch"] == 90 and row["kernel"] == "_decode_kernel"
+            assert grid == ["griddepcontrol.launch_dependents"] * lets, row["case"]
+
+
 def test_hot_loops_keep_their_budgets(representative: list[dict]) -> None:
     counted = {row["case"]: row["loop"] for row in representative if row["kernel"] != "_combine_kernel"}
     instructions.check(counted, instructions.budgets("kernel,"))
