@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: setup demo test test-slow fuzz bench bench-check bench-record lint format wheel clean
+.PHONY: setup demo test test-slow test-triton fuzz bench bench-check bench-record lint format wheel clean
 
 setup: $(READY)
 
@@ -41,6 +41,17 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
+
+# the kernels with another Triton than the pinned one, laid over the same environment; its interpreter wants numpy < 2.4
+TRITON ?= 3.6.0
+OTHER := $(VENV)-triton-$(TRITON)
+
+$(OTHER):
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@.part "triton==$(TRITON)" "numpy<2.4"
+	mv $@.part $@
+
+test-triton: $(READY) $(OTHER)
+	PYTHONPATH=$(OTHER) $(PYTEST) -m "not slow" tests/kernels tests/ops -k "triton or kernels"
 
 # random problems for every backend against an oracle of their own; MINUTES for each backend
 MINUTES ?= 10
