@@ -28,7 +28,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 @functools.cache
 def dispatches(kind: type[Tensor]) -> bool:
     """Whether this class of tensors takes torch ops into its own hands, as fake and functional tensors do."""
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return kind is not Tensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def dense(name: str, x: Tensor) -> None:
