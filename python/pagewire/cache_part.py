@@ -182,16 +182,22 @@ class CachePart(NamedTuple):
     def check_packed(self, packed: Any, slots: Tensor) -> None:
         if not isinstance(packed, PackedKV):
             raise TypeError(f"packed: expected a PackedKV, got {scalars.show(packed)}")
-        g, shape = self.cache.geometry, packed.shape
+        shape, num_tokens = packed.shape, slots.shape[0]
+        if self.found.get("fits") is not shape or shape.num_tokens != num_tokens:
+            self._check_shape(shape, num_tokens)
+            self.found["fits"] = shape  # unpacked with it again and again, by a server above all
+        self._check_place("packed", packed.buffer)
+
+    def _check_shape(self, shape: PackedShape, num_tokens: int) -> None:
+        g = self.cache.geometry
         expected = (
-            self.layers[1] - self.layers[0], self.heads[1] - self.heads[0], slots.shape[0], g.head_dim, self.head_dim_v
+            self.layers[1] - self.layers[0], self.heads[1] - self.heads[0], num_tokens, g.head_dim, self.head_dim_v
         )  # fmt: skip
         got = shape.num_layers, shape.num_heads, shape.num_tokens, shape.head_dim, shape.head_dim_v
         if expected != got:
             raise self._other_shape(expected, got)
         if (shape.dtype in QUANT_MAX) != (shape.scale_kind != "none"):
             raise ValueError(f"packed: scale kind {shape.scale_kind!r} does not go with {dtype_name(shape.dtype)}")
-        self._check_place("packed", packed.buffer)
 
     def _other_shape(self, expected: tuple[int, ...], got: tuple[int, ...]) -> ValueError:
         sources = {
