@@ -251,3 +251,15 @@ def test_sparse_tensors_are_refused_in_words():
     ):
         with pytest.raises(TypeError, match=re.escape(f"{name}: expected a dense tensor")):
             call()
+
+
+def test_a_shape_that_fitted_is_still_compared_with_the_slots():
+    cache = pw.PagedKVCache.allocate(
+        num_layers=1, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16, device="cpu"
+    )
+    packed = pw.pack_kv(cache, torch.arange(4))
+    pw.unpack_kv(packed, cache, torch.arange(4))
+    with pytest.raises(ValueError, match="3"):
+        pw.unpack_kv(packed, cache, torch.arange(3))
+    with pytest.raises(ValueError, match="num_heads"):
+        pw.unpack_kv(packed, cache, torch.arange(4), heads=(0, 1))
