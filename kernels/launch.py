@@ -113,7 +113,7 @@ def attention_spec(
         LIFTS=scale_kind(m.v_scale) == "token"
         and (t.q.dtype == torch.float16 or t.q.dtype == torch.bfloat16 and stored != "float"),
         EVICT="evict_first" if read_once else "",
-        DEPENDENT=arch >= 90,
+        DEPENDENT=config.dependent_merge and arch >= 90,
         SPLIT=m.split_size is not None,
     )
     return alone._replace(BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, ALONE=alone)

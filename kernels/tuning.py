@@ -18,6 +18,10 @@ class KernelConfig(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_processor: int = 1  # they share its registers; decode's grid: all resident at once
+    # decode on sm_90 and newer: the merge of splits is a dependent launch, whose programs find their rows while the
+    # splits are computed. No row has it: 8q1s4k took 46.5 µs without and 48.4 with it, 16k 30.9 and 33.2 (H200,
+    # benches/results/h200-2026-11-26)
+    dependent_merge: bool = False
 
 
 class Traits(NamedTuple):

@@ -41,7 +41,7 @@ def test_search_walks_to_the_best_and_steps_over_what_fails():
         return 1 + sum(0.1 for a, b in zip(config, best, strict=True) if a == b)
 
     found, gain = tune.search(start, tune._CHOICES["decode"], speedup)
-    assert found == best and gain == 1.5
+    assert found == best and gain == 1.6
     assert len(set(tried)) == len(tried) and start not in tried
 
 
@@ -74,7 +74,7 @@ def test_the_first_candidates_are_those_a_sweep_tries_first():
     assert rows == [(t.kernel, t.key) for t in tune.targets(tune.KERNELS, 90)][:4]
     for target, config in found:
         assert config != target.table[target.key]
-    configs = {(t.kernel, t.key.operands, tuple(c)) for t, c in found}
+    configs = {(t.kernel, t.key.operands, tuple(c)[:5]) for t, c in found}
     assert ("prefill", "16", (128, 128, 8, 2, 1)) in configs
     assert ("decode", "16x8", (16, 64, 4, 4, 3)) in configs
 

@@ -29,6 +29,7 @@ from pagewire.types import QUANT_MAX, Modifiers, dtype_name
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 e4m3, e5m2, int8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 GROUP = {16: 4, 32: 24, 64: 64}  # a group size for each class of rows
+_decode_config = tuning.decode_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +42,20 @@ class Case:
     rows: int = 16
     page_size: int = 16
     modified: bool = False  # every modifier, ragged rows, odd page size, padded head dims
+    dependent: bool = False  # the merge is a dependent launch, which no row of the table asks for
 
     @property
     def id(self) -> str:
         words = [f"sm_{self.arch}", self.op, dtype_name(self.dtype), dtype_name(self.kv_dtype)]
         words += [f"D{self.head_dim}", f"M{self.rows}", f"P{self.page_size}"]
-        return "-".join(words + ["modified"] * self.modified)
+        return "-".join(words + ["modified"] * self.modified + ["dependent"] * self.dependent)
 
 
 def launches(
     case: Case, batch_size: int = 3, num_tokens: int | None = None, num_pages: int = 8, max_pages: int = 8
 ) -> list[Launch]:
     driver.set_active(NoDevice(case.arch))
+    tuning.decode_config = lambda *of: _decode_config(*of)._replace(dependent_merge=case.dependent)
     launch.device_of = lambda device: launch.Device(case.arch, 132)
     ragged = case.op == "prefill" or case.modified
     num_kv_heads, group = 8, GROUP[case.rows] if case.op == "decode" else 4
@@ -177,10 +180,11 @@ QUICK = [
 QUICK += [Case(90, "decode", modified=True), Case(80, "decode", fp32, fp32)]
 QUICK += [Case(90, "prefill", page_size=page_size) for page_size in (1, 64)]
 QUICK += [Case(90, "decode", head_dim=256, rows=64)]  # two tiles read the same K and V
+QUICK += [Case(arch, "decode", dependent=True) for arch in (80, 90)]
 
 
 # whose instructions are counted (docs/tuning/instructions.md)
-BUDGETED = [case for case in QUICK if case.arch == 90 and not case.modified]
+BUDGETED = [case for case in QUICK if case.arch == 90 and not (case.modified or case.dependent)]
 BUDGETED += [Case(90, "decode", kv_dtype=e4m3), Case(90, "decode", page_size=1), Case(90, "prefill", kv_dtype=e4m3)]
 
 

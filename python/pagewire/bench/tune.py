@@ -29,7 +29,7 @@ from pagewire.kernels.tuning import KernelConfig, Key
 
 KERNELS = ("decode", "prefill")
 MINUTES = 5.0  # of a sweep
-CANDIDATES = 38  # compiled ahead: the first pass over the first row of 16 and of 8 bit of each kernel
+CANDIDATES = 40  # compiled ahead: the first pass over the first row of 16 and of 8 bit of each kernel
 _SECONDS = 0.3  # of timing per candidate and case
 _WORTH = 1.02  # a row is proposed when it is this much faster: less is noise
 _CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -38,6 +38,7 @@ _CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (2, 3, 4, 5, 6),
         "num_warps": (2, 4, 8),
         "programs_per_processor": (1, 2, 3, 4),
+        "dependent_merge": (False, True),
     },
     "prefill": {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8)},
 }
@@ -59,6 +60,10 @@ class Target:
     @property
     def table(self) -> MutableMapping[Key, KernelConfig]:
         return tuning.DECODE if self.kernel == "decode" else tuning.PREFILL
+
+    @property
+    def choices(self) -> dict[str, tuple[int, ...]]:
+        return {k: v for k, v in _CHOICES[self.kernel].items() if k != "dependent_merge" or self.key.arch >= 90}
 
     @property
     def together(self) -> tuple[dict[str, int], ...]:
@@ -92,7 +97,7 @@ def first_candidates(kernels: Sequence[str], arch: int, limit: int) -> list[tupl
         def lost(config: KernelConfig) -> None:
             seen.append(config)
 
-        search(target.table[target.key], _CHOICES[target.kernel], lost, 1, target.together)
+        search(target.table[target.key], target.choices, lost, 1, target.together)
         yield from ((target, config) for config in seen)
 
     return list(islice(chain.from_iterable(map(of, targets(kernels, arch))), limit))
@@ -216,7 +221,7 @@ def _tune(target: Target, memory: ColdMemory, clock: Clock, stop: float, compile
         print(f"    # {tuple(config)}: {gain:.3f}x ({evidence[config]})", flush=True)
         return gain
 
-    best, gain = search(present, _CHOICES[target.kernel], speedup, together=target.together, prepare=prepare)
+    best, gain = search(present, target.choices, speedup, together=target.together, prepare=prepare)
     cut = ", cut off by the minutes" if time.perf_counter() > stop else ""
     if gain < _WORTH:
         return f"    # {_shown(target.key)}: {tuple(present)} stays, best {gain:.3f}x{cut}"
