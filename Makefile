@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
-TIDIED := $(wildcard csrc/bindings/*.cpp csrc/cpu/*.cpp csrc/emulation/*.cpp)
+TIDIED := $(wildcard csrc/bindings/*.cpp csrc/cpu/*.cpp csrc/emulation/*.cpp csrc/host/*.cpp)
 # as GCC 11, for AMX; `#pragma GCC target` is not clang's, so every file gets the widest one
 TIDY_FLAGS = -std=c++20 -Icsrc -DPAGEWIRE_EMULATE -fgnuc-version=11 \
 	$(if $(filter x86_64,$(shell uname -m)),-march=sapphirerapids) $(shell $(BIN)/python -m pybind11 --includes)

@@ -1,4 +1,4 @@
-"""Builds pagewire._cpu, and pagewire._cuda where nvcc is found. The package installs without either and says why."""
+"""Builds pagewire._cpu and ._host, and ._cuda where nvcc is found. The package installs without any and says why."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SANITIZE = os.environ.get("PAGEWIRE_SANITIZE", "")  # e.g. address,undefined
-SOURCES = sorted(["csrc/bindings/cpu.cpp", *glob("csrc/cpu/*.cpp")])
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own AVX-512 headers, when inlined
-MISSING = "_cpu_missing.txt"  # next to the extension: why it was not built
+MISSING = "_cpu_missing.txt"  # next to the extensions: why _cpu and _host were not built
 CUDA_MISSING = "_cuda_missing.txt"
 CUDA_SOURCES = sorted(["csrc/bindings/cuda.cpp", *glob("csrc/cuda/*.cu")])
 # the emulation is built on demand, from a checkout or an unpacked sdist
@@ -50,7 +49,7 @@ class BuildExtension(build_ext):
             if os.environ.get("PAGEWIRE_REQUIRE_CPU") == "1" or SANITIZE:
                 raise
             reason = why(error)
-            print(f"pagewire: the CPU extension was not built ({reason}); the rest installs without it")
+            print(f"pagewire: its extensions were not built ({reason}); the rest installs without them")
             reason_file.parent.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(reason + "\n")
 
@@ -107,16 +106,17 @@ class BuildExtension(build_ext):
             super().build_extensions()
 
 
-def extension() -> Extension:
+def extension(name: str) -> Extension:
+    """pagewire._<name>, from csrc/<name> and its bindings."""
     sanitize = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"] if SANITIZE else []
     return Extension(
-        "pagewire._cpu",
-        SOURCES,
+        f"pagewire._{name}",
+        sorted([f"csrc/bindings/{name}.cpp", *glob(f"csrc/{name}/*.cpp")]),
         depends=HEADERS,
         include_dirs=["csrc"],
         language="c++",
         extra_compile_args=FLAGS + sanitize,
-        extra_link_args=["-pthread", *(f for f in sanitize if f.startswith("-fsan"))],
+        extra_link_args=["-pthread", "-ldl", *(f for f in sanitize if f.startswith("-fsan"))],
     )
 
 
@@ -139,8 +139,8 @@ class BinaryDistribution(Distribution):
 
 
 setup(
-    # a sanitized build is of the CPU extension alone
-    ext_modules=[extension()] if SANITIZE else [extension(), cuda_extension()],
+    # a sanitized build is of these two alone
+    ext_modules=[extension("cpu"), extension("host"), *([] if SANITIZE else [cuda_extension()])],
     cmdclass={"build_ext": BuildExtension},
     distclass=BinaryDistribution,
 )

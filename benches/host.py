@@ -3,8 +3,8 @@
 Every op on shapes it has seen before: µs of this machine's Python, the least of many rounds.
 
 - checks: until the backend is reached, which does nothing; `anew`: with nothing remembered (`memo.py`).
-- triton: the whole call on Triton, whose own C launcher runs over a stand-in libcuda (`standin/`). launches: of it,
-  what the launchers of compiled kernels take. The rest is addresses and scratch memory. A driver's time is not in it.
+- triton: the whole call on Triton, over a stand-in libcuda (`standin/`). launches: of it, what starting the compiled
+  kernels takes, their addresses included. The rest is the plan and scratch memory. A driver's time is not in it.
 """
 
 from __future__ import annotations
@@ -85,25 +85,25 @@ def microseconds(call: Callable[[], Any], count: int) -> float:
 
 
 def over_standin(count: int) -> dict[str, tuple[float, float, int]]:
-    """(µs of a call, of these in the launchers of its kernels, launches), in a process with `standin.environment`."""
-    from triton.compiler import CompiledKernel
-
+    """(µs of a call, of these in starting its kernels, launches), in a process with `standin.environment`."""
     from pagewire.bench import pretend
+    from pagewire.kernels import again, plan
 
     launched = standin.activate()
-    run, spent = CompiledKernel.run, [0.0]
+    spent = [0.0]
 
-    def timed(kernel: CompiledKernel) -> Callable[..., None]:
-        launch = run.fget(kernel)
+    def timed(*given: Any) -> Any:
+        launches = again.launches_again(*given)
 
-        def launch_timed(*given: Any) -> None:
-            start = time.perf_counter()
-            launch(*given)
-            spent[0] += time.perf_counter() - start
+        def start(*call: Any) -> bool:
+            before = time.perf_counter()
+            done = launches.start(*call)
+            spent[0] += time.perf_counter() - before
+            return done
 
-        return launch_timed
+        return launches and SimpleNamespace(start=start)
 
-    whole, launches, in_launchers = {}, {}, {}
+    whole, launches, in_starts = {}, {}, {}
     with pretend.gpu(90), torch.inference_mode():
         for name, call in calls().items():
             call()
@@ -111,16 +111,17 @@ def over_standin(count: int) -> dict[str, tuple[float, float, int]]:
             call()
             launches[name] = launched() - before
             whole[name] = microseconds(call, count)
-    with pretend.gpu(90), torch.inference_mode(), mock.patch.object(CompiledKernel, "run", property(timed)):
+    with pretend.gpu(90), torch.inference_mode(), mock.patch.object(plan, "launches_again", timed):
         for name, call in calls().items():
+            call()
             found = []
             for _ in range(_ROUNDS):
                 spent[0] = 0.0
                 for _ in range(count):
                     call()
                 found.append(spent[0] / count * 1e6)
-            in_launchers[name] = min(found)
-    return {name: (whole[name], in_launchers[name], launches[name]) for name in whole}
+            in_starts[name] = min(found)
+    return {name: (whole[name], in_starts[name], launches[name]) for name in whole}
 
 
 def _on_triton(count: int) -> dict[str, list[float]]:
@@ -154,8 +155,8 @@ def main() -> int:
             remembered = microseconds(call, options.calls)
             with mock.patch.object(memo, "once", lambda of, check: check()):
                 found[name] = {"checks": remembered, "anew": microseconds(call, options.calls)}
-    for name, (whole, in_launchers, launches) in _on_triton(options.calls).items():
-        found[name] |= {"triton": whole, "launches": in_launchers, "number": launches}
+    for name, (whole, in_starts, launches) in _on_triton(options.calls).items():
+        found[name] |= {"triton": whole, "launches": in_starts, "number": launches}
     if options.json:
         print(json.dumps(found))
         return 0

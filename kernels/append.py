@@ -8,7 +8,9 @@ from torch import Tensor
 
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels import move
-from pagewire.kernels.plan import Place, Plan
+from pagewire.kernels.errors import WordOf
+from pagewire.kernels.place import Place
+from pagewire.kernels.plan import Plan
 from pagewire.kernels.quant import native_fp8, scale_kind
 from pagewire.kernels.rows import VECTOR_BYTES, Stored, alignment, row_strides, scale_strides
 
@@ -32,8 +34,8 @@ class Tensors(NamedTuple):
 _PLACES = Tensors._make(map(Place, range(len(Tensors._fields))))
 
 
-def run(movement: Movement, error_word: Tensor, kept: Kept, *, copy: bool) -> None:
-    """kept: for calls of the same kind."""
+def run(movement: Movement, word_of: WordOf, kept: Kept, *, copy: bool) -> None:
+    """word_of: a device's error word. kept: for calls of the same kind."""
     k, v = movement.parts
     k_scale, v_scale = (part.cache_scales[0] if part.cache_scales else None for part in (k, v))
     t = Tensors(k.rows, v.rows, k.caches[0], v.caches[0], k_scale, v_scale, movement.slots)
@@ -41,7 +43,7 @@ def run(movement: Movement, error_word: Tensor, kept: Kept, *, copy: bool) -> No
     aligned = (alignment(rows), alignment(caches)) if (rows | caches) % VECTOR_BYTES else (VECTOR_BYTES, VECTOR_BYTES)
     plan = kept.get(aligned)
     if plan is None:
-        plan = kept[aligned] = _plan(t, *aligned, error_word, copy)
+        plan = kept[aligned] = _plan(t, *aligned, word_of(t.slots.device), copy)
     plan.run(*t)
 
 

@@ -24,7 +24,8 @@ from pagewire.kernels.common import Spec, finish, load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Tensors
 from pagewire.kernels.partials import Partials, first_row, partial_of, store_partial
-from pagewire.kernels.plan import Launch, Place, Plan
+from pagewire.kernels.place import Launch, Place
+from pagewire.kernels.plan import Plan
 from pagewire.kernels.spans import (
     MAX_SPLITS,
     batch_of,

@@ -1,10 +1,14 @@
 """How a kernel reports a bad index: it goes on, and leaves one int64 word for `pagewire.check_errors()`."""
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 
 from pagewire.kernels import error_codes as codes
 
+WordOf = Callable[[torch.device], torch.Tensor]  # int64 [1] of a device
 _KIND_SHIFT = tl.constexpr(codes.KIND_SHIFT)
 _REQUEST_SHIFT = tl.constexpr(codes.REQUEST_SHIFT)
 _MAX_REQUEST = tl.constexpr(codes.MAX_REQUEST)

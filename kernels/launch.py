@@ -12,7 +12,7 @@ from torch import Tensor
 from pagewire.kernels.alone import FEWEST_KEYS, FEWEST_ROWS
 from pagewire.kernels.arguments import Cache, Call, Heads, Rule, Varying, varying
 from pagewire.kernels.common import Spec
-from pagewire.kernels.plan import Place
+from pagewire.kernels.place import Place
 from pagewire.kernels.quant import format_of, scale_kind
 from pagewire.kernels.tuning import KernelConfig, Traits
 

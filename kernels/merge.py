@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels.plan import Launch, Place, Plan
+from pagewire.kernels.place import Launch, Place
+from pagewire.kernels.plan import Plan
 from pagewire.kernels.quant import from_float32, to_float32
 
 _TILE = 1024  # elements per program of 128 threads

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.errors import record_error
-from pagewire.kernels.plan import Launch, Plan
+from pagewire.kernels.place import Launch
+from pagewire.kernels.plan import Plan
 from pagewire.kernels.rows import Stored, copy_chunks, element, load_real, slot_bytes, store_real
 
 _CHUNKS = 512  # per program of 128 threads: 4 independent 16-byte copies a thread

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels import move
-from pagewire.kernels.plan import Place, Plan
+from pagewire.kernels.errors import WordOf
+from pagewire.kernels.place import Place
+from pagewire.kernels.plan import Plan
 from pagewire.kernels.quant import native_fp8, scale_kind
 from pagewire.kernels.rows import VECTOR_BYTES, Stored, alignment, byte_strides, scale_strides
 from pagewire.kernels.tables import TableValues, device_table
@@ -38,8 +40,8 @@ class Tensors(NamedTuple):
 _PLACES = Tensors._make(map(Place, range(len(Tensors._fields))))
 
 
-def run(movement: Movement, packed: PackedKV, error_word: Tensor, kept: Kept, *, copy: bool) -> None:
-    """kept: for calls with the same caches."""
+def run(movement: Movement, packed: PackedKV, word_of: WordOf, kept: Kept, *, copy: bool) -> None:
+    """word_of: a device's error word. kept: for calls with the same caches."""
     entries = kept.get("table")
     if entries is None:
         places = tuple((_places(part.caches), _places(part.cache_scales)) for part in movement.parts)
@@ -48,14 +50,14 @@ def run(movement: Movement, packed: PackedKV, error_word: Tensor, kept: Kept, *,
     slots, buffer = movement.slots, packed.buffer
     tensors = Tensors(device_table(entries.values, slots.device), slots, buffer, packed.k_scale)
     if buffer.is_cuda != slots.is_cuda:  # pinned: Triton asks the driver for its address on the device
-        _plan(movement, packed, entries.align, error_word, copy).run(*tensors)
+        _plan(movement, packed, entries.align, word_of(slots.device), copy).run(*tensors)
         return
     key = (movement.op, packed.shape, alignment(buffer.data_ptr()), slots.stride())
     plan = kept.get(key)
     if plan is None:
         if len(kept) >= _MOST_PLANS:
             kept.clear()
-        plan = kept[key] = _plan(movement, packed, entries.align, error_word, copy)
+        plan = kept[key] = _plan(movement, packed, entries.align, word_of(slots.device), copy)
     plan.run(*tensors)
 
 

@@ -29,7 +29,8 @@ from pagewire.kernels.attend import (
 from pagewire.kernels.common import load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Tensors
-from pagewire.kernels.plan import Launch, Plan
+from pagewire.kernels.place import Launch
+from pagewire.kernels.plan import Plan
 from pagewire.kernels.spans import batch_of, inner_keys, load_rows, load_seq_lens, record_spans, tile_keys
 
 if TYPE_CHECKING:

@@ -28,13 +28,17 @@ def environment(folder: Path) -> dict[str, str]:
     return {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": path}
 
 
+def library() -> ctypes.CDLL:
+    """In a process with `environment()`."""
+    return ctypes.CDLL(str(Path(os.environ["TRITON_LIBCUDA_PATH"]) / NAME))
+
+
 def activate() -> Callable[[], int]:
     """Makes the stand-in Triton's device in this process, which has `environment()`; returns the count of launches."""
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime.driver import driver
 
-    library = ctypes.CDLL(str(Path(os.environ["TRITON_LIBCUDA_PATH"]) / NAME))
-    count = ctypes.c_long.in_dll(library, "standin_launches")
+    count = ctypes.c_long.in_dll(library(), "standin_launches")
 
     class Driver(nvidia.CudaDriver):
         def __init__(self) -> None:  # torch, which the base class asks, sees no device

@@ -1,9 +1,14 @@
-/* What Triton asks of libcuda, answered as an H100 would; a launch is counted and nothing runs. */
+/* What Triton asks of libcuda, answered as an H100 would; a launch is counted, shown to who watches, and nothing runs. */
+#include <stddef.h>
 #include <stdint.h>
 
 #include "cuda.h"
 
 long standin_launches = 0;
+void (*standin_watch)(const CUlaunchConfig* config, CUfunction function, void** parameters) = NULL;
+CUresult standin_refusal = CUDA_SUCCESS; /* what a launch returns */
+static CUcontext current = (CUcontext)1;
+static uintptr_t functions = 0;
 
 CUresult cuInit(unsigned int flags) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int* version) {
@@ -60,10 +65,13 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
 }
 
 CUresult cuCtxGetCurrent(CUcontext* context) {
-    *context = (CUcontext)1;
+    *context = current;
     return CUDA_SUCCESS;
 }
-CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext context) {
+    current = context;
+    return CUDA_SUCCESS;
+}
 CUresult cuCtxGetDevice(CUdevice* device) {
     *device = 0;
     return CUDA_SUCCESS;
@@ -95,7 +103,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 }
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
-    *function = (CUfunction)1;
+    *function = (CUfunction)++functions;
     return CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction function) {
@@ -104,9 +112,19 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
-CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
+static CUresult launched(const CUlaunchConfig* config, CUfunction function, void** parameters) {
     ++standin_launches;
-    return CUDA_SUCCESS;
+    if (standin_watch != NULL) standin_watch(config, function, parameters);
+    return standin_refusal;
+}
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                        unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** parameters,
+                        void** extra) {
+    const CUlaunchConfig config = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes, stream, NULL, 0};
+    return launched(&config, function, parameters);
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
+    return launched(config, function, parameters);
 }
 CUresult cuOccupancyMaxActiveClusters(int* count, CUfunction function, const CUlaunchConfig* config) {
     *count = 1;

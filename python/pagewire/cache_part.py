@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pagewire import scalars, shared_kv
 from pagewire.cache import PagedKVCache, nhd
+from pagewire.native import addresses
 from pagewire.overlap import meet, overlap, same, span, touches
 from pagewire.packed import PackedKV, PackedShape
 from pagewire.types import KV_DTYPES, QUANT_MAX, dense, dispatches, dtype_name
@@ -36,7 +37,7 @@ class Addressed(NamedTuple):
     found: dict[Any, Any]
     device: torch.device
     tensors: tuple[Tensor, ...]
-    addresses: tuple[int, ...]
+    addresses: Any  # None: they have none, or may have others in the next call
 
     @classmethod
     def of(cls, cache: PagedKVCache, layers: Any, heads: Any) -> Addressed:
@@ -44,8 +45,8 @@ class Addressed(NamedTuple):
         taken, columns = _range("layers", layers, g.num_layers), _range("heads", heads, g.num_kv_heads)
         lists = (cache.k, cache.v, cache.k_scale, cache.v_scale)
         tensors = tuple(t for given in lists for t in given[slice(*taken)] if t is not None)
-        known = not torch.compiler.is_compiling() and cache.foreign is None
-        return cls(taken, columns, {}, cache.device, tensors, tuple(map(Tensor.data_ptr, tensors)) if known else ())
+        known = not torch.compiler.is_compiling() and cache.foreign is None and not any(t.is_meta for t in tensors)
+        return cls(taken, columns, {}, cache.device, tensors, addresses(tensors) if known else None)
 
 
 class CachePart(NamedTuple):
@@ -54,6 +55,7 @@ class CachePart(NamedTuple):
     heads: tuple[int, int]
     found: dict[Any, Any]  # for earlier calls
     device: torch.device
+    traced: bool  # by torch.compile: a tensor has no address
 
     @classmethod
     def of(cls, cache: Any, layers: Any, heads: Any) -> CachePart:
@@ -61,19 +63,20 @@ class CachePart(NamedTuple):
         if not isinstance(cache, PagedKVCache):
             raise TypeError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
         known = None
-        plain = not torch.compiler.is_compiling() and _is_plain(layers) and _is_plain(heads)
+        traced = torch.compiler.is_compiling()
+        plain = not traced and _is_plain(layers) and _is_plain(heads)
         if plain:
             known = cache.parts.get((layers, heads))
-            if known is not None and known.addresses != tuple(map(Tensor.data_ptr, known.tensors)):
+            if known is not None and known.addresses != addresses(known.tensors):
                 cache.forget()
                 known = None
         if known is None:
             known = Addressed.of(cache, layers, heads)
-            if plain and known.addresses:
+            if plain and known.addresses is not None:
                 if len(cache.parts) >= _MOST:
                     cache.parts.clear()
                 cache.parts[layers, heads] = known
-        return cls(cache, *known[:4])
+        return cls(cache, known.layers, known.heads, known.found, known.device, traced)
 
     def once(self, key: Any, find: Callable[[], T]) -> T:
         """What `find` returned for this key, which must be all that it depends on besides the part."""
@@ -92,7 +95,7 @@ class CachePart(NamedTuple):
         return 0 if g.shares_kv else g.head_dim_v
 
     def packed_shape(self, num_tokens: int, dtype: Any) -> PackedShape:
-        if torch.compiler.is_compiling() or type(num_tokens) is not int:
+        if self.traced or type(num_tokens) is not int:
             return self._packed_shape(num_tokens, dtype)
         return self.once(("shape", num_tokens, dtype), lambda: self._packed_shape(num_tokens, dtype))
 
@@ -104,7 +107,7 @@ class CachePart(NamedTuple):
             raise TypeError(f"dtype: expected one of {accepted}, got {scalars.show(dtype)}")
         kind = g.scale if dtype == g.dtype else "token_head" if dtype in QUANT_MAX else "none"
         num_tokens = scalars.integer("num_tokens", num_tokens)
-        if not torch.compiler.is_compiling() and num_tokens < 0:
+        if not self.traced and num_tokens < 0:
             raise ValueError(f"num_tokens: expected >= 0, got {num_tokens}")
         num_layers, num_heads = (stop - start for start, stop in (self.layers, self.heads))
         return PackedShape(num_layers, num_heads, num_tokens, g.head_dim, self.head_dim_v, dtype, kind)
@@ -124,7 +127,7 @@ class CachePart(NamedTuple):
             return None
         k_scale, v_scale = self._scales(cache.k_scale), self._scales(cache.v_scale)
         # a tracer sees no addresses: there the rows are written twice in any case
-        if not torch.compiler.is_compiling() and all(map(same, k_scale, v_scale)):
+        if not self.traced and all(map(same, k_scale, v_scale)):
             return None
         return LayerViews(self._rows(cache.k), [], v_scale, [])
 
@@ -144,7 +147,7 @@ class CachePart(NamedTuple):
     def check_slots(self, slots: Any) -> None:
         if not isinstance(slots, Tensor):
             raise TypeError(f"slots: expected a torch.Tensor [num_tokens] int64, got {scalars.show(slots)}")
-        if not torch.compiler.is_compiling() and not dispatches(type(slots)):
+        if not self.traced and not dispatches(type(slots)):
             foreign = self.cache.foreign
             if foreign is not None:
                 kind = type(self.cache.tensors[foreign]).__name__
@@ -220,7 +223,7 @@ class CachePart(NamedTuple):
             raise ValueError(f"{name}: expected device {device} (from the cache) or pinned memory, got {buffer.device}")
 
     def _check_apart(self, name: str, buffer: Tensor, slots: Tensor) -> None:
-        if torch.compiler.is_compiling() or dispatches(type(buffer)):
+        if self.traced or dispatches(type(buffer)):
             return
         its = span(buffer)
         if meet(its, span(slots)) and overlap(buffer, slots):

@@ -24,7 +24,8 @@ def _version(package: str) -> str:
 
 def _built(extension: str) -> str:
     if importlib.util.find_spec(f"pagewire.{extension}") is None:
-        note = Path(__file__).with_name(f"{extension}_missing.txt")  # left by setup.py
+        kind = "_cuda" if extension == "_cuda" else "_cpu"
+        note = Path(__file__).with_name(f"{kind}_missing.txt")  # left by setup.py
         return f"not built ({note.read_text().strip() if note.exists() else 'never tried'})"
     if extension != "_cuda":
         return "built"
@@ -40,7 +41,7 @@ def report() -> str:
         f"torch      {torch.__version__}",
     ]
     lines += [f"{name:<10} {_version(name)}" for name in OPTIONAL]
-    lines += [f"{name:<10} {_built(name)}" for name in ("_cpu", "_cuda")]
+    lines += [f"{name:<10} {_built(name)}" for name in ("_cpu", "_host", "_cuda")]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"devices    cpu ({torch.get_num_threads()} threads), " + (", ".join(devices) or "no cuda device"))
     for device in ["cpu"] + ["cuda"] * bool(devices):

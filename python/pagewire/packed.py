@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -31,6 +31,13 @@ class PackedShape:
     head_dim_v: int  # 0: V is a view of K and is not packed
     dtype: torch.dtype
     scale_kind: StoredScaleKind
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @property
     def payload_bytes(self) -> int:

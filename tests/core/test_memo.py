@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pagewire as pw
-from pagewire import memo, registry
+from pagewire import memo, native, registry
 from pagewire.types import Modifiers
 
 bf16, fp16, fp32, int32, int64 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64
@@ -148,7 +148,19 @@ def outcome(op, call, reached):
     return told(result), [(name, told(arguments)) for name, arguments in reached]
 
 
-def test_the_verdicts_are_those_of_checks_done_every_time(reached, monkeypatch):
+KINDS = {"native": native.looker and native.looker.kind, "python": memo._kind}
+
+
+@pytest.fixture(params=list(KINDS))
+def kind(request, monkeypatch):
+    """Both ways to tell kinds apart; one that is not to be had here is skipped."""
+    if KINDS[request.param] is None:
+        pytest.skip(f"pagewire._host is not built, or torch {torch.__version__} does not show tensors to C++")
+    monkeypatch.setattr(memo, "kind", KINDS[request.param])
+    return KINDS[request.param]
+
+
+def test_the_verdicts_are_those_of_checks_done_every_time(reached, kind, monkeypatch):
     rng = random.Random(20261126)
     every_time = memo.once
     kinds = set()
@@ -160,6 +172,52 @@ def test_the_verdicts_are_those_of_checks_done_every_time(reached, monkeypatch):
         monkeypatch.setattr(memo, "once", every_time)
         kinds.add(str(remembered)[:60])
     assert len(memo._found) > 100 and len(kinds) > 100  # it remembered some, and saw much
+
+
+def test_kinds_that_differ_are_told_apart(kind):
+    x = torch.zeros(4, 6, 8)
+    mixed = [
+        x, x[:2], x[..., :4], x.transpose(0, 1), x[:, ::2], x.half(), x.to(int32), x.to(int8), x.to(torch.uint8),
+        x.view(torch.int32), x.to(e4m3), x.to(torch.float8_e5m2), x[0], x[0, 0, 0], x.flatten(), x[:0], x[:, :0],
+        torch.empty(4, 6, 8, dtype=torch.uint4), torch.empty(4, 6, 8, dtype=torch.int4), None, True, False,
+        1, 0, -1, 1.0, 0.5, "x", "", "1", 2**40, float("inf"),
+    ]  # fmt: skip
+    found = {kind("op", (value, x), ()) for value in mixed} | {kind("op", (x, value), ()) for value in mixed}
+    assert None not in found and len(found) == 2 * len(mixed) - 3  # (x, x) twice; x as int32 twice on both sides
+    numbers = [None, True, 1, 1.0, "1", "b'1'"]
+    assert len({kind("op", (x,), (a, b)) for a in numbers for b in numbers}) == len(numbers) ** 2
+    assert (
+        len({kind(op, (), values) for op in ("a", "ab") for values in (("b",), ("", "b"), ("bb",), ("", "", "b"))}) == 8
+    )
+
+
+def test_equal_looks_are_one_kind(kind):
+    a, b = torch.zeros(3, 5).half(), torch.ones(6, 5)[:3].half()
+    assert kind("op", (a, None, 2.5), ("NHD", 3)) == kind("op", (b, None, 5 / 2), ("".join("NHD"), 6 // 2)) is not None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(2).to_sparse(),
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.zeros(2).as_subclass(Sub),
+        np.float32(1),
+        [1],
+        1j,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_more_than_its_look_has_no_kind(kind, value):
+    assert kind("op", (value,), ()) is None
+    assert kind("op", (), (torch.zeros(2) if isinstance(value, torch.Tensor) else value,)) is None
+
+
+def test_what_bytes_do_not_hold_has_no_native_kind():
+    native = KINDS["native"]
+    if native is not None:
+        assert native("op", (2**70,), ()) is None and native("op", (), ("\ud800",)) is None
+        assert native("op", (torch.zeros(2, device="meta"),), ()) is None
 
 
 def test_the_second_call_has_its_own_tensors(reached):

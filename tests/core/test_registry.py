@@ -13,7 +13,7 @@ import torch
 import cases
 import pagewire as pw
 from pagewire import registry
-from pagewire.types import Modifiers
+from pagewire.types import Modifiers, Problem
 
 
 def test_unknown_name():
@@ -35,6 +35,17 @@ def test_explicit_name_is_refused_with_its_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(pw.BackendError, match="backend='triton' refuses this decode: .*TRITON_INTERPRET=1"):
         cases.build(cases.Attention((3,))).run("triton")
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_device_before_sm_80_is_refused(name, monkeypatch):
+    """Its processors lack the kernels' shared memory and asynchronous copies."""
+    (backend,) = (b for b in registry.BACKENDS if b.name == name)
+    problem = Problem("decode", "cuda", torch.float16, torch.float16, 128, 128, 16)
+    monkeypatch.setattr(registry, "cuda_versions", lambda: (13000, 13000))
+    for capability, words in (((7, 5), "needs sm_80 or newer, this device is sm_75"), ((8, 0), None), ((9, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
+        assert backend.special(problem) == words
 
 
 def test_head_dim_limit():
@@ -69,7 +80,7 @@ def test_import_loads_no_kernel_and_touches_no_device():
         "import sys, torch; before = set(sys.modules); import pagewire\n"
         "new = set(sys.modules) - before\n"
         "print([m for m in new if m.startswith(('triton', 'pagewire._', 'pagewire.kernels.')) "
-        "and m not in ('pagewire._api', 'pagewire.kernels.error_codes')])\n"
+        "and m not in ('pagewire._api', 'pagewire._host', 'pagewire.kernels.error_codes')])\n"
         "print(torch.cuda.is_initialized())"
     )
     assert run(code).split("\n")[:2] == ["[]", "False"]

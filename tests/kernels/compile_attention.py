@@ -23,7 +23,7 @@ from triton.runtime.driver import driver
 
 from pagewire.bench.pretend import NoDevice
 from pagewire.kernels import decode, launch, prefill, tuning
-from pagewire.kernels.plan import Launch
+from pagewire.kernels.place import Launch
 from pagewire.types import QUANT_MAX, Modifiers, dtype_name
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32

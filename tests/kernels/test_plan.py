@@ -2,8 +2,10 @@
 
 import itertools
 import random
+import struct
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,28 +17,54 @@ from core.test_memo import append, attention, fp8, random_call  # noqa: E402
 from pagewire import memo, results  # noqa: E402
 from pagewire.bench import pretend, tune  # noqa: E402
 from pagewire.bench.cases import Attention  # noqa: E402
+from pagewire.kernels import again  # noqa: E402
 from pagewire.kernels import plan as plans  # noqa: E402
 from pagewire.kernels.arguments import UNSPECIALISED  # noqa: E402
-from pagewire.kernels.plan import Launch, Place, Plan  # noqa: E402
+from pagewire.kernels.common import Spec  # noqa: E402
+from pagewire.kernels.move import Move  # noqa: E402
+from pagewire.kernels.place import Launch, Place  # noqa: E402
+from pagewire.kernels.plan import Plan  # noqa: E402
 
 pytestmark = pytest.mark.skipif(pw.backends("cpu")["triton"] is not None, reason="the interpreter is off")
 CALLS = 2_000
 
 
+class Host:
+    """pagewire._host in Python: what kernels are started with is told."""
+
+    Launch = SimpleNamespace
+
+    def __init__(self):
+        self.told = []
+
+    def Launches(self, launches, aligned):  # noqa: N802
+        def start(tensors, scratch, stream):
+            if any(tensors[index].data_ptr() % 16 for index in aligned):
+                return False
+            for of in launches:
+                values = [*of.values]
+                for parameter, place, behind in of.places:
+                    values[parameter] = (tensors[place] if place >= 0 else scratch).data_ptr() + behind
+                self.told.append(of.__dict__ | {"values": values[:-2], "stream": stream})
+                assert values[-2:] == [0, 0]  # Triton's own scratch memory
+            return True
+
+        return SimpleNamespace(start=start)
+
+
 class Kernel(plans.CompiledKernel):
-    """Compiled, it seems: `run` is told what the driver would be."""
+    """Compiled, it seems."""
 
-    function, packed_metadata = 7, "packed"
+    function = 7
 
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, signature, **more):
+        self.src = SimpleNamespace(signature=signature)
+        plain = {"num_ctas": 1, "launch_pdl": False, "launch_cooperative_grid": False, "global_scratch_size": 0}
+        plain |= {"name": "its name", "num_warps": 8, "shared": 1000, "profile_scratch_size": 0}
+        self.metadata = SimpleNamespace(**plain | more)
 
     def __del__(self):
         pass
-
-    @property
-    def run(self):
-        return lambda *given: self.told.append(given)
 
 
 class Jit:
@@ -52,9 +80,15 @@ class Jit:
 
 
 @pytest.fixture(autouse=True)
-def no_device(monkeypatch):
+def host(monkeypatch):
     active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(plans, "driver", SimpleNamespace(active=active))
+    host = Host()
+    monkeypatch.setattr(again, "_host", host)
+    return host
+
+
+SIGNATURE = {"x": ("*i8", "i32", "*fp32"), "n": "constexpr", "free": "*i8", "room": ("*fp32", "*fp32", "constexpr")}
 
 
 def plan_of(jit, **more):
@@ -64,15 +98,14 @@ def plan_of(jit, **more):
     return Plan([Launch(jit, (2, 1, 1), arguments, {"num_warps": 8})], torch.device("cpu"), (5, 100)), scale
 
 
-class Pair(plans.NamedTuple):
+class Pair(NamedTuple):
     a: object
     b: object
     c: object
 
 
-def test_the_second_call_is_told_to_the_compiled_kernel():
-    told = []
-    jit = Jit(Kernel(told))
+def test_the_second_call_is_told_to_the_compiled_kernel(host):
+    jit = Jit(Kernel(SIGNATURE))
     plan, scale = plan_of(jit)
     first, second = (torch.zeros(64, dtype=torch.uint8).split(32) for _ in range(2))
     plan.run(first[0], first[1])
@@ -81,17 +114,25 @@ def test_the_second_call_is_told_to_the_compiled_kernel():
     assert given["x"] == Pair(first[1], 5, scale) and given["free"] is first[0]
     start, behind = given["room"][:2]
     assert (start.numel(), behind.numel()) == (16, 112) and behind.data_ptr() == start.data_ptr() + 4 * 16
-    assert told == []
+    assert host.told == []
     plan.run(second[0], second[1])
     assert len(jit.calls) == 1
-    ((*fixed, x, n, free, room),) = told
-    assert fixed == [2, 1, 1, "stream of 3", 7, "packed", None, None, None]
-    assert x == (second[1].data_ptr(), 5, scale.data_ptr()) and n == 16 and free == second[0].data_ptr()
-    assert room[1] == room[0] + 4 * 16 and room[2] == "word"
+    (told,) = host.told
+    assert (told["name"], told["function"], told["grid"]) == ("its name", 7, (2, 1, 1))
+    assert (told["num_threads"], told["shared_bytes"], told["stream"]) == (256, 1000, "stream of 3")
+    *x, free, start, behind = told["values"]
+    assert x == [second[1].data_ptr(), 5, scale.data_ptr()] and free == second[0].data_ptr()
+    assert behind == start + 4 * 16
 
 
-def test_what_triton_compiles_for_goes_through_triton():
-    jit = Jit(Kernel([]))
+def test_numbers_become_the_bits_of_their_types():
+    launch = Launch(None, (1, 1, 1), {"x": Pair(-1, 0.5, True), "y": -2, "z": 3}, {})
+    found = again.parameters(launch, {"x": ("i64", "fp32", "i1"), "y": "i32", "z": "constexpr"}, ())
+    assert found == ([(1 << 64) - 1, 0x3F000000, 1, (1 << 64) - 2, 0, 0], [])
+
+
+def test_what_triton_compiles_for_goes_through_triton(host):
+    jit = Jit(Kernel(SIGNATURE))
     plan, _ = plan_of(jit)
     x = torch.zeros(128, dtype=torch.uint8)
     for turn in range(2):  # a kernel compiled for odd addresses is not kept: it would be slow for the others
@@ -99,15 +140,33 @@ def test_what_triton_compiles_for_goes_through_triton():
         assert len(jit.calls) == turn + 1
     plan.run(x[8:], x[16:])  # `free` is not specialised
     plan.run(x[4:], x[32:])
-    assert (len(jit.calls), len(jit.compiled.told)) == (3, 1)
+    assert (len(jit.calls), len(host.told)) == (3, 1)
     plan.run(x, x[8:])
-    assert (len(jit.calls), len(jit.compiled.told)) == (4, 1)
+    assert (len(jit.calls), len(host.told)) == (4, 1)
     plan.run(x, x)
-    assert (len(jit.calls), len(jit.compiled.told)) == (4, 2)
+    assert (len(jit.calls), len(host.told)) == (4, 2)
 
 
-def test_a_profiler_is_told_by_triton(monkeypatch):
-    jit = Jit(Kernel([]))
+@pytest.mark.parametrize(
+    "more",
+    [{"num_ctas": 2}, {"launch_pdl": True}, {"launch_cooperative_grid": True}, {"global_scratch_size": 8},
+     {"profile_scratch_size": 8}, {"gsan": True}],
+)  # fmt: skip
+def test_what_only_triton_launches_goes_through_triton(host, more):
+    jit = Jit(Kernel(SIGNATURE, **more))
+    plan, _ = plan_of(jit)
+    for turn in range(3):
+        plan.run(torch.zeros(4), torch.zeros(4))
+        assert (len(jit.calls), host.told) == (turn + 1, [])
+
+
+def test_without_the_extension_all_goes_through_triton(monkeypatch):
+    monkeypatch.setattr(again, "_host", None)
+    test_what_only_triton_launches_goes_through_triton(Host(), {})
+
+
+def test_a_profiler_is_told_by_triton(host, monkeypatch):
+    jit = Jit(Kernel(SIGNATURE))
     plan, _ = plan_of(jit)
     x = torch.zeros(64)
     plan.run(x, x)
@@ -118,10 +177,10 @@ def test_a_profiler_is_told_by_triton(monkeypatch):
         hook.remove(print)
     monkeypatch.setattr(plans.triton.knobs.runtime, "launch_enter_hook", print)
     plan.run(x, x)
-    assert (len(jit.calls), len(jit.compiled.told)) == (4, 0)
+    assert (len(jit.calls), len(host.told)) == (4, 0)
     monkeypatch.setattr(plans.triton.knobs.runtime, "launch_enter_hook", None)
     plan.run(x, x)
-    assert len(jit.compiled.told) == 1
+    assert len(host.told) == 1
 
 
 def test_what_was_not_compiled_is_not_kept():
@@ -141,25 +200,43 @@ def addresses(value):
 def by_triton(plan, tensors):
     """What each kernel is given, by name, as addresses."""
     return [
-        (launch.kernel.fn.__name__, launch.grid, {name: addresses(x) for name, x in launch.arguments.items()})
+        (launch.kernel.fn.__name__, launch.grid, {n: addresses(launch.arguments[n]) for n in launch.kernel.arg_names})
         for launch in plan.bound(*tensors)
     ]
 
 
 def by_compiled(plan, tensors):
-    """The same, told to compiled kernels; None: an address is not aligned."""
-    told = [[] for _ in plan.launches]
+    """The same values, told to compiled kernels; None: an address is not aligned."""
     launches = [
         launch._replace(kernel=SimpleNamespace(arg_names=launch.kernel.arg_names, do_not_specialize=UNSPECIALISED))
         for launch in plan.launches
     ]
-    again = plans._again(launches, [*map(Kernel, told)], plan._areas)
-    if not again(tensors, plan._scratch()):
+    kernels = [Kernel({name: typed(launch.arguments[name]) for name in launch.kernel.arg_names}) for launch in launches]
+    again._host.told.clear()
+    if not again.launches_again(launches, kernels, plan._areas).start(tensors, plan._scratch(), 0):
         return None
-    return [
-        (launch.kernel.fn.__name__, given[0][:3], dict(zip(launch.kernel.arg_names, given[0][9:], strict=True)))
-        for launch, given in zip(plan.launches, told, strict=True)
-    ]
+    return [(told["grid"], told["values"]) for told in again._host.told]
+
+
+def typed(value):
+    """As Triton would type it, if it specialised for no number."""
+    if isinstance(value, tuple) and not isinstance(value, (Spec, Move)):
+        return tuple(map(typed, value))
+    kinds = {bool: "i1", int: "i64", float: "fp32", torch.Tensor: "*i8", Place: "*i8"}
+    return kinds.get(type(value), "constexpr")
+
+
+def bits(launches):
+    """What `by_triton` says, as `by_compiled` does."""
+
+    def leaves(value):
+        if isinstance(value, tuple) and not isinstance(value, (Spec, Move)):
+            return list(itertools.chain(*map(leaves, value)))
+        if isinstance(value, float):
+            return [int.from_bytes(struct.pack("<f", value), "little")]
+        return [value & (1 << 64) - 1] if isinstance(value, int) else []
+
+    return [(grid, [n for x in given.values() for n in leaves(x)]) for _, grid, given in launches]
 
 
 def zeros(of):
@@ -172,10 +249,10 @@ def launched(monkeypatch):
     seen, scratch = [], torch.zeros(1 << 22)
 
     def run(plan, *tensors):
-        given, again = by_triton(plan, tensors), by_compiled(plan, tensors)
-        assert again is None or again == given
+        given, started = by_triton(plan, tensors), by_compiled(plan, tensors)
+        assert started is None or started == bits(given)
         seen.append(given)
-        aligned.append(again is not None)
+        aligned.append(started is not None)
 
     aligned = []
     made: dict = {}

@@ -69,8 +69,8 @@ def merge_states(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, kept: Kep
 
 
 def move(movement: Movement, kept: Kept) -> None:
-    word, copy = device_word(movement.slots.device), movement.parts[0].how is How.COPY
+    copy = movement.parts[0].how is How.COPY
     if movement.packed is None:
-        _append.run(movement, word, kept, copy=copy)
+        _append.run(movement, device_word, kept, copy=copy)
     else:
-        _pack.run(movement, movement.packed, word, kept, copy=copy)
+        _pack.run(movement, movement.packed, device_word, kept, copy=copy)

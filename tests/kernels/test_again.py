@@ -1,0 +1,55 @@
+"""What the driver is told of a launch: the same by `kernels/again.py` as by Triton's own launcher, bit for bit."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("pagewire._host")
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = pathlib.Path(__file__).with_name("launches_over_standin.py")
+PREFILL = ["_prefill_kernel", "_decode_kernel", "_combine_kernel"]
+KERNELS = {
+    "decode": PREFILL[1:], "prefill": PREFILL[1:], "prefill, long": PREFILL, "append_kv": ["_copy_kernel"],
+    "append_kv e4m3": ["_convert_kernel"], "merge_state": ["_merge_two_kernel"], "merge_states": ["_merge_kernel"],
+    "pack_kv": ["_copy_kernel"], "unpack_kv": ["_copy_kernel"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("standin")
+    paths = [str(ROOT / "benches"), *(p for p in sys.path if p)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PAGEWIRE_"))}
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+    made = "import pathlib, sys; from standin import driver; driver.build(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", made, str(folder)], env=env, check=True)
+    env |= {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.timeout(600)  # it compiles what it calls
+def test_the_driver_is_told_the_same(lines):
+    calls = [line for line in lines if "name" in line]
+    assert len(calls) == 13
+    for call in calls:
+        name, half = call["name"], len(call["told"]) // 2
+        assert call["by_ours"] == [False] * half + [True] * half, name
+        assert call["told"][:half] == call["told"][half:], name
+        kernels = [launch["kernel"] for launch in call["told"][:half]]
+        assert kernels == KERNELS.get(name, KERNELS[name.split(",")[0].split(" ")[0]]), name
+
+
+def test_a_launch_that_is_refused_names_its_kernel(lines):
+    (error,) = (line["refused"] for line in lines if "refused" in line)
+    assert error == "pagewire: _copy_kernel could not be started: CUDA error 700: stand-in"
+
+
+def test_a_thread_without_a_context_gets_one_from_triton(lines):
+    assert {"launches": 1, "context": 1} in lines
