@@ -30,7 +30,7 @@ def main() -> int:
     options = _options()
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    if options.resume is not None and options.resume != out:
+    if options.resume is not None and not (out / "campaign.json").exists():  # the second start has its own
         for name in FILES:
             if (options.resume / name).exists():
                 shutil.copyfile(options.resume / name, out / name)
@@ -39,6 +39,11 @@ def main() -> int:
         out, options.scratch, options.peers, options.objects, options.dry_run, goes.red_tests(states), _cores()
     )
     groups = goes.steps(options.go, plan)
+    names = [step.name for group in groups for step in group]
+    unknown = [name for name in (*options.steps, *options.again) if name not in names]
+    if unknown:
+        print(f"campaign: go {options.go} has the steps {','.join(names)}, got {','.join(unknown)}", file=sys.stderr)
+        return 2
     log = Log(out / "campaign.log")
     runner = Runner(goes.ROOT, _environment(options, plan), log, time.monotonic() + options.seconds)
 
@@ -93,6 +98,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     longer = goes.DRY if options.dry_run else 1
     options.seconds = options.seconds or longer * goes.SECONDS[options.go]
+    if options.resume is not None and not (options.resume / "campaign.json").exists():
+        parser.error(f"--resume: expected the folder of an earlier go, got {options.resume} without a campaign.json")
     for name in ("out", "resume", "peers", "objects", "scratch"):  # the steps run in the source tree
         given = getattr(options, name)
         setattr(options, name, given.resolve() if given is not None else None)

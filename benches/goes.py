@@ -26,6 +26,7 @@ PEERS = "sdpa-dense,sdpa-cudnn,flashinfer-cc,flashinfer-tc,flashinfer-fa2,flash_
 TESTS = (
     "tests/ops",
     "tests/cuda/test_attention_cuda.py",
+    "tests/cuda/test_poison.py",
     "tests/kernels/test_attention_corners.py",
     "tests/kernels/test_tables.py",
 )
@@ -93,6 +94,7 @@ def _setup(go: int, plan: Plan) -> tuple[Step, ...]:
     return (
         Step("peers", (plan.python, *unpack), 30, no_peers, always=True),
         Step("build", (plan.python, *build), 30, _no_build(plan), always=True),
+        Step("host", (plan.python, "csrc/build_host.py"), 30, _no_host(plan), always=True),
         Step("ahead", (plan.python, *ahead), 38, _no_triton(), always=True),
     )
 
@@ -143,16 +145,20 @@ def _red(plan: Plan) -> Step:
 def _profiles(plan: Plan) -> list[Step]:
     """Clocks as they are: the figures are shares of what the device does just then."""
     ncu = shutil.which("ncu")
-    missing = plan.no_gpu or (None if ncu else "ncu is not on the PATH")
+    no_ncu = plan.no_gpu or (None if ncu else "ncu is not on the PATH")
     flags = ("--profile-from-start", "off", "--clock-control", "none", "--launch-count", "2")
     sections = tuple(word for name in _SECTIONS for word in ("--section", name))
     profiler = (ncu or "ncu", *flags, *sections, plan.python, "-m", "pagewire.bench.one")
-    return [Step(name, (*profiler, *what), 14, missing, tail=150) for name, what in PROFILED.items()]
+    return [
+        Step(name, (*profiler, *what), 14, no_ncu or _no_backend(what[0], plan), tail=150)
+        for name, what in PROFILED.items()
+    ]
 
 
 def _tune(plan: Plan) -> Step:
     command = (*_bench(plan), "--tune", "decode,prefill", "--minutes", "1.6")
-    return Step("tune", command, 102, plan.no_gpu and f"tuning: {plan.no_gpu}", tail=200)
+    missing = plan.no_gpu and f"tuning: {plan.no_gpu}" or _no_backend("triton", plan)
+    return Step("tune", command, 102, missing, tail=200)
 
 
 def _racecheck(plan: Plan) -> Step:
@@ -190,6 +196,14 @@ def _no_triton() -> str | None:
     return None if has("triton") else "triton is not installed: nothing is compiled ahead, and nothing of it runs"
 
 
+def _no_backend(name: str, plan: Plan) -> str | None:
+    """The cuda backend is there once its step has built it."""
+    if name == "cuda":
+        reason = _no_build(plan)
+        return None if reason is None or has("pagewire._cuda") else reason
+    return None if has("triton") else "triton is not installed"
+
+
 def _no_build(plan: Plan) -> str | None:
     if plan.no_gpu:
         return f"nothing is built: {plan.no_gpu}"
@@ -197,6 +211,14 @@ def _no_build(plan: Plan) -> str | None:
     if not (os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")):
         return "no nvcc on the PATH or in CUDA_HOME: the cuda backend is left out"
     return None if has("pybind11") else "pybind11 is not installed: the cuda backend is left out"
+
+
+def _no_host(plan: Plan) -> str | None:
+    if plan.no_gpu:
+        return f"nothing is built: {plan.no_gpu}"
+    if not shutil.which(os.environ.get("CXX", "c++").split()[0]):
+        return "no C++ compiler on the PATH or in CXX: repeated calls go through Triton, which takes longer"
+    return None if has("pybind11") else "pybind11 is not installed: repeated calls go through Triton"
 
 
 def _arch() -> str:

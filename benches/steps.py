@@ -177,7 +177,10 @@ def load(out: Path) -> dict[str, State]:
     path = out / "campaign.json"
     if not path.exists():
         return {}
-    return {name: State(**state) for name, state in json.loads(path.read_text()).items()}
+    try:
+        return {name: State(**state) for name, state in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SystemExit(f"campaign: {path} is not what a go leaves ({error}): move it away to start anew") from error
 
 
 def save(out: Path, states: Mapping[str, State]) -> None:

@@ -169,11 +169,20 @@ def _too_old(driver: int, runtime: int) -> str | None:
     )
 
 
+def _before_sm_80(problem: Problem) -> str | None:
+    """No asynchronous copies, and too little shared memory for the tiles."""
+    if problem.device != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(problem.device_index)
+    return f"needs sm_80 or newer, this device is sm_{major}{minor}" if major < 8 else None
+
+
 def _cuda_special(problem: Problem) -> str | None:
     if problem.device == "cuda":
+        old = _before_sm_80(problem)
+        if old is not None:
+            return old
         major, minor = torch.cuda.get_device_capability(problem.device_index)
-        if major < 8:
-            return f"needs sm_80 or newer, this device is sm_{major}{minor}"
         driver, runtime = cuda_versions()
         if major > 9 and driver < runtime:  # the driver compiles the extension's PTX there
             return (
@@ -195,7 +204,7 @@ def _cuda_special(problem: Problem) -> str | None:
 # in order of preference; adding one is an entry here and a file in backends/. triton before cuda: it was the faster in
 # every case on an H200 (benches/results/h200-2026-11-26)
 BACKENDS: tuple[Backend, ...] = (
-    Backend("triton", _triton_unavailable, max_head_dim=256),
+    Backend("triton", _triton_unavailable, max_head_dim=256, special=_before_sm_80),
     Backend("cuda", _cuda_unavailable, special=_cuda_special),
     Backend("cpu", _cpu_unavailable, max_head_dim=1024),
     Backend("reference", lambda device: None),

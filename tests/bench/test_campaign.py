@@ -86,6 +86,22 @@ def test_a_go_ends_with_its_seconds_and_is_continued(tmp_path):
 def test_a_bad_go_is_refused(tmp_path):
     done = _go(4, tmp_path / "out")
     assert done.returncode == 2 and "--go" in done.stderr and "1, 2, 3" in done.stderr
+    for flag in ("--steps", "--again"):
+        done = _go(1, tmp_path / "out", flag, "info red")
+        assert done.returncode == 2 and "ahead,info,smoke" in done.stderr and "got info red" in done.stderr
+    done = _go(1, tmp_path / "out", "--resume", str(tmp_path / "nowhere"))
+    assert done.returncode == 2 and "nowhere without a campaign.json" in done.stderr
+    (tmp_path / "out" / "campaign.json").write_text('{"1 info": {"stat')
+    done = _go(1, tmp_path / "out", "--steps", "info")
+    assert done.returncode == 1 and "campaign.json is not what a go leaves" in done.stderr
+
+
+def test_a_go_that_is_resumed_twice_keeps_what_it_has_done(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert _go(1, first, "--steps", "info").returncode == 0
+    for step, done in (("tune", {"2 tune"}), ("red", {"2 tune", "2 red"})):
+        assert _go(2, second, "--resume", str(first), "--steps", step).returncode == 0
+        assert set(_states(second)) == {"1 info"} | done
 
 
 def _plan(goes, tmp_path, **fields):
@@ -118,31 +134,39 @@ def on_a_gpu(benches, monkeypatch):
     return gone
 
 
-MISSING = {
-    "nvcc": (1, "build", "no nvcc"),
-    "pybind11": (1, "build", "pybind11 is not installed"),
-    "triton": (1, "ahead", "triton is not installed"),
-    "pytest": (1, "tests", "pytest is not installed"),
-    "ncu": (1, "ncu-prefill", "ncu is not on the PATH"),
-    "compute-sanitizer": (3, "racecheck", "compute-sanitizer is not on the PATH"),
-    "matplotlib": (3, "plot", "matplotlib is not installed"),
+NCU = ("ncu-decode-triton", "ncu-decode-cuda", "ncu-prefill", "ncu-pack")
+MISSING = {  # without it, these steps are skipped, for that reason
+    "nvcc": (("build", "ncu-decode-cuda", "ncu-pack"), "no nvcc"),
+    "pybind11": (("build", "host", "ncu-decode-cuda", "ncu-pack"), "pybind11 is not installed"),
+    "c++": (("host",), "no C++ compiler"),
+    "triton": (("ahead", "tune", "ncu-decode-triton", "ncu-prefill"), "triton is not installed"),
+    "pytest": (("tests",), "pytest is not installed"),
+    "ncu": (NCU, "ncu is not on the PATH"),
+    "compute-sanitizer": (("racecheck",), "compute-sanitizer is not on the PATH"),
+    "matplotlib": (("plot",), "matplotlib is not installed"),
 }
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_what_is_missing_skips_its_step_and_no_other(name, benches, on_a_gpu, tmp_path):
+def test_what_is_missing_skips_its_steps_and_no_other(name, benches, on_a_gpu, tmp_path):
     goes = benches[0]
-    go, step, words = MISSING[name]
+    on_a_gpu.add("pagewire._cuda")  # the machine is bare
+    skipped, words = MISSING[name]
     plan = _plan(goes, tmp_path, peers=tmp_path)
-    before = {n: s.missing for n, s in _all(goes, go, plan).items()}
-    assert before[step] is None
+
+    def missing() -> dict:
+        return {(go, n): s.missing for go in goes.SECONDS for n, s in _all(goes, go, plan).items() if n != "red"}
+
+    assert set(missing().values()) == {None}
     on_a_gpu.add(name)
-    after = {n: s.missing for n, s in _all(goes, go, plan).items()}
-    assert words in after.pop(step)
-    others = {n: why for n, why in before.items() if n != step}
-    assert {n: w for n, w in after.items() if not n.startswith("ncu")} == {
-        n: w for n, w in others.items() if not n.startswith("ncu")
-    }
+    after = missing()
+    assert {n for (_, n), why in after.items() if why is not None} == set(skipped)
+    assert all(why is None or words in why for why in after.values())
+
+
+def test_a_cuda_backend_that_is_built_already_is_profiled_without_nvcc(benches, on_a_gpu, tmp_path):
+    on_a_gpu.add("nvcc")
+    assert _all(benches[0], 1, _plan(benches[0], tmp_path))["ncu-pack"].missing is None
 
 
 def test_both_backends_are_timed_and_the_tests_use_every_core(benches, on_a_gpu, tmp_path):

@@ -1,6 +1,7 @@
 """Adapters that no GPU is needed for: reasons, tables, addresses, and loading two files of a peer without the peer."""
 
 import ctypes
+import subprocess
 import sys
 
 import pytest
@@ -25,6 +26,23 @@ def test_every_peer_runs_here_or_says_why_not():
         reason = peer.missing("cpu")
         assert reason is None or len(reason) > 5, peer.name
     assert {p.name for p in found if p.missing("cpu") is None} >= {"sdpa", "sdpa-dense", "index-select"}
+
+
+HIDDEN = """
+import importlib.machinery as machinery, runpy, sys
+find = machinery.PathFinder.find_spec
+machinery.PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name == "triton" else find(name, *rest))
+sys.argv = ["pagewire", "bench", *sys.argv[1:]]
+runpy.run_module("pagewire", run_name="__main__")
+"""
+
+
+def test_without_triton_the_rest_is_measured(tmp_path):
+    csv = tmp_path / "x.csv"
+    flags = ("--suite", "smoke", "--device", "cpu", "--minutes", "0.1", "--threads", "1", "--csv", str(csv))
+    done = subprocess.run([sys.executable, "-c", HIDDEN, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ",ok," in csv.read_text()
 
 
 def test_peers_are_chosen_by_name():

@@ -64,7 +64,10 @@ def test_a_step_that_waits_is_an_error(rehearse, monkeypatch, capsys):
     assert ahead.split()[:4] == ["ahead", "quick", "9", "2"] and "3.0" in ahead  # 8 / 4 is less
     assert quick.split() == ["quick", "20", "0", "5.0", "1.0", "5.0", "3", "OVER"]
     first = summary[0]  # setting up is bound by what is not known, the suite takes its seconds
-    assert first.startswith("go 1: 226 of 290 s: peers <30 | build <30 | ahead 3, ") and "quick 5, tests <105" in first
+    assert (
+        first.startswith("go 1: 226 of 290 s: peers <30 | build <30 | host <30 | ahead 3, ")
+        and "quick 5, tests <105" in first
+    )
     assert [line.split(":")[0] for line in summary] == ["go 1", "go 2", "go 3"]
     told.update(kernels=["_k of case"], files=2, failed=["case: why"])
     assert rehearse.rehearse(["quick"], 2, 4, 10) == 3

@@ -103,6 +103,51 @@ def test_what_did_not_compile_is_not_timed(monkeypatch, capsys):
     assert f"{tuple(present._replace(BLOCK_N=128))}: too wide" in capsys.readouterr().out
 
 
+def test_a_fault_of_the_device_ends_the_sweep_and_names_the_candidate(monkeypatch, capsys):
+    """Timed after it, every candidate would fail and the row seem to stay."""
+
+    class Compilers:
+        __init__ = __exit__ = lambda *given: None
+
+        def __enter__(self):
+            return self
+
+        def compile(self, kernel, key, configs, seconds):
+            return [""] * len(configs)
+
+    class Lost(Clock):
+        def __init__(self, device):
+            super().__init__("cpu")
+
+        def lost(self):
+            return True
+
+    timed = []
+
+    def compare(of, config, works, clock, backend):
+        timed.append(config)
+        raise RuntimeError("CUDA error 700")
+
+    monkeypatch.setattr(tune, "Compiler", Compilers)
+    monkeypatch.setattr(tune, "Clock", Lost)
+    monkeypatch.setattr(tune, "compare", compare)
+    monkeypatch.setattr(tune, "backends", lambda device: {"triton": None})
+    monkeypatch.setattr(tune, "ColdMemory", lambda *given: ColdMemory("cpu", 1 << 16, 1 << 28))
+    monkeypatch.setattr(tune.machines, "cold_bytes", lambda device: 0)
+    monkeypatch.setattr(tune.machines, "free_bytes", lambda device: 0)
+    here = tune.machines.describe("cpu")
+    monkeypatch.setattr(tune.machines, "describe", lambda device: here)
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert tune.main("decode", "cuda", 1.0) == 3
+    assert len(timed) == 1 and f"a CUDA fault ends the sweep at {tuple(timed[0])}" in capsys.readouterr().out
+
+
+def test_without_triton_nothing_is_tuned(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "backends", lambda device: {"triton": "triton is not installed"})
+    assert tune.main("decode", "cuda", 1.0) == 1
+    assert "triton is not installed" in capsys.readouterr().err
+
+
 def test_a_comparison_runs_both_rows_and_puts_the_table_back(monkeypatch):
     monkeypatch.setattr(tune, "_SECONDS", 0.0)
     case = Attention("x", "2q1s40", (4, 2), 128, 16, torch.bfloat16)

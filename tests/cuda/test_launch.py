@@ -3,6 +3,7 @@ device of the given architecture would refuse.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,24 @@ CHANGES = {  # lengths before, after the first block
     "gone": ((700, 300), (0, 0)),
     "another": ((700, 5), (5, 700)),
 }
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_counters_are_forgotten_with_a_launch_that_raises(op, emulated, monkeypatch):
+    """It may have ended between any two counts."""
+    call = cases.build(Attention((700,), None if op == "decode" else (1,), dtype=bf16, max_q_len=4))
+    expected = call.run("cuda")
+    of_blocks = [c.of_blocks for c in cuda._counter_buffers.values()]
+
+    def ends(*given):
+        for count in of_blocks:
+            count.fill_(1)
+        raise RuntimeError("in the middle")
+
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match="in the middle"):
+        m.setattr(cuda, "_extension", lambda device: SimpleNamespace(decode=ends, prefill=ends))
+        call.run("cuda")
+    assert all(map(torch.equal, call.run("cuda"), expected)) and counters_at_zero()
 
 
 @pytest.mark.parametrize("split_size", [None, 64], ids=["even", "split64"])

@@ -55,9 +55,13 @@ def decode(
     modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
     call = _call(q.device)
-    _extension(q.device).decode(
-        q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, call, _allocator(q.device, call.stream)
-    )
+    try:
+        _extension(q.device).decode(
+            q, k_cache, v_cache, page_table, seq_lens, modifiers, out, lse, call, _allocator(q.device, call.stream)
+        )
+    except Exception:
+        _counter_buffers.clear()  # a launch that did not end may have left them anywhere
+        raise
 
 
 def prefill(
@@ -65,10 +69,14 @@ def prefill(
     modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
     call = _call(q.device)
-    _extension(q.device).prefill(
-        q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, modifiers, out, lse,
-        call, _allocator(q.device, call.stream),
-    )  # fmt: skip
+    try:
+        _extension(q.device).prefill(
+            q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, modifiers, out, lse,
+            call, _allocator(q.device, call.stream),
+        )  # fmt: skip
+    except Exception:
+        _counter_buffers.clear()
+        raise
 
 
 def merge_state(

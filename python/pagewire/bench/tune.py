@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequen
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, product, zip_longest
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from pagewire.bench.timing import Clock, interleave
 from pagewire.bench.work import Contender, DoesNotFit
 from pagewire.kernels import tuning
 from pagewire.kernels.tuning import KernelConfig, Key
+from pagewire.registry import backends
 
 KERNELS = ("decode", "prefill")
 MINUTES = 5.0  # of a sweep
@@ -47,6 +49,10 @@ _TOGETHER: dict[tuple[str, str, int], tuple[dict[str, int], ...]] = {
     ("prefill", "16", 128): ({"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2},),
     ("decode", "16x8", 128): ({"BLOCK_N": 64, "num_stages": 4, "programs_per_processor": 3},),
 }
+
+
+class DeviceLost(RuntimeError):
+    """A candidate has taken the device with it; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,10 @@ def search(
     """
     best, gain = start, 1.0
     tried = {start}
-    groups = [list(together), *([{name: v} for v in values] for name, values in choices.items())]
+    groups: list[list[dict[str, Any]]] = [
+        list(together),
+        *([{name: v} for v in values] for name, values in choices.items()),
+    ]
     for _ in range(passes):
         before = best
         for group in groups:
@@ -213,6 +222,8 @@ def _tune(target: Target, memory: ColdMemory, clock: Clock, stop: float, compile
             old, new = compare(target, config, works, clock, "triton")
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0][:100]
+            if clock.lost():  # no later candidate could be timed
+                raise DeviceLost(f"{tuple(config)}: {type(error).__name__}: {text}") from error
             print(f"    # {tuple(config)}: {type(error).__name__}: {text}", flush=True)
             return None
         gain = math.exp(sum(math.log(a / b) for a, b in zip(old, new, strict=True)) / len(old))
@@ -249,6 +260,10 @@ def main(kernels: str, device: str, minutes: float) -> int:
             file=sys.stderr,
         )
         return 1
+    reason = backends(device)["triton"]
+    if reason is not None:
+        print(f"pagewire bench --tune: {reason}", file=sys.stderr)
+        return 1
     stop = time.perf_counter() + 60 * minutes
     found = machines.describe(device)
     clock = Clock(device)
@@ -262,5 +277,9 @@ def main(kernels: str, device: str, minutes: float) -> int:
                 print(f"    # {_shown(target.key)}: not reached in {minutes:g} minutes")
                 continue
             print(f"    # {target.kernel} {_shown(target.key)}", flush=True)
-            print(_tune(target, memory, clock, stop, compiler), flush=True)
+            try:
+                print(_tune(target, memory, clock, stop, compiler), flush=True)
+            except DeviceLost as lost:
+                print(f"    # {_shown(target.key)}: a CUDA fault ends the sweep at {lost}", flush=True)
+                return 3
     return 0

@@ -25,7 +25,6 @@ from pagewire.bench.cases import Attention, Case
 from pagewire.bench.machine import version
 from pagewire.bench.peers import ATTENTION, Peer
 from pagewire.bench.work import Contender, Work
-from pagewire.kernels import cache_keys
 from pagewire.types import QUANT_MAX
 
 _FILES = ("triton_attention_helpers", "triton_unified_attention")  # in the order they import each other
@@ -64,6 +63,8 @@ def _refuses(case: Case) -> str | None:
 
 @functools.cache
 def _unified_attention() -> Any:
+    from pagewire.kernels import cache_keys  # it imports triton, without which the other peers are still there
+
     folder = _folder()
     if folder is None:
         return importlib.import_module(f"{_OPS}.triton_unified_attention").unified_attention
