@@ -51,7 +51,7 @@ $(OTHER):
 	mv $@.part $@
 
 test-triton: $(READY) $(OTHER)
-	PYTHONPATH=$(OTHER) $(PYTEST) -m "not slow" tests/kernels tests/ops -k "triton or kernels"
+	PYTHONPATH=$(OTHER) $(PYTEST) -m "not slow" tests/kernels tests/ops tests/gluon -k "triton or kernels or gluon"
 
 # random problems for every backend against an oracle of their own; MINUTES for each backend
 MINUTES ?= 10

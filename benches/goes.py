@@ -17,7 +17,7 @@ from pathlib import Path
 from steps import State, Step
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = {1: 290, 2: 240, 3: 160}  # of a go
+SECONDS = {1: 290, 2: 240, 3: 200}  # of a go
 DRY = 4  # times as long may a dry run take
 FAULT = 3  # the suite's exit status when a contender has taken the device with it: it goes on behind that case
 # no flex: its compilations cost a minute
@@ -36,6 +36,7 @@ PROFILED = {  # step -> backend, case: what each kernel is up against, from its 
     "ncu-prefill": ("triton", "prefill q8k H32/8 D128 P16 bf16"),
     "ncu-pack": ("cuda", "pack 2kt L32 H8>1 D128 P16 NHD bf16"),
 }
+_ON_HOPPER = ("env", "PAGEWIRE_HOPPER=1")
 _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "InstructionStats")
 
 
@@ -73,8 +74,8 @@ def steps(go: int, plan: Plan) -> list[tuple[Step, ...]]:
     quick = _quick(go, plan)
     goes: dict[int, list[Step | tuple[Step, ...]]] = {
         1: [_setup(go, plan), (_info(plan), _smoke(plan)), quick, _tests(plan), *_profiles(plan)],
-        2: [_setup(go, plan), _red(plan), _tune(plan), quick],
-        3: [_setup(go, plan), quick, _racecheck(plan), _plot(go, plan)],
+        2: [_setup(go, plan), _red(plan), _hopper(plan), _tune(plan), quick],
+        3: [_setup(go, plan), quick, _hopper(plan), _racecheck(plan), _plot(go, plan)],
     }
     groups = [group if isinstance(group, tuple) else (group,) for group in goes[go]]
     if plan.dry:  # on a machine that has other things to do
@@ -91,7 +92,10 @@ def _setup(go: int, plan: Plan) -> tuple[Step, ...]:
     ahead += ["--only", "^merge", "smoke"] if plan.dry else ["--arch", _arch(), *suites]
     unpack = ("benches/peers.py", str(plan.peers), str(plan.site))
     no_peers = None if plan.peers else "no --peers bundle was given"
+    hopper = ("-m", "pagewire.bench.ahead", "--jobs", "3", "--arch", _arch(), "--only", "^prefill", "quick")
+    no_hopper = plan.no_gpu or _no_triton()
     return (
+        *((Step("hopper-ahead", (*_ON_HOPPER, plan.python, *hopper), 38, no_hopper, always=True),) if go > 1 else ()),
         Step("peers", (plan.python, *unpack), 30, no_peers, always=True),
         Step("build", (plan.python, *build), 30, _no_build(plan), always=True),
         Step("host", (plan.python, "csrc/build_host.py"), 30, _no_host(plan), always=True),
@@ -155,10 +159,17 @@ def _profiles(plan: Plan) -> list[Step]:
     ]
 
 
+def _hopper(plan: Plan) -> Step:
+    """The prefill kernel that has to be asked for, checked and timed on the suite's prefills beside FlashAttention."""
+    chosen = ("--suite", "quick", "--only", "^prefill", "--peers", "flash_attn3", "--minutes", "0.3")
+    missing = plan.no_gpu or _no_backend("triton", plan)
+    return Step("hopper", (*_ON_HOPPER, *_bench(plan), *chosen), 25, missing, tail=60)
+
+
 def _tune(plan: Plan) -> Step:
-    command = (*_bench(plan), "--tune", "decode,prefill", "--minutes", "1.6")
+    command = (*_bench(plan), "--tune", "decode,prefill", "--minutes", "1.2")
     missing = plan.no_gpu and f"tuning: {plan.no_gpu}" or _no_backend("triton", plan)
-    return Step("tune", command, 102, missing, tail=200)
+    return Step("tune", command, 77, missing, tail=200)
 
 
 def _racecheck(plan: Plan) -> Step:
@@ -166,7 +177,7 @@ def _racecheck(plan: Plan) -> Step:
     missing = plan.no_gpu or (None if tool else "compute-sanitizer is not on the PATH")
     smallest = (*_bench(plan), "--suite", "smoke", "--peers", "none", "--minutes", "0.6")
     command = (tool or "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *smallest)
-    return Step("racecheck", command, 40, missing, tail=30)
+    return Step("racecheck", command, 55, missing, tail=30)
 
 
 def _plot(go: int, plan: Plan) -> Step:

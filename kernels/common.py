@@ -43,7 +43,10 @@ class Spec(NamedTuple):
     LIFTS: bool  # P times per-token V scales is multiplied in fp16, whose range it may leave
     EVICT: str  # of K and V in L2: "evict_first" where all rows of a request fit one tile, so that they are read once
     DEPENDENT: bool  # the merge is launched while the split attention runs, and waits for it (sm_90 and newer)
+    REDO: bool  # prefill: only what another kernel has left over is computed
     SPLIT: bool  # split at multiples of split_size, so that no request's result depends on the rest of the batch
+    STAGES: int = 0  # kernels/hopper/ only: tiles of K, and of V, in shared memory
+    BOXES: bool = False  # of it: pages are boxes of the TMA unit
     ALONE: Any = None  # the same in the smallest tiles, for rows of one token by themselves (`alone.py`)
 
 

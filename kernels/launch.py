@@ -85,6 +85,7 @@ def attention_spec(
     *,
     row_limit: int = 0,
     read_once: bool = False,  # K and V, by the rows of a request
+    redo: bool = False,
 ) -> Spec:
     k_cache, v_cache, ragged = t.k_cache, t.v_cache, t.cu_seqlens_q is not None
     stored = format_of(k_cache.dtype)
@@ -114,6 +115,7 @@ def attention_spec(
         and (t.q.dtype == torch.float16 or t.q.dtype == torch.bfloat16 and stored != "float"),
         EVICT="evict_first" if read_once else "",
         DEPENDENT=config.dependent_merge and arch >= 90,
+        REDO=redo,
         SPLIT=m.split_size is not None,
     )
     return alone._replace(BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, ALONE=alone)

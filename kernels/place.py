@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,25 @@ class Place:
     """Where a tensor of the call goes, counted from the first, or an area of its scratch memory: -1, -2, ..."""
 
     index: int
+
+    def of(self, values: Sequence[Any]) -> Any:
+        return values[self.index]
+
+
+@dataclass(frozen=True)
+class MatrixPlace(Place):
+    """The tensor as rows of a matrix that Hopper's TMA unit reads box by box; it has to lie on a 16-byte boundary."""
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]  # elements; the second is 1
+    box: tuple[int, int]
+
+    def of(self, values: Sequence[Any]) -> Any:
+        from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        return TensorDescriptor(values[self.index], list(self.shape), list(self.strides), list(self.box), layout)
 
 
 class Launch(NamedTuple):

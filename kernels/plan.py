@@ -24,9 +24,19 @@ from pagewire.kernels.quant import as_stored
 
 
 class Plan:
-    def __init__(self, launches: Sequence[Launch], device: torch.device, scratch: Sequence[int] = ()) -> None:
-        """scratch: fp32 values of each area."""
+    def __init__(
+        self,
+        launches: Sequence[Launch],
+        device: torch.device,
+        scratch: Sequence[int] = (),
+        aligned: Sequence[int] = (),
+        unaligned: Plan | None = None,
+    ) -> None:
+        """scratch: fp32 values of each area. aligned: tensors that the kernels read only on 16-byte boundaries;
+        unaligned: the plan where one lies elsewhere.
+        """
         self.launches, self._device = tuple(launches), device
+        self._aligned, self._unaligned = tuple(aligned), unaligned
         self._cuda_index = device.index if device.type == "cuda" else None
         self._areas = [-(-n // ALIGN) * ALIGN for n in scratch]
         self._kernels: list[CompiledKernel] | None = None  # of the first call
@@ -36,6 +46,10 @@ class Plan:
     def run(self, *tensors: Any) -> None:
         """tensors: as the places count them; where there is no place, anything."""
         if not self.launches:
+            return
+        if self._aligned and any(tensors[index].data_ptr() % ALIGN for index in self._aligned):
+            assert self._unaligned is not None
+            self._unaligned.run(*tensors)
             return
         if self._cuda_index is not None and self._cuda_index != torch.cuda.current_device():
             with torch.cuda.device(self._device):
@@ -77,14 +91,10 @@ class Plan:
 
 def _filled(value: Any, values: Sequence[Any]) -> Any:
     if isinstance(value, Place):
-        return values[value.index]
-    if _has_places(value):
-        return tuple.__new__(type(value), [values[x.index] if type(x) is Place else x for x in value])
+        return value.of(values)
+    if isinstance(value, tuple) and any(isinstance(x, Place) for x in value):
+        return tuple.__new__(type(value), [x.of(values) if isinstance(x, Place) else x for x in value])
     return value
-
-
-def _has_places(value: Any) -> bool:
-    return isinstance(value, tuple) and Place in map(type, value)
 
 
 def _stream() -> int:

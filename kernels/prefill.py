@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagewire.kernels import decode, launch, tuning
+from pagewire.kernels import decode, hopper, launch, tuning
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.alone import attend_alone
 from pagewire.kernels.arguments import UNSPECIALISED, Heads, number
@@ -29,7 +29,7 @@ from pagewire.kernels.attend import (
 from pagewire.kernels.common import load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Tensors
-from pagewire.kernels.place import Launch
+from pagewire.kernels.place import Launch, Place
 from pagewire.kernels.plan import Plan
 from pagewire.kernels.spans import batch_of, inner_keys, load_rows, load_seq_lens, record_spans, tile_keys
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pagewire.types import Modifiers
 
 _PAGE = tl.constexpr(codes.PREFILL_PAGE)
+_FLAGS = tl.constexpr(hopper.FLAGS)
 
 
 @triton.jit
@@ -90,6 +91,14 @@ def _find_tile(tile, batch, spec: tl.constexpr):
     return request, request_tile, row_start, row_stop
 
 
+@triton.jit
+def _is_flagged(flags):
+    found = 0.0
+    for i in tl.static_range(_FLAGS):
+        found += tl.load(flags + i)
+    return found > 0
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _prefill_kernel(
     q,  # as the decode kernel has them
@@ -102,6 +111,7 @@ def _prefill_kernel(
     cu_seqlens_q,
     call,
     rule,
+    redo,  # fp32 [tiles, num_kv_heads, FLAGS], of hopper/prefill.py; REDO only
     spec: tl.constexpr,
 ):
     """grid: [num_tokens * group_size // BLOCK_M + batch_size + 1, num_kv_heads]; a program computes one
@@ -131,7 +141,11 @@ def _prefill_kernel(
         q_len = batch.num_tokens - owned_rows
         seq_len = 0
         tile_m = -1 - tile
-    if tile_m * BLOCK_M < q_len * spec.GROUP_SIZE:
+    left_over = True
+    if spec.REDO:
+        if tile >= 0:
+            left_over = _is_flagged(redo + (tile * tl.num_programs(1) + kv_head) * _FLAGS)
+    if left_over & (tile_m * BLOCK_M < q_len * spec.GROUP_SIZE):
         token, head, row_ok = tile_rows(tile_m, q_len, kv_head, spec)
         first_token = tile_m * BLOCK_M // spec.GROUP_SIZE
         last_token = tl.minimum((tile_m * BLOCK_M + BLOCK_M - 1) // spec.GROUP_SIZE, q_len - 1)
@@ -172,7 +186,14 @@ def _prefill_kernel(
 
 
 def plan(t: Tensors, m: Modifiers, error_word: Tensor) -> Plan:
-    """One launch for the long requests, two for the short ones; only the two if max_q_len says that all are short."""
+    """One launch for the long requests, two for the short ones; only the two if max_q_len says that all are short.
+
+    On Hopper two launches for the long ones, of which the second computes what the first has left over.
+    """
+    return _plan(t, m, error_word, may_be_hopper=True)
+
+
+def _plan(t: Tensors, m: Modifiers, error_word: Tensor, *, may_be_hopper: bool) -> Plan:
     if t.page_table.shape[0] == 0:  # rows that no request owns have no slopes and scales either
         m = m._replace(alibi_slopes=None, k_scale=None, v_scale=None)
         t = t._replace(alibi_slopes=None, k_scale=None, v_scale=None)
@@ -185,9 +206,23 @@ def plan(t: Tensors, m: Modifiers, error_word: Tensor) -> Plan:
     if num_tokens == 0 or m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
         return decode.plan(t, m, error_word)
     config = tuning.prefill_config(traits)
-    spec = launch.attention_spec(t, m, config, device.arch, row_limit=row_limit)
+    on_hopper = may_be_hopper and batch_size > 0 and hopper.why_not(t, m, device) is None
+    if on_hopper:  # both kernels count tiles alike
+        config = config._replace(BLOCK_M=hopper.BLOCK_M)
+    spec = launch.attention_spec(t, m, config, device.arch, row_limit=row_limit, redo=on_hopper)
     arguments = launch.attention_arguments(t, m, error_word, spec)
     most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1
-    long = Launch(_prefill_kernel, (most_tiles, num_kv_heads, 1), arguments, launch.options(config))
+    grid = (most_tiles, num_kv_heads, 1)
     short, scratch = decode.launches_of(t, m, error_word, row_limit) if batch_size else ([], ())
-    return Plan([long, *short], t.q.device, scratch)
+    long = []
+    arguments["redo"] = None
+    if on_hopper:
+        scratch = (*scratch, most_tiles * num_kv_heads * hopper.FLAGS)
+        arguments["redo"] = Place(-len(scratch))
+        long.append(hopper.launch_of(t, m, arguments, grid))
+    long.append(Launch(_prefill_kernel, grid, arguments, launch.options(config)))
+    if not on_hopper:
+        return Plan([*long, *short], t.q.device, scratch)
+    aligned = (launch.PLACES.k_cache.index, launch.PLACES.v_cache.index)
+    unaligned = _plan(t, m, error_word, may_be_hopper=False)  # now: a plan keeps no tensors to make it of
+    return Plan([*long, *short], t.q.device, scratch, aligned, unaligned)

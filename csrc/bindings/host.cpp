@@ -38,7 +38,7 @@ Launch launch_of(std::string name, uintptr_t function, const std::array<unsigned
                   .places = {}};
     for (const auto& [parameter, place, offset] : places) {
         const size_t address = place < 0 ? kMostTensors : static_cast<size_t>(place);
-        if (parameter >= launch.parameters.size() || address > kMostTensors) {
+        if (parameter >= launch.parameters.size() || place >= static_cast<int>(kMostTensors)) {
             throw std::out_of_range("pagewire: a place beyond the parameters or tensors of " + launch.name);
         }
         launch.places.push_back({parameter, address, offset});

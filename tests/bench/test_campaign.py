@@ -139,7 +139,10 @@ MISSING = {  # without it, these steps are skipped, for that reason
     "nvcc": (("build", "ncu-decode-cuda", "ncu-pack"), "no nvcc"),
     "pybind11": (("build", "host", "ncu-decode-cuda", "ncu-pack"), "pybind11 is not installed"),
     "c++": (("host",), "no C++ compiler"),
-    "triton": (("ahead", "tune", "ncu-decode-triton", "ncu-prefill"), "triton is not installed"),
+    "triton": (
+        ("ahead", "hopper-ahead", "hopper", "tune", "ncu-decode-triton", "ncu-prefill"),
+        "triton is not installed",
+    ),
     "pytest": (("tests",), "pytest is not installed"),
     "ncu": (NCU, "ncu is not on the PATH"),
     "compute-sanitizer": (("racecheck",), "compute-sanitizer is not on the PATH"),

@@ -102,7 +102,7 @@ def test_the_front_has_no_torch():
 
 def test_kernels_import_only_torch_triton_and_siblings():
     allowed = {"torch", "triton", "pagewire", *sys.stdlib_module_names}
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         roots = {name.split(".")[0] for name in modules(path)}
         assert roots <= allowed, f"{path.name}: {roots}"
         assert imported(path, run=True) <= {"kernels", "_host"}, path.name

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import host
@@ -51,8 +53,9 @@ def watch(config: Any, function: int, parameters: Any) -> None:
 
 def sizes_of(kernel: CompiledKernel) -> list[int]:
     """As the machine code has its parameters, whatever the launchers take them to be."""
-    found = re.findall(r"\.param \.[a-z](\d+)[^,\n]* \w+_param_\d+", kernel.asm["ptx"].split("\n)", 1)[0])
-    return [int(bits) // 8 for bits in found]
+    head = kernel.asm["ptx"].split("\n)", 1)[0]
+    found = re.findall(r"\.param (?:\.align \d+ )?\.[a-z](\d+)[^,\n\[]* \w+_param_\d+(?:\[(\d+)\])?", head)
+    return [int(bits) // 8 * int(count or 1) for bits, count in found]
 
 
 def more_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -71,8 +74,18 @@ def more_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "append_kv, HND", lambda: pw.append_kv(k, v, *caches, slots, layout="HND")
 
 
+def on_hopper() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Long prefills on the kernel in Gluon: pages as boxes, whose matrices Triton's launcher hands over, and rows."""
+    int32 = torch.int32
+    for name, page_size in (("boxes", 16), ("rows", 3)):
+        caches = [torch.zeros(64, page_size, 8, 128, dtype=torch.bfloat16) for _ in range(2)]
+        table, lens, rows = torch.zeros(1, 8, dtype=int32), torch.ones(1, dtype=int32), torch.tensor([0, 64]).int()
+        q = torch.zeros(64, 32, 128, dtype=torch.bfloat16)
+        yield f"Hopper, {name}", partial(pw.prefill, q, *caches, table, lens, rows, return_lse=True)
+
+
 def calls() -> list[tuple[str, Callable[[], Any]]]:
-    return [*host.calls().items(), *more_calls()]
+    return [*host.calls().items(), *more_calls(), *on_hopper()]
 
 
 def main() -> None:
@@ -93,6 +106,7 @@ def main() -> None:
     plan.launches_again = launches_again
     with pretend.gpu(90), torch.inference_mode():
         for (name, same), (_, call) in zip(calls(), calls(), strict=True):
+            os.environ["PAGEWIRE_HOPPER"] = str(int(name.startswith("Hopper")))
             for _ in range(2):  # Triton compiles; ours is made, and with it `sizes` known
                 same()
             memo.forget()
@@ -103,6 +117,9 @@ def main() -> None:
                 call()
             watching.value = None
             print(json.dumps({"name": name, "told": told, "by_ours": by_ours}))
+        call = dict(calls())["append_kv, HND"]
+        call()
+        call()
         refused(library, call)
         without_context(library, call, launched)
 

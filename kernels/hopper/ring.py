@@ -1,0 +1,57 @@
+"""Tiles of K and V in shared memory, handed round between who loads and who multiplies.
+
+producer:  wait empty[s], load, full[s] by the TMA unit's bytes
+consumers: wait full[s], multiply, empty[s] by one arrival each
+the i-th tile lies in stage i % STAGES, and it is the (i // STAGES)-th use of its barriers
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+CONSUMERS = gl.constexpr(2)
+
+
+class Ring(NamedTuple):
+    tiles: Any  # [STAGES, BLOCK_N, D]
+    full: Any  # a barrier per stage
+    empty: Any
+
+
+@gluon.jit
+def ring_of(dtype: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    tiles = gl.allocate_shared_memory(dtype, [STAGES, N, D], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def wait_full(ring, i, needed):
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.wait(ring.full.index(i % STAGES), (i // STAGES) & 1, pred=needed)
+
+
+@gluon.jit
+def release(ring, i):
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.arrive(ring.empty.index(i % STAGES), count=1)
+
+
+@gluon.jit
+def wait_empty(ring, i):
+    """A stage's first use waits for nothing: the phase before the first counts as over."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.wait(ring.empty.index(i % STAGES), ((i // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def tile_of(ring, i):
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    return ring.tiles.index(i % STAGES)

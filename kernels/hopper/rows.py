@@ -1,0 +1,59 @@
+"""Rows of K and V copied one by one into shared memory, for pages that are no boxes: any size, any strides.
+
+Four warps ask for K(0) K(1) V(0) K(2) V(1) ...; once a tile has been asked for, the one before is waited for, made
+visible to wgmma and handed over, so that two are on their way. In the order K(0) V(0) K(1) V(1) nobody would go on: a
+consumer waits for K(i+1) before it gives V(i-1) back, whose place V(i+1) would want before K(i+1) is handed over.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from pagewire.kernels.hopper.ring import tile_of, wait_empty
+from pagewire.kernels.hopper.words import copy_rows
+
+
+@gluon.jit
+def produce_rows(k, v, k_ring, v_ring, table, kv_head, walk, spec: gl.constexpr):
+    """k, v: Cache. A partition of four warps."""
+    _ask_for(k, k_ring, 0, table, kv_head, walk, spec)
+    for i in range(walk.num):
+        if i + 1 < walk.num:
+            _ask_for(k, k_ring, i + 1, table, kv_head, walk, spec)
+        else:
+            async_copy.commit_group()  # of nothing, in its place
+        if i == 0:
+            _hand_over(k_ring, 0, 1)
+        else:
+            _hand_over(v_ring, i - 1, 1)
+        _ask_for(v, v_ring, i, table, kv_head, walk, spec)
+        if i + 1 < walk.num:
+            _hand_over(k_ring, i + 1, 1)
+    _hand_over(v_ring, walk.num - 1, 0)
+
+
+@gluon.jit
+def _ask_for(cache, ring, i, table, kv_head, walk, spec: gl.constexpr):
+    """Keys that nobody sees are zeros."""
+    N: gl.constexpr = ring.tiles.shape[1]
+    D: gl.constexpr = ring.tiles.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D if D < 256 else 1, D // 8], [gl.num_warps(), 1], [1, 0])
+    key = (walk.last - i) * N + gl.arange(0, N, gl.SliceLayout(1, layout))
+    dim = gl.arange(0, D, gl.SliceLayout(0, layout))
+    seen = (key >= walk.first_key) & (key < walk.stop_key)
+    page = gl.load(table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
+    at = page * cache.stride_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_token
+    ptr = cache.ptr + kv_head.to(gl.int64) * cache.stride_head
+    wait_empty(ring, i)
+    copy_rows(tile_of(ring, i), ptr + at[:, None] + dim[None, :], mask=seen[:, None] & (dim >= 0)[None, :])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _hand_over(ring, i, later: gl.constexpr):
+    """later: groups that were asked for since and may still be on their way."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    async_copy.wait_group(later)
+    fence_async_shared()
+    mbarrier.arrive(ring.full.index(i % STAGES), count=1)

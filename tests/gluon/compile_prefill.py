@@ -1,0 +1,126 @@
+"""Compiles prefill's Hopper kernel as its launcher launches it, for sm_90 without a GPU; one JSON line per case.
+
+Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=1: `compile_prefill.py [WORD]`, WORD
+being part of the wanted ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime.driver import driver
+
+from pagewire.bench.pretend import NoDevice
+from pagewire.kernels import launch, prefill
+from pagewire.types import Modifiers
+
+bf16, fp16 = torch.bfloat16, torch.float16
+
+
+class Case(NamedTuple):
+    head_dim: int
+    page_size: int = 16
+    dtype: torch.dtype = bf16
+    modified: bool = False  # every modifier
+
+    @property
+    def id(self) -> str:
+        words = [f"D{self.head_dim}", f"P{self.page_size}", str(self.dtype).removeprefix("torch.")]
+        return "-".join(words + ["modified"] * self.modified)
+
+
+CASES = [Case(d, p) for d in (64, 128, 256) for p in (16, 64)] + [Case(128, 16, fp16), Case(128, 8)]
+CASES += [Case(d, 1) for d in (64, 128, 256)] + [Case(128, 3)]
+CASES += [Case(d, 16, bf16, True) for d in (64, 128, 256)]
+
+
+def planned(case: Case) -> launch.Launch:
+    driver.set_active(NoDevice(90))
+    launch.device_of = lambda device: launch.Device(90, 132)
+    q = torch.empty(4096, 32, case.head_dim, dtype=case.dtype)
+    caches = [torch.empty(64, case.page_size, 8, case.head_dim, dtype=case.dtype) for _ in range(2)]
+    table, lens, rows = (torch.zeros(n, dtype=torch.int32) for n in ((3, 64), 3, 4))
+    m = Modifiers(0.1, causal=True)
+    lse = None
+    if case.modified:
+        m = m._replace(window_left=50, softcap=3.0, alibi_slopes=torch.ones(3, 32), sinks=torch.ones(32))
+        lse = torch.empty(q.shape[:2])
+    tensors = launch.Tensors(q, *caches, table, lens, rows, q, lse, m.sinks, m.alibi_slopes, None, None)
+    first, *_ = prefill.plan(tensors, m, torch.zeros(1, dtype=torch.int64)).bound(*tensors)
+    assert first.kernel.__name__ == "_prefill_kernel" and "results" in first.arguments
+    return first
+
+
+WORDS = {
+    "HGMMA": "product", "WARPGROUP.DEPBAR.LE gsb0, 0x1": "wait(1)", "WARPGROUP.DEPBAR.LE gsb0, 0x0": "wait(0)",
+    "MUFU.EX2": "exp2",
+}  # fmt: skip
+
+
+def loops(sass: str, num_products: int) -> list[list[str]]:
+    """The instructions of each loop over tiles: so many HGMMA, all of them before a wait."""
+    code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)
+    at = {int(address, 16): i for i, (address, _) in enumerate(code)}
+    found = []
+    for i, (_, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        start = at.get(int(target.group(1), 16)) if target else None
+        if start is not None and start < i:
+            texts = [text for _, text in code[start : i + 1]]
+            waits = [n for n, text in enumerate(texts) if "WARPGROUP.DEPBAR" in text]
+            products = [n for n, text in enumerate(texts) if "HGMMA" in text]
+            if len(products) == num_products and waits and products[-1] < waits[0]:
+                found.append(texts)
+    return found
+
+
+def spills(texts: list[str]) -> int:
+    return sum("STL" in text or "LDL" in text for text in texts)
+
+
+def order(texts: list[str]) -> list[str]:
+    """What matters of them, each once."""
+    found: list[str] = []
+    for text in texts:
+        word = next((name for words, name in WORDS.items() if words in text), None)
+        if word is not None and (not found or found[-1] != word):
+            found.append(word)
+    return found
+
+
+def facts(case: Case) -> dict:
+    of = planned(case)
+    kernel = of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx, ttgir, spec = kernel.asm["ptx"], kernel.asm["ttgir"], of.arguments["spec"]
+    found = loops(sass, (case.head_dim + spec.BLOCK_N) // 16)
+    return {
+        "case": case.id, "shared": kernel.metadata.shared,
+        "loops": [{"length": len(texts), "order": order(texts), "spills": spills(texts)} for texts in found],
+        "registers": re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", ptx),
+        "shapes": sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m64n\d+k16)", ptx))),
+        "boxes": sass.count("UTMALDG"), "rows": len(re.findall(r"\bLDGSTS\S*\.128", sass)),
+        "fences": ptx.count("fence.proxy.async"),
+        "swizzles": sorted(set(re.findall(r"nvmma_shared<\{swizzlingByteWidth = (\d+)", ttgir))),
+    }  # fmt: skip
+
+
+def main() -> None:
+    for case in CASES:
+        if not sys.argv[1:] or sys.argv[1] in case.id:
+            print(json.dumps(facts(case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Prefill's Hopper kernel on the simulator, behind the public function: exact by the shared rule, any interleaving."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import cases  # noqa: E402
+import pagewire as pw  # noqa: E402
+import tolerance  # noqa: E402
+from cases import Attention, bf16, fp16  # noqa: E402
+from gluon.simulated import Kernel, imported  # noqa: E402
+from pagewire import memo  # noqa: E402
+from pagewire.kernels import hopper, launch  # noqa: E402
+from pagewire.kernels.hopper import FLAGS, planning, prefill, words  # noqa: E402
+from pagewire.types import Modifiers  # noqa: E402
+
+pytestmark = pytest.mark.skipif(pw.backends("cpu")["triton"] is not None, reason="the interpreter is off")
+
+
+@pytest.fixture(scope="module")
+def source():
+    return imported("prefill")._prefill_kernel
+
+
+@pytest.fixture
+def kernel(source, monkeypatch):
+    """What Plan launches in place of the kernel."""
+    kernel = Kernel(prefill._prefill_kernel, source)
+    why_not = planning.why_not
+    monkeypatch.setenv("PAGEWIRE_HOPPER", "1")
+    monkeypatch.setattr(planning, "why_not", lambda t, m, device: why_not(t, m, device._replace(arch=90)))
+    monkeypatch.setattr(prefill, "_prefill_kernel", kernel)
+    memo.forget()
+    yield kernel
+    memo.forget()
+
+
+def finite(call, seed=5):
+    """What nobody owns is large instead of NaN: no tile is left over because of it."""
+    g = torch.Generator().manual_seed(seed)
+    for cache in call.args[1:3]:
+        cache.copy_(torch.where(cache.isnan(), 300 * torch.randn(cache.shape, generator=g).to(cache.dtype), cache))
+    return call
+
+
+def left_over(kernel) -> int:
+    """Of the kernel's tiles, how many it left to the other one; every one must have said so or not."""
+    redo = kernel.given["results"].redo
+    said = redo[redo >= 0].view(-1, FLAGS)
+    assert len(said) and ((said == 0) | (said == 1)).all()
+    return int((said > 0).any(1).sum())
+
+
+CASES = [
+    Attention((300, 40), (90, 40), dtype=bf16, note="causal"),
+    Attention((300, 40), (90, 40), dtype=fp16, causal=False, layout="HND"),
+    Attention((260,), (140,), heads=(2, 2), head_dim=128, dtype=bf16, note="several tiles of rows and keys"),
+    Attention((150, 70), (60, 33), heads=(6, 2), head_dim=256, dtype=bf16, page_size=64),
+    Attention((500,), (35,), dtype=bf16, page_size=8, window=(100, -1), note="left"),
+    Attention((500,), (200,), heads=(2, 1), dtype=fp16, page_size=32, window=(130, 0), causal=False, note="both"),
+    Attention((300,), (70,), dtype=bf16, causal=False, window=(-1, 20), note="right"),
+    Attention((300, 100), (40, 60), dtype=bf16, softcap=5.0, head_dim=128, page_size=128),
+    Attention((200, 90), (40, 60), dtype=fp16, alibi=2, sinks=True, heads=(8, 2)),
+    Attention((200, 90), (40, 60), dtype=bf16, alibi=1, softcap=20.0, sinks=True, window=(70, -1)),
+    Attention((20, 300, 0), (50, 20, 12), dtype=bf16, note="rows that see no key, a request without any"),
+    Attention((300, 0, 77, 65), (17, 0, 30, 65), dtype=bf16, padding_rows=5, note="rows that nobody owns"),
+    Attention((300, 9, 80), (90, 2, 1), dtype=fp16, note="short ones between"),
+    Attention((200, 100), (80, 30), dtype=bf16, strided=True, note="every stride free"),
+    Attention((300, 200), (40, 60), dtype=fp16, out_dtype=torch.float32, split_size=64, heads=(3, 1)),
+    Attention((130,), (9,), heads=(48, 1), dtype=bf16, page_size=16, note="large group"),
+    Attention((300, 40), (90, 40), dtype=bf16, page_size=1, note="row by row"),
+    Attention((700,), (90,), dtype=fp16, page_size=3, head_dim=128, window=(400, 0), layout="HND", note="row by row"),
+    Attention((260,), (140,), heads=(2, 1), head_dim=256, dtype=bf16, page_size=48, softcap=5.0, note="row by row"),
+]
+
+
+def on_hopper(case: Attention) -> Attention:
+    """The nearest that the kernel takes."""
+    head_dim = min((64, 128, 256), key=lambda d: abs(d - case.head_dim))
+    dtype = fp16 if case.dtype == fp16 else bf16
+    wide = {"head_dim": head_dim, "head_dim_v": None, "dtype": dtype}
+    return dataclasses.replace(case, **wide, kv_dtype=None, scale=None)
+
+
+SHARED = [case for case in map(on_hopper, cases.PREFILL) if max(case.q_lens) * case.heads[0] // case.heads[1] > 16]
+
+
+@pytest.mark.parametrize("case", [*CASES, *dict.fromkeys(SHARED)], ids=lambda case: case.id)
+def test_prefill(case, kernel):
+    call = finite(cases.build(case))
+    tolerance.check(call, *call.run("triton"))
+    assert kernel.programs > 0 and left_over(kernel) == 0
+
+
+@pytest.mark.parametrize("seed", range(1000, 6000, 1000))
+def test_any_interleaving_gives_the_same_bits(seed, kernel):
+    call = finite(cases.build(Attention((300, 40), (90, 40), dtype=bf16, head_dim=128, window=(150, 0))))
+    expected = call.run("triton")
+    kernel.seed = seed
+    assert all(map(torch.equal, call.run("triton"), expected))
+
+
+def test_values_that_are_not_finite_where_nobody_owns_a_slot(kernel):
+    """0 * NaN is NaN: such a tile is left to the other kernel."""
+    call = cases.build(Attention((140, 70), (40, 40), dtype=bf16))
+    tolerance.check(call, *call.run("triton"))
+    assert left_over(kernel) > 0
+
+
+@pytest.mark.parametrize("page", [-1, 99, 2147480000])
+def test_a_page_that_does_not_exist_is_left_to_the_other_kernel(page, kernel, monkeypatch):
+    call = finite(cases.build(Attention((140, 70), (40, 40), dtype=bf16)))
+    call.args[3][0, 5] = page
+    found = call.run("triton")
+    with pytest.raises(pw.BadIndexError, match=r"page_table\[0, 5\] is outside"):
+        pw.check_errors()
+    assert 0 < left_over(kernel) < len(kernel.given["results"].redo) // FLAGS
+    monkeypatch.setenv("PAGEWIRE_HOPPER", "0")
+    memo.forget()
+    programs = kernel.programs
+    expected = call.run("triton")
+    assert kernel.programs == programs
+    with pytest.raises(pw.BadIndexError):
+        pw.check_errors()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.float(), y.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_longer_than_max_q_len_is_left_empty(kernel):
+    call = finite(cases.build(Attention((200, 100), (80, 30), dtype=bf16)))
+    call.kwargs["max_q_len"] = 64
+    out, lse = call.run("triton")
+    with pytest.raises(pw.BadIndexError, match="request 0 has more query rows than max_q_len"):
+        pw.check_errors()
+    assert (out[:80] == 0).all() and (lse[:80] == -torch.inf).all() and (out[80:] != 0).any()
+
+
+def test_a_cache_off_its_boundary_goes_to_the_other_kernel(kernel):
+    """In the second call of a kind as in the first."""
+    case = Attention((100,), (40,), dtype=bf16)
+    for first in (True, False):
+        memo.forget()
+        for aligned in (first, not first):
+            call = finite(cases.build(case))
+            if not aligned:
+                wide = torch.zeros(call.args[1].numel() + 1, dtype=bf16)[1:].view_as(call.args[1])
+                call = dataclasses.replace(call, args=(call.args[0], wide.copy_(call.args[1]), *call.args[2:]))
+            programs = kernel.programs
+            tolerance.check(call, *call.run("triton"))
+            assert (kernel.programs > programs) == aligned
+
+
+# ------------------------------------------------------------------------------------------- what it does not take
+
+
+REFUSED = {
+    "off": (Attention((100,), (40,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is not 1"),
+    "fp32": (Attention((100,), (40,)), {}, "torch.float32 over torch.float32"),
+    "e4m3": (Attention((100,), (40,), dtype=bf16, kv_dtype=cases.e4m3, scale="head"), {}, "over torch.float8_e4m3fn"),
+    "D80": (Attention((100,), (40,), dtype=bf16, head_dim=80), {}, "head_dim 80"),
+    "V": (Attention((100,), (40,), dtype=bf16, head_dim_v=128), {}, "head_dim 64, 128 of V"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_does_not_take_goes_to_the_other_kernel(name, kernel, monkeypatch):
+    case, switch, reason = REFUSED[name]
+    for variable, value in switch.items():
+        monkeypatch.setenv(variable, value)
+    told = []
+    why_not = hopper.why_not
+    monkeypatch.setattr(hopper, "why_not", lambda *of: told.append(why_not(*of)) or told[-1])
+    call = cases.build(case)
+    tolerance.check(call, *call.run("triton"))
+    assert kernel.programs == 0 and reason in told[0]
+
+
+def test_strides_that_are_no_multiples_of_16_go_to_the_other_kernel(kernel):
+    call = finite(cases.build(Attention((100,), (40,), dtype=bf16)))
+    caches = [torch.zeros(*x.shape[:-1], 72, dtype=bf16)[..., :64].copy_(x) for x in call.args[1:3]]
+    call = dataclasses.replace(call, args=(call.args[0], *caches, *call.args[3:]))
+    tolerance.check(call, *call.run("triton"))
+    assert kernel.programs == 0
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.125])
+def test_a_scale_that_is_not_positive_goes_to_the_other_kernel(scale, kernel):
+    call = finite(cases.build(Attention((100,), (40,), dtype=bf16)))
+    call.kwargs["softmax_scale"] = scale
+    call.run("triton")
+    assert kernel.programs == 0
+
+
+def test_another_device_and_another_triton(monkeypatch):
+    case = cases.build(Attention((100,), (40,), dtype=bf16))
+    q, k, v, table, lens, rows = case.args
+    t = launch.Tensors(q, k, v, table, lens, rows, q, None, None, None, None, None)
+    m = Modifiers(0.125)
+    assert planning.why_not(t, m, launch.Device(90, 132)) is None
+    assert planning.why_not(t, m, launch.Device(100, 148)) == "sm_100 is not sm_90"
+    monkeypatch.setattr(words.triton, "__version__", "3.10.1")
+    assert "tested with Triton 3.6 to 3.9, this is 3.10.1" in planning.why_not(t, m, launch.Device(90, 132))
+
+
+def cache(*shape, strides=None):
+    return torch.empty_strided(shape, strides or torch.empty(shape).stride(), dtype=bf16)
+
+
+MATRICES = {  # as NHD views: what the TMA unit is told, or why not
+    "NHD": (cache(5, 16, 2, 64), (80, 128, 16, 0, 64)),
+    "HND": (cache(5, 2, 16, 64).transpose(1, 2), (160, 64, 32, 16, 0)),
+    "fused": (cache(5, 2, 16, 2, 64)[:, 0], (144, 128, 32, 0, 64)),
+    "interleaved": (cache(5, 16, 2, 128)[..., :64], (80, 192, 16, 0, 128)),
+    "one head": (cache(5, 16, 1, 64), (80, 64, 16, 0, 64)),
+    "pages apart": (cache(5, 16, 2, 64, strides=(2050, 128, 64, 1)), None),
+    "rows off 16 bytes": (cache(5, 16, 2, 64, strides=(16 * 132, 132, 64, 1)), None),
+    "one page for all": (cache(1, 16, 2, 64).expand(5, 16, 2, 64), None),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_cache_as_a_matrix(name):
+    x, expected = MATRICES[name]
+    found = planning._matrix(x)
+    assert (found and tuple(found)) == expected
+    if found is None:
+        return
+    x.copy_(torch.randn(x.shape))
+    whole = torch.as_strided(x, found[:2], (x.stride(1), 1), x.storage_offset())
+    for page, token, head in ((0, 0, 0), (4, 15, x.shape[2] - 1), (2, 7, 0)):
+        row = page * found.per_page + head * found.per_head + token
+        column = head * found.per_head_column
+        assert torch.equal(whole[row, column : column + 64], x[page, token, head])
+
+
+# ------------------------------------------------------------------------------------------- faults to be found
+
+
+_WAIT_ACC = "    acc = warpgroup_mma_wait(0, [acc])\n"
+_RELEASE_K, _RELEASE_V = "    release(k_ring, i)\n", "    release(v_ring, i - 1)\n"
+FAULTS = {
+    "nobody says that K was read": ("consumer", _RELEASE_K, ""),
+    "nobody says that V was read": ("consumer", _RELEASE_V, ""),
+    "V is given back while it is read": ("consumer", _WAIT_ACC + _RELEASE_V, _RELEASE_V + _WAIT_ACC),
+    "V is read before it is there": ("consumer", "    wait_full(v_ring, i - 1, True)\n", ""),
+    "the next K is read before it is there": ("consumer", "wait_full(k_ring, i + 1, i + 1 < walk.num)", "pass"),
+    "a sum is used before it is waited for": ("consumer", _WAIT_ACC + _RELEASE_V, _RELEASE_V),
+    "the sums are not rescaled": ("consumer", "gl.convert_layout(rescale,", "gl.convert_layout(rescale * 0 + 1,"),
+    "a phase is the other one": ("ring", "((i // STAGES) & 1) ^ 1)", "(i // STAGES) & 1)"),
+    "a phase does not turn": ("ring", "(i // STAGES) & 1, pred=needed", "0, pred=needed"),
+    "one consumer is waited for": ("ring", "count=CONSUMERS", "count=1"),
+    "fewer bytes are expected": ("boxes", "N * D * 2)", "N * D)"),
+    "more bytes are expected": ("boxes", "N * D * 2)", "N * D * 4)"),
+    "all boxes go to one place": ("boxes", "tile.slice(j * ROWS, ROWS)", "tile.slice(0, ROWS)"),
+    "the mask is off by one": ("softmax", "key[None, :] < t.stop_key", "key[None, :] <= t.stop_key"),
+    "the left mask is off by one": ("softmax", "key[None, :] >= t.first_key", "key[None, :] > t.first_key"),
+    "too many tiles are whole": ("row_tiles", "stop_inner_tile - inner_tile, 0", "stop_inner_tile - inner_tile + 1, 0"),
+    "a tile is missing": ("row_tiles", "gl.maximum((stop + N - 1) // N,", "gl.maximum(stop // N,"),
+    "Q is not fenced": ("prefill", "        fence_async_shared()\n", ""),
+    "Q is not waited for": ("prefill", "        barrier()\n", ""),
+    "pages are read past their end": ("boxes", "& (entry < stop_entry)", ""),
+}
+_ASK_V = "        _ask_for(v, v_ring, i, table, kv_head, walk, spec)\n"
+_NEXT_V = "        if i + 2 < walk.num:\n            wait_empty(v_ring, i + 1)\n"
+OF_ROWS = {
+    "rows are handed over while on their way": (
+        "rows",
+        "async_copy.wait_group(later)",
+        "async_copy.wait_group(later + 1)",
+    ),
+    "rows are not fenced": ("rows", "    fence_async_shared()\n", ""),
+    "K is handed over when the next V has room": ("rows", _ASK_V, f"{_NEXT_V}{_ASK_V}"),
+    "rows are not handed over": ("rows", "    _hand_over(v_ring, walk.num - 1, 0)\n", ""),
+    "rows are copied over what is read": ("rows", "    wait_empty(ring, i)\n", ""),
+    "rows past the end are read": ("rows", "& (key < walk.stop_key)", ""),
+    "rows of another page": ("rows", "key % spec.PAGE_SIZE", "key % 16"),
+}
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *OF_ROWS])
+def test_a_fault_is_found(name, kernel):
+    file, before, after = (FAULTS | OF_ROWS)[name]
+    kernel.function = imported("prefill", (f"{file}.py", before, after))._prefill_kernel
+    page_size = 3 if name in OF_ROWS else 16
+    case = Attention((900,), (150,), heads=(1, 1), dtype=bf16, head_dim=128, window=(600, 0), page_size=page_size)
+    call = finite(cases.build(case))
+    with pytest.raises(AssertionError):
+        for _ in range(3):
+            tolerance.check(call, *call.run("triton"))
+            assert left_over(kernel) == 0
