@@ -1,8 +1,9 @@
 """Compiled kernels started again without Triton: parameters laid out once, addresses filled in by C++ for each call.
 
 A kernel's parameters are the leaves of its arguments that Triton did not compile in, in order, and two pointers to
-scratch memory of Triton's own, null here; `src.signature` has their types (Triton 3.5 to 3.9). What needs more than a
-grid and shared memory (clusters, a dependent or cooperative launch, that scratch memory) is left to Triton.
+scratch memory of Triton's own, null here; `src.signature` has their types (Triton 3.5 to 3.9). A matrix of the TMA unit
+is one of 128 bytes, with its shape and strides behind it. What needs more than a grid and shared memory (clusters, a
+dependent or cooperative launch, that scratch memory) is left to Triton.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from pagewire.kernels.place import Launch, Place
+from pagewire.kernels.place import Launch, MatrixPlace, Place
 
 try:
     from pagewire import _host
@@ -27,6 +28,8 @@ ALIGN = 16  # bytes: what Triton compiles for
 _BYTES_OF_FLOAT = 4
 _SCRATCH = -1  # as Launches.start has it
 _FORMATS = {"fp32": "<f", "fp64": "<d"}
+_ELEMENTS = {"fp16": 6, "bf16": 9}  # CUtensorMapDataType
+_SWIZZLE = 128  # bytes
 
 
 class Parameters(NamedTuple):
@@ -34,6 +37,7 @@ class Parameters(NamedTuple):
 
     values: list[int]  # bits
     places: list[tuple[int, int, int]]
+    matrices: list[Any]  # _host.Matrix
 
 
 def launches_again(
@@ -61,21 +65,39 @@ def _is_plain(kernel: CompiledKernel) -> bool:
     of = kernel.metadata
     return not (
         of.num_ctas != 1 or of.launch_pdl or of.launch_cooperative_grid or of.global_scratch_size
-        or of.profile_scratch_size or getattr(of, "gsan", False) or getattr(of, "tensordesc_meta", None)
+        or of.profile_scratch_size or getattr(of, "gsan", False)
     )  # fmt: skip
 
 
 def parameters(launch: Launch, signature: dict[str, Any], areas: Sequence[int]) -> Parameters:
     values: list[int] = []
-    places = []
+    places, matrices = [], []
     for name, types in signature.items():
         for kind, value in _leaves(types, launch.arguments[name]):
+            if isinstance(value, MatrixPlace):
+                matrices.append(_matrix(len(values), value, kind))
+                values += (0, *value.shape, *value.strides)
+                continue
             if isinstance(value, Place):
                 behind = 0 if value.index >= 0 else _BYTES_OF_FLOAT * sum(areas[: -1 - value.index])
                 places.append((len(values), max(value.index, _SCRATCH), behind))
                 value = 0
             values.append(_bits(kind, value))
-    return Parameters([*values, 0, 0], places)
+    return Parameters([*values, 0, 0], places, matrices)
+
+
+def _matrix(parameter: int, of: MatrixPlace, kind: str) -> Any:
+    """kind: "tensordesc<bf16[...". In a box that is wider than the swizzle's 128 bytes, Triton loads several."""
+    element = next(name for name in _ELEMENTS if kind.startswith(f"tensordesc<{name}["))
+    box = of.box[0], min(of.box[1], _SWIZZLE // 2)
+    return _host.Matrix(
+        parameter=parameter,
+        place=of.index,
+        type=_ELEMENTS[element],
+        shape=of.shape,
+        row_bytes=2 * of.strides[0],
+        box=box,
+    )
 
 
 def _leaves(types: Any, value: Any) -> Iterator[tuple[str, Any]]:

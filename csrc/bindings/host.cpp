@@ -19,6 +19,7 @@ namespace {
 
 using host::Driver;
 using host::Launch;
+using host::Matrix;
 using host::Place;
 
 // (parameter, place, bytes behind it); place: a tensor of the call, or -1: its scratch memory.
@@ -27,15 +28,35 @@ using PlaceOf = std::tuple<size_t, int, uint64_t>;
 constexpr size_t kMostTensors = 15;
 constexpr uint64_t kAlign = 16;  // bytes, for which Triton compiles
 
+// Checked with the launch that has it.
+Matrix matrix_of(size_t parameter, size_t place, int type, std::pair<uint64_t, uint64_t> shape, uint64_t row_bytes,
+                 std::pair<uint32_t, uint32_t> box) {
+    return {.parameter = parameter,
+            .address = place,
+            .type = type,
+            .rows = shape.first,
+            .columns = shape.second,
+            .row_bytes = row_bytes,
+            .box_rows = box.first,
+            .box_columns = box.second};
+}
+
 Launch launch_of(std::string name, uintptr_t function, const std::array<unsigned, 3>& grid, unsigned num_threads,
-                 unsigned shared_bytes, std::vector<uint64_t> values, const std::vector<PlaceOf>& places) {
+                 unsigned shared_bytes, std::vector<uint64_t> values, const std::vector<PlaceOf>& places,
+                 std::vector<Matrix> matrices) {
     Launch launch{.name = std::move(name),
                   .function = reinterpret_cast<void*>(function),
                   .grid = {grid[0], grid[1], grid[2]},
                   .num_threads = num_threads,
                   .shared_bytes = shared_bytes,
                   .parameters = std::move(values),
-                  .places = {}};
+                  .places = {},
+                  .matrices = std::move(matrices)};
+    for (const Matrix& m : launch.matrices) {
+        if (m.parameter >= launch.parameters.size() || m.address >= kMostTensors) {
+            throw std::out_of_range("pagewire: a matrix beyond the parameters or tensors of " + launch.name);
+        }
+    }
     for (const auto& [parameter, place, offset] : places) {
         const size_t address = place < 0 ? kMostTensors : static_cast<size_t>(place);
         if (parameter >= launch.parameters.size() || place >= static_cast<int>(kMostTensors)) {
@@ -52,6 +73,7 @@ class Launches {
     Launches(std::vector<Launch> launches, const std::vector<size_t>& aligned) : launches_(std::move(launches)) {
         for (const Launch& launch : launches_) {
             for (const Place& place : launch.places) used_.push_back(place.address);
+            for (const Matrix& matrix : launch.matrices) used_.push_back(matrix.address);
         }
         std::sort(used_.begin(), used_.end());
         used_.erase(std::unique(used_.begin(), used_.end()), used_.end());
@@ -94,7 +116,11 @@ PYBIND11_MODULE(_host, m) {
         .def("addresses", &Looker::addresses);
     py::class_<Launch>(m, "Launch")
         .def(py::init(&launch_of), py::kw_only(), py::arg("name"), py::arg("function"), py::arg("grid"),
-             py::arg("num_threads"), py::arg("shared_bytes"), py::arg("values"), py::arg("places"));
+             py::arg("num_threads"), py::arg("shared_bytes"), py::arg("values"), py::arg("places"),
+             py::arg("matrices"));
+    py::class_<Matrix>(m, "Matrix")
+        .def(py::init(&matrix_of), py::kw_only(), py::arg("parameter"), py::arg("place"), py::arg("type"),
+             py::arg("shape"), py::arg("row_bytes"), py::arg("box"));
     py::class_<Launches>(m, "Launches")
         .def(py::init<std::vector<Launch>, const std::vector<size_t>&>())
         .def("start", &Launches::start);

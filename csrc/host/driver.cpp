@@ -16,7 +16,8 @@ const Driver* load() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     const bool complete = library != nullptr && find(library, "cuCtxGetCurrent", driver.get_context) &&
                           find(library, "cuLaunchKernel", driver.launch) &&
-                          find(library, "cuGetErrorString", driver.get_text);
+                          find(library, "cuGetErrorString", driver.get_text) &&
+                          find(library, "cuTensorMapEncodeTiled", driver.encode);
     return complete ? &driver : nullptr;
 }
 

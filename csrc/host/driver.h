@@ -14,6 +14,9 @@ struct Driver {
                      unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters,
                      void** extra);                 // cuLaunchKernel
     Result (*get_text)(Result, const char** text);  // cuGetErrorString
+    Result (*encode)(void* map, int type, uint32_t rank, void* address, const uint64_t* shape, const uint64_t* strides,
+                     const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int promotion,
+                     int fill);  // cuTensorMapEncodeTiled
 
     // nullptr: there is no driver.
     static const Driver* loaded();

@@ -13,7 +13,7 @@ _host = pytest.importorskip("pagewire._host")
 
 def launch(**more):
     given = {"name": "k", "function": 1, "grid": (1, 1, 1), "num_threads": 32, "shared_bytes": 0}
-    return _host.Launch(**given | {"values": [0, 0], "places": [(0, 0, 0)]} | more)
+    return _host.Launch(**given | {"values": [0, 0], "places": [(0, 0, 0)], "matrices": []} | more)
 
 
 def capsule(name: bytes, major: int):
@@ -60,6 +60,13 @@ def test_places_are_within_parameters_and_tensors(place):
         launch(places=[place])
     with pytest.raises(IndexError):
         _host.Launches([launch()], [99])
+
+
+@pytest.mark.parametrize("where", [{"parameter": 2, "place": 0}, {"parameter": 0, "place": 15}])
+def test_matrices_are_within_parameters_and_tensors(where):
+    matrix = _host.Matrix(**where, type=9, shape=(16, 64), row_bytes=128, box=(16, 64))
+    with pytest.raises(IndexError, match="a matrix beyond the parameters or tensors of k"):
+        launch(matrices=[matrix])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a driver is there")

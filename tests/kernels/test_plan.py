@@ -128,7 +128,7 @@ def test_the_second_call_is_told_to_the_compiled_kernel(host):
 def test_numbers_become_the_bits_of_their_types():
     launch = Launch(None, (1, 1, 1), {"x": Pair(-1, 0.5, True), "y": -2, "z": 3}, {})
     found = again.parameters(launch, {"x": ("i64", "fp32", "i1"), "y": "i32", "z": "constexpr"}, ())
-    assert found == ([(1 << 64) - 1, 0x3F000000, 1, (1 << 64) - 2, 0, 0], [])
+    assert found == ([(1 << 64) - 1, 0x3F000000, 1, (1 << 64) - 2, 0, 0], [], [])
 
 
 def test_what_triton_compiles_for_goes_through_triton(host):
