@@ -119,9 +119,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
-    const uint64_t told[14] = {
-        (uint64_t)address, type,   rank,   shape[0], shape[1],  strides[0], box[0],
-        box[1],            swizzle, element_strides[0], element_strides[1], interleave, promotion, fill};
+    const uint64_t told[14] = {(uint64_t)address,  type,       rank,      shape[0], shape[1],
+                               strides[0],         box[0],     box[1],    swizzle,  element_strides[0],
+                               element_strides[1], interleave, promotion, fill};
     memset(map, 0, sizeof *map);
     memcpy(map, told, sizeof told);
     return CUDA_SUCCESS;
