@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from pagewire.kernels.hopper.ring import tile_of, wait_empty
+from pagewire.kernels.hopper.ring import full_of, tile_of, wait_empty
 from pagewire.kernels.hopper.row_tiles import number
 from pagewire.kernels.hopper.words import load_box
 
@@ -35,11 +35,10 @@ def produce_boxes(k, v, k_matrix, v_matrix, k_ring, v_ring, table, kv_head, walk
 
 @gluon.jit
 def _load_tile(boxes, matrix, ring, i, table, kv_head, walk, spec: gl.constexpr):
-    STAGES: gl.constexpr = ring.tiles.shape[0]
     N: gl.constexpr = ring.tiles.shape[1]
     D: gl.constexpr = ring.tiles.shape[2]
     ROWS: gl.constexpr = matrix.block_type.shape[0]
-    full = ring.full.index(i % STAGES)
+    full = full_of(ring, i)
     tile = tile_of(ring, i)
     wait_empty(ring, i)
     mbarrier.expect(full, N * D * 2)

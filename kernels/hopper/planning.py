@@ -28,9 +28,9 @@ class Config(NamedTuple):
 
 
 # head_dim -> tiles that fit shared memory beside Q, and registers beside the sums
-_CONFIGS = {64: Config(128, 3), 128: Config(128, 2), 256: Config(64, 2)}
+_CONFIGS = {64: Config(128, 4), 128: Config(128, 2), 256: Config(64, 2)}
 # softcap and ALiBi take registers for themselves
-_MODIFIED = {64: Config(64, 4), 128: Config(64, 3), 256: Config(64, 2)}
+_MODIFIED = {64: Config(64, 4), 128: Config(64, 4), 256: Config(64, 2)}
 
 
 def why_not(t: Tensors, m: Modifiers, device: Device) -> str | None:

@@ -2,7 +2,8 @@
 
 producer:  wait empty[s], load, full[s] by the TMA unit's bytes
 consumers: wait full[s], multiply, empty[s] by one arrival each
-the i-th tile lies in stage i % STAGES, and it is the (i // STAGES)-th use of its barriers
+the i-th tile lies in stage i % STAGES, and it is the (i // STAGES)-th use of its barriers; STAGES is a power of two, so
+that neither is a division
 """
 
 from typing import Any, NamedTuple
@@ -32,26 +33,46 @@ def ring_of(dtype: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr, D: gl.co
     return Ring(tiles, full, empty)
 
 
+@gluon.constexpr_function
+def _bits(stages: int) -> int:
+    """2 ** bits == stages."""
+    return stages.bit_length() - 1
+
+
+@gluon.jit
+def _stage(ring, i):
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    return i & (STAGES - 1)
+
+
+@gluon.jit
+def _phase(ring, i):
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    BITS: gl.constexpr = _bits(STAGES)
+    return (i >> BITS) & 1
+
+
+@gluon.jit
+def full_of(ring, i):
+    return ring.full.index(_stage(ring, i))
+
+
+@gluon.jit
+def tile_of(ring, i):
+    return ring.tiles.index(_stage(ring, i))
+
+
 @gluon.jit
 def wait_full(ring, i, needed):
-    STAGES: gl.constexpr = ring.tiles.shape[0]
-    mbarrier.wait(ring.full.index(i % STAGES), (i // STAGES) & 1, pred=needed)
+    mbarrier.wait(full_of(ring, i), _phase(ring, i), pred=needed)
 
 
 @gluon.jit
 def release(ring, i):
-    STAGES: gl.constexpr = ring.tiles.shape[0]
-    mbarrier.arrive(ring.empty.index(i % STAGES), count=1)
+    mbarrier.arrive(ring.empty.index(_stage(ring, i)), count=1)
 
 
 @gluon.jit
 def wait_empty(ring, i):
     """A stage's first use waits for nothing: the phase before the first counts as over."""
-    STAGES: gl.constexpr = ring.tiles.shape[0]
-    mbarrier.wait(ring.empty.index(i % STAGES), ((i // STAGES) & 1) ^ 1)
-
-
-@gluon.jit
-def tile_of(ring, i):
-    STAGES: gl.constexpr = ring.tiles.shape[0]
-    return ring.tiles.index(i % STAGES)
+    mbarrier.wait(ring.empty.index(_stage(ring, i)), _phase(ring, i) ^ 1)

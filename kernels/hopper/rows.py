@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from pagewire.kernels.hopper.ring import tile_of, wait_empty
+from pagewire.kernels.hopper.ring import full_of, tile_of, wait_empty
 from pagewire.kernels.hopper.words import copy_rows
 
 
@@ -53,7 +53,6 @@ def _ask_for(cache, ring, i, table, kv_head, walk, spec: gl.constexpr):
 @gluon.jit
 def _hand_over(ring, i, later: gl.constexpr):
     """later: groups that were asked for since and may still be on their way."""
-    STAGES: gl.constexpr = ring.tiles.shape[0]
     async_copy.wait_group(later)
     fence_async_shared()
-    mbarrier.arrive(ring.full.index(i % STAGES), count=1)
+    mbarrier.arrive(full_of(ring, i), count=1)
