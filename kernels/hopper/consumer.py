@@ -133,6 +133,8 @@ def _store(acc, softmax, rows, kv_head, call, rule, results, flags, CONSUMER: gl
         sink_log2 = gl.load(rule.sinks + head * rule.stride_sinks, mask=exists, other=float("-inf")) * LOG2_E
         acc, softmax = with_sinks(acc, softmax, sink_log2)
     divisor = gl.where(softmax.total == 0.0, 1.0, softmax.total)
+    if spec.V_SCALE == "value":
+        acc = acc * rule.v_factor
     token = (rows.row_start + token).to(gl.int64)
     out = results.out + token * results.stride_token + head.to(gl.int64) * results.stride_head
     gl.store(out[:, None] + dim[None, :], (acc / divisor[:, None]).to(out.dtype.element_ty), mask=exists[:, None])

@@ -13,13 +13,14 @@ from pagewire.kernels.hopper.consumer import Results
 from pagewire.kernels.hopper.words import unsupported
 from pagewire.kernels.launch import PLACES, Device, Tensors
 from pagewire.kernels.place import Launch, MatrixPlace, Place
+from pagewire.kernels.quant import FORMATS
 
 if TYPE_CHECKING:
     from pagewire.types import Modifiers
 
 _MOST_ROWS = 1 << 31  # of a matrix: the TMA unit counts them in 32 bits
 _COLUMN_BYTES = 16  # and strides in these
-_VECTOR = 16  # elements: what Triton can tell of a number, half of it is copied at once
+_VECTOR = 16  # elements: what Triton can tell of a number; as many bytes are copied at once
 
 
 class Config(NamedTuple):
@@ -38,12 +39,14 @@ def why_not(t: Tensors, m: Modifiers, device: Device) -> str | None:
     head_dim = t.k_cache.shape[3]
     if device.arch != 90:
         return f"sm_{device.arch} is not sm_90"
-    if t.q.dtype not in (float16, bfloat16) or t.k_cache.dtype != t.q.dtype:
-        return f"{t.q.dtype} over {t.k_cache.dtype}: fp16 or bf16 over its own dtype"
+    if t.q.dtype not in (float16, bfloat16) or t.k_cache.dtype not in (t.q.dtype, *FORMATS):
+        return f"{t.q.dtype} over {t.k_cache.dtype}: fp16 or bf16, over the same or 8 bits"
+    if isinstance(m.k_scale, Tensor) or isinstance(m.v_scale, Tensor):
+        return "scales in tensors: numbers"
     if head_dim not in _CONFIGS or t.v_cache.shape[3] != head_dim:
         return f"head_dim {head_dim}, {t.v_cache.shape[3]} of V: 64, 128 or 256, of both"
-    if m.softmax_scale <= 0:
-        return f"softmax_scale {m.softmax_scale}: positive ones"
+    if m.softmax_scale * (1.0 if m.k_scale is None else m.k_scale) <= 0:
+        return f"softmax_scale {m.softmax_scale}, k_scale {m.k_scale}: positive ones"
     for name, cache in (("k_cache", t.k_cache), ("v_cache", t.v_cache)):
         if any(stride % _VECTOR for stride in cache.stride()[:-1]):
             return f"{name}'s strides {cache.stride()}: multiples of {_VECTOR}"
@@ -102,7 +105,7 @@ def _matrix(cache: Tensor) -> _Matrix | None:
 def _boxes(place: Place, cache: Tensor, config: Config) -> tuple[Boxes, MatrixPlace] | None:
     """None: rows have to be copied one by one."""
     page_size, width, of_token = cache.shape[1], cache.shape[3], cache.stride(1)
-    matrix = _matrix(cache)
+    matrix = None if cache.dtype in FORMATS else _matrix(cache)  # what is converted passes through registers
     if matrix is None or page_size < 8 or page_size & (page_size - 1):  # 8 rows are an atom of the swizzle
         return None
     # beyond the matrix, whichever head it is of

@@ -3,7 +3,8 @@
 grid: [row tiles, num_kv_heads]; a program computes 128 packed rows of a request over all keys they see, longest first.
 Bound by the tensor cores: a tile of keys is 512 * BLOCK_N * D operations on 4 * BLOCK_N * D bytes, mostly from L2.
 
-        1 warp        K(0) V(0) K(1) V(1) ...        boxes.py: a box a page; or 4 warps, rows.py: row by row
+        1 warp        K(0) V(0) K(1) V(1) ...        boxes.py: a box a page; or 4 warps, row by row:
+                                                      rows.py, and converted.py from 8 bits
         4 warps x 2   64 rows each                   consumer.py: wgmma of tile i+1 and i beside the softmax
         ring.py       STAGES tiles of K, and of V    as many of them as shared memory holds beside Q
 
@@ -22,6 +23,7 @@ from pagewire.kernels.arguments import UNSPECIALISED
 from pagewire.kernels.hopper import FLAGS
 from pagewire.kernels.hopper.boxes import produce_boxes
 from pagewire.kernels.hopper.consumer import consume
+from pagewire.kernels.hopper.converted import produce_converted
 from pagewire.kernels.hopper.ring import ring_of
 from pagewire.kernels.hopper.row_tiles import find_rows, nothing, number, pages_exist, walk_of
 from pagewire.kernels.hopper.rows import produce_rows
@@ -73,6 +75,16 @@ def _prefill_kernel(
                 ],
                 [4, 1],
                 [240, 24],
+            )
+        elif spec.FORMAT != "float":
+            gl.warp_specialize(
+                [
+                    (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 0, spec)),
+                    (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 1, spec)),
+                    (produce_converted, (k, v, k_ring, v_ring, table, kv_head, walk, spec)),
+                ],
+                [4, 4],
+                [216, 72],
             )
         else:
             gl.warp_specialize(

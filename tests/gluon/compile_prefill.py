@@ -1,7 +1,6 @@
 """Compiles prefill's Hopper kernel as its launcher launches it, for sm_90 without a GPU; one JSON line per case.
 
-Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=1: `compile_prefill.py [WORD]`, WORD
-being part of the wanted ids.
+Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=1: `compile_prefill.py [ID ...]`.
 """
 
 from __future__ import annotations
@@ -29,15 +28,19 @@ class Case(NamedTuple):
     page_size: int = 16
     dtype: torch.dtype = bf16
     modified: bool = False  # every modifier
+    kv_dtype: torch.dtype | None = None  # of the cache; None: dtype
 
     @property
     def id(self) -> str:
         words = [f"D{self.head_dim}", f"P{self.page_size}", str(self.dtype).removeprefix("torch.")]
-        return "-".join(words + ["modified"] * self.modified)
+        stored = [] if self.kv_dtype is None else [str(self.kv_dtype).removeprefix("torch.")]
+        return "-".join(words + ["modified"] * self.modified + stored)
 
 
 CASES = [Case(d, p) for d in (64, 128, 256) for p in (16, 64)] + [Case(128, 16, fp16), Case(128, 8)]
 CASES += [Case(d, 1) for d in (64, 128, 256)] + [Case(128, 3)]
+CASES += [Case(d, 16, bf16, kv_dtype=torch.float8_e4m3fn) for d in (64, 128, 256)]
+CASES += [Case(128, 16, fp16, kv_dtype=torch.int8), Case(128, 16, fp16, kv_dtype=torch.float8_e5m2)]
 CASES += [Case(d, 16, bf16, True) for d in (64, 128, 256)]
 
 
@@ -45,14 +48,15 @@ def planned(case: Case) -> launch.Launch:
     driver.set_active(NoDevice(90))
     launch.device_of = lambda device: launch.Device(90, 132)
     q = torch.empty(4096, 32, case.head_dim, dtype=case.dtype)
-    caches = [torch.empty(64, case.page_size, 8, case.head_dim, dtype=case.dtype) for _ in range(2)]
+    caches = [torch.empty(64, case.page_size, 8, case.head_dim, dtype=case.kv_dtype or case.dtype) for _ in range(2)]
     table, lens, rows = (torch.zeros(n, dtype=torch.int32) for n in ((3, 64), 3, 4))
-    m = Modifiers(0.1, causal=True)
+    scale = None if case.kv_dtype is None else 0.5
+    m = Modifiers(0.1, causal=True, k_scale=scale, v_scale=scale)
     lse = None
     if case.modified:
         m = m._replace(window_left=50, softcap=3.0, alibi_slopes=torch.ones(3, 32), sinks=torch.ones(32))
         lse = torch.empty(q.shape[:2])
-    tensors = launch.Tensors(q, *caches, table, lens, rows, q, lse, m.sinks, m.alibi_slopes, None, None)
+    tensors = launch.Tensors(q, *caches, table, lens, rows, q, lse, m.sinks, m.alibi_slopes, scale, scale)
     first, *_ = prefill.plan(tensors, m, torch.zeros(1, dtype=torch.int64)).bound(*tensors)
     assert first.kernel.__name__ == "_prefill_kernel" and "results" in first.arguments
     return first
@@ -118,7 +122,7 @@ def facts(case: Case) -> dict:
 
 def main() -> None:
     for case in CASES:
-        if not sys.argv[1:] or sys.argv[1] in case.id:
+        if not sys.argv[1:] or case.id in sys.argv[1:]:
             print(json.dumps(facts(case)), flush=True)
 
 

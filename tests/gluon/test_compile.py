@@ -14,8 +14,15 @@ pytest.importorskip("triton")
 from kernels import instructions  # noqa: E402
 
 SCRIPT = pathlib.Path(__file__).with_name("compile_prefill.py")
-QUICK = ("D64-P16-b", "D128-P16-b", "D256-P16-b", "D128-P1-b")
+QUICK = (
+    "D64-P16-bfloat16",
+    "D128-P16-bfloat16",
+    "D256-P16-bfloat16",
+    "D128-P1-bfloat16",
+    "D128-P16-bfloat16-float8_e4m3fn",
+)
 SHARED_OF_A_PROGRAM = 227 << 10
+REGISTERS = {"boxes": {"240", "24"}, "rows": {"224", "56"}, "bytes": {"216", "72"}}  # of a consumer, of the producer
 ORDER = ["product", "wait(1)", "exp2", "wait(0)"]
 
 
@@ -30,23 +37,31 @@ def compiled(*words: str) -> list[dict]:
 
 def check(rows: list[dict]) -> None:
     for row in rows:
-        modified, of_rows = "modified" in row["case"], row["case"].split("-")[1] in ("P1", "P3")
+        _, page, *words = row["case"].split("-")
+        by = (
+            "bytes"
+            if words[-1] in ("float8_e4m3fn", "float8_e5m2", "int8")
+            else "rows"
+            if page in ("P1", "P3")
+            else "boxes"
+        )
         assert row["shared"] <= SHARED_OF_A_PROGRAM, row
         loops = sorted(row["loops"], key=lambda loop: loop["length"])
-        assert len(loops) == (6 if modified else 4), row  # of both consumers: whole tiles, masked ones, these twice
+        assert len(loops) == (6 if "modified" in words else 4), row  # of both consumers: whole tiles, masked ones
         assert all(loop["order"] == ORDER for loop in loops), row
-        for loop in loops[:2]:  # whole tiles; with every modifier beside 256 dims some are spilled
-            assert loop["spills"] <= 0.01 * loop["length"] * modified, row
+        for loop in loops[:2]:  # whole tiles; 256 dims with every modifier, or with fewer registers, spill some
+            some = "modified" in words or (by == "bytes" and "D256" in row["case"])
+            assert loop["spills"] <= 0.02 * loop["length"] * some, row
         for loop in loops[2:]:  # one or two of a row tile
-            assert loop["spills"] <= 0.03 * loop["length"], row
-        assert {"224", "56"} <= set(row["registers"]) if of_rows else {"240", "24"} <= set(row["registers"]), row
-        assert (row["boxes"] == 0 < row["rows"]) if of_rows else (row["rows"] == 0 < row["boxes"]), row
+            assert loop["spills"] <= 0.05 * loop["length"], row
+        assert REGISTERS[by] <= set(row["registers"]), row
+        assert [bool(row[what]) for what in ("boxes", "rows")] == [by == "boxes", by == "rows"], row
         assert row["fences"] > 0 and row["swizzles"] == ["128"], row
 
 
 @pytest.fixture(scope="module")
 def quick() -> list[dict]:
-    return [row for word in QUICK for row in compiled(word) if "modified" not in row["case"]]
+    return compiled(*QUICK)
 
 
 @pytest.mark.timeout(600)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import cases  # noqa: E402
 import pagewire as pw  # noqa: E402
 import tolerance  # noqa: E402
-from cases import Attention, bf16, fp16  # noqa: E402
+from cases import Attention, bf16, e4m3, e5m2, fp16, int8  # noqa: E402
 from gluon.simulated import Kernel, imported  # noqa: E402
 from pagewire import memo  # noqa: E402
 from pagewire.kernels import hopper, launch  # noqa: E402
@@ -42,7 +42,8 @@ def finite(call, seed=5):
     """What nobody owns is large instead of NaN: no tile is left over because of it."""
     g = torch.Generator().manual_seed(seed)
     for cache in call.args[1:3]:
-        cache.copy_(torch.where(cache.isnan(), 300 * torch.randn(cache.shape, generator=g).to(cache.dtype), cache))
+        x = cache.float()
+        cache.copy_(torch.where(x.isnan(), 300 * torch.randn(cache.shape, generator=g), x).to(cache.dtype))
     return call
 
 
@@ -71,6 +72,9 @@ CASES = [
     Attention((200, 100), (80, 30), dtype=bf16, strided=True, note="every stride free"),
     Attention((300, 200), (40, 60), dtype=fp16, out_dtype=torch.float32, split_size=64, heads=(3, 1)),
     Attention((130,), (9,), heads=(48, 1), dtype=bf16, page_size=16, note="large group"),
+    Attention((300, 40), (90, 40), dtype=bf16, kv_dtype=e4m3, scale="float", head_dim=128, note="from 8 bits"),
+    Attention((300, 40), (90, 40), dtype=fp16, kv_dtype=e5m2, scale="float", page_size=3, window=(99, 0)),
+    Attention((150,), (60,), dtype=bf16, kv_dtype=int8, scale="float", head_dim=256, sinks=True, layout="HND"),
     Attention((300, 40), (90, 40), dtype=bf16, page_size=1, note="row by row"),
     Attention((700,), (90,), dtype=fp16, page_size=3, head_dim=128, window=(400, 0), layout="HND", note="row by row"),
     Attention((260,), (140,), heads=(2, 1), head_dim=256, dtype=bf16, page_size=48, softcap=5.0, note="row by row"),
@@ -82,7 +86,7 @@ def on_hopper(case: Attention) -> Attention:
     head_dim = min((64, 128, 256), key=lambda d: abs(d - case.head_dim))
     dtype = fp16 if case.dtype == fp16 else bf16
     wide = {"head_dim": head_dim, "head_dim_v": None, "dtype": dtype}
-    return dataclasses.replace(case, **wide, kv_dtype=None, scale=None)
+    return dataclasses.replace(case, **wide, scale=case.kv_dtype and "float")
 
 
 SHARED = [case for case in map(on_hopper, cases.PREFILL) if max(case.q_lens) * case.heads[0] // case.heads[1] > 16]
@@ -159,7 +163,7 @@ def test_a_cache_off_its_boundary_goes_to_the_other_kernel(kernel):
 REFUSED = {
     "off": (Attention((100,), (40,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is not 1"),
     "fp32": (Attention((100,), (40,)), {}, "torch.float32 over torch.float32"),
-    "e4m3": (Attention((100,), (40,), dtype=bf16, kv_dtype=cases.e4m3, scale="head"), {}, "over torch.float8_e4m3fn"),
+    "scales": (Attention((100,), (40,), dtype=bf16, kv_dtype=e4m3, scale="head"), {}, "scales in tensors: numbers"),
     "D80": (Attention((100,), (40,), dtype=bf16, head_dim=80), {}, "head_dim 80"),
     "V": (Attention((100,), (40,), dtype=bf16, head_dim_v=128), {}, "head_dim 64, 128 of V"),
 }
@@ -280,12 +284,24 @@ OF_ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", [*FAULTS, *OF_ROWS])
+OF_BYTES = {
+    "what was converted is not fenced": ("converted", "    fence_async_shared()\n", ""),
+    "it is handed over too early": ("converted", "        if piece == 0:\n            wait_empty(ring, i)\n", ""),
+    "it is not handed over": ("converted", "    mbarrier.arrive(full_of(ring, i), count=1)\n", ""),
+    "a piece is missing": ("converted", "static_range(_PIECES)", "static_range(_PIECES - 1)"),
+    "bytes past the end are read": ("converted", "& (key < walk.stop_key)", ""),
+    "V's scale is forgotten": ("consumer", "acc * rule.v_factor", "acc"),
+}
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *OF_ROWS, *OF_BYTES])
 def test_a_fault_is_found(name, kernel):
-    file, before, after = (FAULTS | OF_ROWS)[name]
+    file, before, after = (FAULTS | OF_ROWS | OF_BYTES)[name]
     kernel.function = imported("prefill", (f"{file}.py", before, after))._prefill_kernel
     page_size = 3 if name in OF_ROWS else 16
     case = Attention((900,), (150,), heads=(1, 1), dtype=bf16, head_dim=128, window=(600, 0), page_size=page_size)
+    if name in OF_BYTES:
+        case = dataclasses.replace(case, kv_dtype=e4m3, scale="float")
     call = finite(cases.build(case))
     with pytest.raises(AssertionError):
         for _ in range(3):

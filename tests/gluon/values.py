@@ -22,8 +22,8 @@ class Value:
     dtype = property(lambda self: self.x.dtype)
     shape = property(lambda self: list(self.x.shape))
 
-    def to(self, dtype: torch.dtype) -> Value:
-        return Value(self.x.to(dtype))
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Value:
+        return Value(self.x.view(dtype) if bitcast else self.x.to(dtype))
 
     def __getitem__(self, index: Any) -> Value:
         return Value(self.x[index])

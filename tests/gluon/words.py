@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gluon.machine import Machine, Product, Race
+from gluon.machine import Machine, Partition, Product, Race
 from gluon.values import Pointer, Value, plain
 from pagewire.overlap import meet, span
 
@@ -39,17 +39,18 @@ class Shared:
     def store(self, value: Value) -> None:
         machine.write(self.memory)
         self.memory.copy_(value.x)
-        unseen.append((self.memory, {"fence", "barrier"}))
+        unseen.append((self.memory, {"fence", "barrier"}, machine.current))
 
     def read(self) -> Tensor:
         """By the tensor cores, which see what threads wrote after a fence."""
-        for memory, missing in unseen:
+        for memory, missing, _writer in unseen:
             if missing and meet(span(memory), span(self.memory)):
                 raise Race(f"written and read without {' and '.join(sorted(missing))}")
         return self.memory
 
 
-unseen: list[tuple[Tensor, set[str]]] = []  # what threads have written, and what is missing before it can be read
+# what threads have written, what is missing before it can be read, and whose they are
+unseen: list[tuple[Tensor, set[str], Partition]] = []
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
@@ -97,7 +98,9 @@ def _expect(barrier: Barrier, num_bytes: int, pred: Any = True) -> None:
 
 
 def _arrive(barrier: Barrier, count: int = 1, pred: Any = True) -> None:
+    """One of a partition's threads, after all of them came here."""
     machine.pause()
+    _done("barrier")
     if pred:
         barrier.arrive(int(count))
 
@@ -144,7 +147,7 @@ def _copy_rows(target: Shared, at: Pointer, mask: Any = None) -> None:
     def land() -> None:
         machine.write(target.memory)
         target.memory.copy_(values)
-        unseen.append((target.memory, {"fence"}))
+        unseen.append((target.memory, {"fence"}, machine.current))
 
     machine.current.asked.append(land)
 
@@ -202,9 +205,11 @@ def _barrier() -> None:
 
 
 def _done(what: str) -> None:
-    for _, missing in unseen:
-        missing.discard(what)
-    unseen[:] = [(memory, missing) for memory, missing in unseen if missing]
+    """By the threads that run: it is about what they have written."""
+    for _, missing, writer in unseen:
+        if writer is machine.current:
+            missing.discard(what)
+    unseen[:] = [of for of in unseen if of[1]]
 
 
 def _specialize(functions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
@@ -245,7 +250,7 @@ def _none(*given: Any) -> None:
 language = {
     "constexpr": lambda x: x, "static_range": range, "num_warps": lambda: 4,
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32,
-    "int64": torch.int64,
+    "int64": torch.int64, "float8e4nv": torch.float8_e4m3fn, "float8e5": torch.float8_e5m2,
     **dict.fromkeys(
         ("BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "NVMMASharedLayout"), _none
     ),
