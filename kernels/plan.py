@@ -41,7 +41,7 @@ class Plan:
         self._areas = [-(-n // ALIGN) * ALIGN for n in scratch]
         self._kernels: list[CompiledKernel] | None = None  # of the first call
         self._blank: Tensor | None = None  # like the scratch, of one element
-        self._again: Any = None  # _host.Launches
+        self._again: Any = None  # _host.Launches; False: only Triton starts these
 
     def run(self, *tensors: Any) -> None:
         """tensors: as the places count them; where there is no place, anything."""
@@ -57,11 +57,11 @@ class Plan:
         scratch = self._scratch()
         if self._kernels is not None and not _is_watched():
             if self._again is None:
-                self._again = launches_again(self.launches, self._kernels, self._areas)
+                self._again = launches_again(self.launches, self._kernels, self._areas) or False
                 with torch.inference_mode(False):  # kept for calls in any mode
                     blank = torch.empty((), dtype=torch.float32, device=self._device)
                     self._blank = blank.expand(sum(self._areas))
-            if self._again is not None and self._again.start(tensors, scratch, _stream()):
+            if self._again and self._again.start(tensors, scratch, _stream()):
                 return
         kernels = [kernel[grid](**given, **options) for kernel, grid, given, options in self._bound(tensors, scratch)]
         # none under the interpreter, nor where launches are only noted (bench/ahead.py)
