@@ -10,10 +10,15 @@ struct alignas(64) TensorMap {  // CUtensorMap
 };
 
 TensorMap encoded(const Driver& driver, const Launch& l, const Matrix& m, uint64_t address) {
-    constexpr int kNoInterleave = 0, kSwizzle128B = 3, kPromote128B = 2, kZeros = 0;
+    constexpr int kNoInterleave = 0;
+    constexpr int kSwizzle128B = 3;
+    constexpr int kPromote128B = 2;
+    constexpr int kZeros = 0;
     TensorMap map{};
-    const uint64_t shape[] = {m.columns, m.rows}, strides[] = {m.row_bytes};
-    const uint32_t box[] = {m.box_columns, m.box_rows}, element_strides[] = {1, 1};
+    const uint64_t shape[] = {m.columns, m.rows};
+    const uint64_t strides[] = {m.row_bytes};
+    const uint32_t box[] = {m.box_columns, m.box_rows};
+    const uint32_t element_strides[] = {1, 1};
     const Driver::Result error = driver.encode(&map, m.type, 2, reinterpret_cast<void*>(address), shape, strides, box,
                                                element_strides, kNoInterleave, kSwizzle128B, kPromote128B, kZeros);
     if (error != 0) throw std::runtime_error("pagewire: a matrix of " + l.name + ": " + driver.text(error));
