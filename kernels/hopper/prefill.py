@@ -15,6 +15,8 @@ rows that no request owns.
 
 from __future__ import annotations
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
@@ -60,42 +62,43 @@ def _prefill_kernel(
         STAGES: gl.constexpr = spec.STAGES
         N: gl.constexpr = spec.BLOCK_N
         D: gl.constexpr = spec.BLOCK_D
+        BOXES: gl.constexpr = spec.BOXES
+        FORMAT: gl.constexpr = spec.FORMAT
+        WARPS: gl.constexpr = _shares(BOXES, FORMAT)[0]
+        CONSUMES: gl.constexpr = _shares(BOXES, FORMAT)[1]
+        PRODUCES: gl.constexpr = _shares(BOXES, FORMAT)[2]
         k_ring = ring_of(dtype, STAGES, N, D)
         v_ring = ring_of(dtype, STAGES, N, D)
         q_tile = _load_q(q, rows, kv_head, spec)
         fence_async_shared()
         barrier()
-        # warps of the second and the third, and their registers a thread; the first has what is left
-        if spec.BOXES:
-            gl.warp_specialize(
-                [
-                    (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 0, spec)),
-                    (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 1, spec)),
-                    (produce_boxes, (k, v, k_matrix, v_matrix, k_ring, v_ring, table, kv_head, walk, spec)),
-                ],
-                [4, 1],
-                [240, 24],
-            )
-        elif spec.FORMAT != "float":
-            gl.warp_specialize(
-                [
-                    (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 0, spec)),
-                    (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 1, spec)),
-                    (produce_converted, (k, v, k_ring, v_ring, table, kv_head, walk, spec)),
-                ],
-                [4, 4],
-                [216, 72],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 0, spec)),
-                    (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 1, spec)),
-                    (produce_rows, (k, v, k_ring, v_ring, table, kv_head, walk, spec)),
-                ],
-                [4, 4],
-                [224, 56],
-            )
+        gl.warp_specialize(
+            [
+                (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 0, spec)),
+                (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 1, spec)),
+                (_produce, (k, v, k_matrix, v_matrix, k_ring, v_ring, table, kv_head, walk, spec)),
+            ],
+            [4, WARPS],
+            [CONSUMES, PRODUCES],  # registers of a thread; the first partition has what is left
+        )
+
+
+@gluon.constexpr_function
+def _shares(BOXES: bool, FORMAT: str) -> Any:
+    """(warps that load, registers of a thread of the second consumer, of theirs): 504 in all by 128 threads."""
+    if BOXES:
+        return 1, 240, 24
+    return (4, 224, 56) if FORMAT == "float" else (4, 216, 72)
+
+
+@gluon.jit
+def _produce(k, v, k_matrix, v_matrix, k_ring, v_ring, table, kv_head, walk, spec: gl.constexpr):
+    if spec.BOXES:
+        produce_boxes(k, v, k_matrix, v_matrix, k_ring, v_ring, table, kv_head, walk, spec)
+    elif spec.FORMAT == "float":
+        produce_rows(k, v, k_ring, v_ring, table, kv_head, walk, spec)
+    else:
+        produce_converted(k, v, k_ring, v_ring, table, kv_head, walk, spec)
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _looker() -> Any:
-    """None: the extension is not built, or torch is too old (before 2.10) or too new to show its tensors this way."""
+    """None: the extension is not built, or this torch does not show its tensors this way (2.11 and 2.13 do)."""
     try:
         from pagewire._host import Looker
 
