@@ -37,6 +37,7 @@ PROFILED = {  # step -> backend, case: what each kernel is up against, from its 
     "ncu-pack": ("cuda", "pack 2kt L32 H8>1 D128 P16 NHD bf16"),
 }
 _ON_HOPPER = ("env", "PAGEWIRE_HOPPER=1")
+_OF_HOPPER = "^(decode|prefill)"
 _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "InstructionStats")
 
 
@@ -92,7 +93,7 @@ def _setup(go: int, plan: Plan) -> tuple[Step, ...]:
     ahead += ["--only", "^merge", "smoke"] if plan.dry else ["--arch", _arch(), *suites]
     unpack = ("benches/peers.py", str(plan.peers), str(plan.site))
     no_peers = None if plan.peers else "no --peers bundle was given"
-    hopper = ("-m", "pagewire.bench.ahead", "--jobs", "3", "--arch", _arch(), "--only", "^prefill", "quick")
+    hopper = ("-m", "pagewire.bench.ahead", "--jobs", "3", "--arch", _arch(), "--only", _OF_HOPPER, "quick")
     no_hopper = plan.no_gpu or _no_triton()
     return (
         *((Step("hopper-ahead", (*_ON_HOPPER, plan.python, *hopper), 38, no_hopper, always=True),) if go > 1 else ()),
@@ -160,16 +161,16 @@ def _profiles(plan: Plan) -> list[Step]:
 
 
 def _hopper(plan: Plan) -> Step:
-    """The prefill kernel that has to be asked for, checked and timed on the suite's prefills beside FlashAttention."""
-    chosen = ("--suite", "quick", "--only", "^prefill", "--peers", "flash_attn3", "--minutes", "0.3")
+    """The kernels that have to be asked for, checked and timed on the suite's cases beside FlashAttention."""
+    chosen = ("--suite", "quick", "--only", _OF_HOPPER, "--peers", "flash_attn3", "--minutes", "0.45")
     missing = plan.no_gpu or _no_backend("triton", plan)
-    return Step("hopper", (*_ON_HOPPER, *_bench(plan), *chosen), 25, missing, tail=60)
+    return Step("hopper", (*_ON_HOPPER, *_bench(plan), *chosen), 32, missing, tail=60)
 
 
 def _tune(plan: Plan) -> Step:
-    command = (*_bench(plan), "--tune", "decode,prefill", "--minutes", "1.2")
+    command = (*_bench(plan), "--tune", "decode,prefill", "--minutes", "1.1")
     missing = plan.no_gpu and f"tuning: {plan.no_gpu}" or _no_backend("triton", plan)
-    return Step("tune", command, 77, missing, tail=200)
+    return Step("tune", command, 70, missing, tail=200)
 
 
 def _racecheck(plan: Plan) -> Step:
@@ -177,7 +178,7 @@ def _racecheck(plan: Plan) -> Step:
     missing = plan.no_gpu or (None if tool else "compute-sanitizer is not on the PATH")
     smallest = (*_bench(plan), "--suite", "smoke", "--peers", "none", "--minutes", "0.6")
     command = (tool or "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *smallest)
-    return Step("racecheck", command, 55, missing, tail=30)
+    return Step("racecheck", command, 50, missing, tail=30)
 
 
 def _plot(go: int, plan: Plan) -> Step:

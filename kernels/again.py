@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from pagewire.kernels.place import Launch, MatrixPlace, Place
+from pagewire.kernels.place import SWIZZLE, Launch, MatrixPlace, Place
 
 try:
     from pagewire import _host
@@ -28,8 +28,7 @@ ALIGN = 16  # bytes: what Triton compiles for
 _BYTES_OF_FLOAT = 4
 _SCRATCH = -1  # as Launches.start has it
 _FORMATS = {"fp32": "<f", "fp64": "<d"}
-_ELEMENTS = {"fp16": 6, "bf16": 9}  # CUtensorMapDataType
-_SWIZZLE = 128  # bytes
+_ELEMENTS = {"fp16": (6, 2), "bf16": (9, 2), "u8": (0, 1), "i8": (0, 1)}  # CUtensorMapDataType, bytes
 
 
 class Parameters(NamedTuple):
@@ -87,16 +86,17 @@ def parameters(launch: Launch, signature: dict[str, Any], areas: Sequence[int]) 
 
 
 def _matrix(parameter: int, of: MatrixPlace, kind: str) -> Any:
-    """kind: "tensordesc<bf16[...". In a box that is wider than the swizzle's 128 bytes, Triton loads several."""
-    element = next(name for name in _ELEMENTS if kind.startswith(f"tensordesc<{name}["))
-    box = of.box[0], min(of.box[1], _SWIZZLE // 2)
+    """kind: "tensordesc<bf16[...". In a box that is wider than its swizzle, Triton loads several."""
+    element, size = next(of for name, of in _ELEMENTS.items() if kind.startswith(f"tensordesc<{name}["))
+    swizzle = min(SWIZZLE, size * of.box[1])
     return _host.Matrix(
         parameter=parameter,
         place=of.index,
-        type=_ELEMENTS[element],
+        type=element,
         shape=of.shape,
-        row_bytes=2 * of.strides[0],
-        box=box,
+        row_bytes=size * of.strides[0],
+        box=(of.box[0], swizzle // size),
+        swizzle_bytes=swizzle,
     )
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from pagewire.kernels import combine, launch, tuning
+from pagewire.kernels import combine, hopper, launch, tuning
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.alone import attend_alone
 from pagewire.kernels.arguments import UNSPECIALISED, Heads, number, varying
@@ -187,8 +187,16 @@ def _store(state, rows_of_it, place, out, lse, rule, partials, spec: tl.constexp
 
 def plan(t: Tensors, m: Modifiers, error_word: Tensor) -> Plan:
     """Of one row per request, or, with cu_seqlens_q, of requests of which max_q_len says that all are short."""
-    launches, scratch = launches_of(t, m, error_word) if t.q.shape[0] else ((), ())
-    return Plan(launches, t.q.device, scratch)
+    if t.q.shape[0] == 0:
+        return Plan((), t.q.device)
+    launches, scratch = launches_of(t, m, error_word)
+    split = Plan(launches, t.q.device, scratch)
+    device = launch.device_of(t.q.device)
+    if hopper.why_no_decode(t, m, device) is not None:
+        return split
+    whole, scratch, num_counters = hopper.decode_of(t, m, error_word, device)
+    aligned = (launch.PLACES.k_cache.index, launch.PLACES.v_cache.index)
+    return Plan([whole], t.q.device, scratch, aligned, unaligned=split, num_counters=num_counters)
 
 
 def launches_of(

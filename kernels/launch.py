@@ -45,6 +45,8 @@ class Tensors(NamedTuple):
 
 
 PLACES = Tensors._make(map(Place, range(len(Tensors._fields))))
+# of a plan with counters: those of a call, and those of the next one on its stream (`counters.py`)
+ARRIVED, NEXT = (Place(len(PLACES) + n) for n in range(2))
 
 
 def options(config: KernelConfig) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+SWIZZLE = 128  # bytes, at most
+
 
 @dataclass(frozen=True)
 class Place:
@@ -19,7 +21,10 @@ class Place:
 
 @dataclass(frozen=True)
 class MatrixPlace(Place):
-    """The tensor as rows of a matrix that Hopper's TMA unit reads box by box; it has to lie on a 16-byte boundary."""
+    """The tensor as rows of a matrix that Hopper's TMA unit reads box by box; it has to lie on a 16-byte boundary.
+
+    In shared memory a row lies in pieces of 128 bytes, or in one of 64 if it has no more; these are swizzled.
+    """
 
     shape: tuple[int, int]
     strides: tuple[int, int]  # elements; the second is 1
@@ -29,8 +34,10 @@ class MatrixPlace(Place):
         from triton.experimental.gluon.language import NVMMASharedLayout
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-        return TensorDescriptor(values[self.index], list(self.shape), list(self.strides), list(self.box), layout)
+        tensor = values[self.index]
+        size = tensor.element_size()
+        layout = NVMMASharedLayout(min(SWIZZLE, size * self.box[1]), 8 * size, rank=2)
+        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.box), layout)
 
 
 class Launch(NamedTuple):

@@ -19,6 +19,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from pagewire.kernels.again import ALIGN, launches_again, specialised
+from pagewire.kernels.counters import counters
 from pagewire.kernels.place import Launch, Place
 from pagewire.kernels.quant import as_stored
 
@@ -31,12 +32,15 @@ class Plan:
         scratch: Sequence[int] = (),
         aligned: Sequence[int] = (),
         unaligned: Plan | None = None,
+        num_counters: int = 0,
     ) -> None:
         """scratch: fp32 values of each area. aligned: tensors that the kernels read only on 16-byte boundaries;
-        unaligned: the plan where one lies elsewhere.
+        unaligned: the plan where one lies elsewhere. num_counters: > 0: behind the call's tensors stand counters, its
+        own and the next call's.
         """
         self.launches, self._device = tuple(launches), device
         self._aligned, self._unaligned = tuple(aligned), unaligned
+        self._num_counters = num_counters
         self._cuda_index = device.index if device.type == "cuda" else None
         self._areas = [-(-n // ALIGN) * ALIGN for n in scratch]
         self._kernels: list[CompiledKernel] | None = None  # of the first call
@@ -55,6 +59,8 @@ class Plan:
             with torch.cuda.device(self._device):
                 return self.run(*tensors)
         scratch = self._scratch()
+        if self._num_counters:
+            tensors = (*tensors, *self._counters())
         if self._kernels is not None and not _is_watched():
             if self._again is None:
                 self._again = launches_again(self.launches, self._kernels, self._areas) or False
@@ -71,7 +77,7 @@ class Plan:
 
     def bound(self, *tensors: Any) -> list[Launch]:
         """The launches with these tensors in their places."""
-        return self._bound(tensors, self._scratch())
+        return self._bound((*tensors, *self._counters()), self._scratch())
 
     def _bound(self, tensors: Sequence[Any], scratch: Tensor | None) -> list[Launch]:
         areas = () if scratch is None else reversed(scratch.split(self._areas))
@@ -80,6 +86,11 @@ class Plan:
             launch._replace(arguments={name: _filled(value, values) for name, value in launch.arguments.items()})
             for launch in self.launches
         ]
+
+    def _counters(self) -> tuple[Tensor, ...]:
+        if not self._num_counters:
+            return ()
+        return counters(self._device, 0 if self._cuda_index is None else _stream(), self._num_counters)
 
     def _scratch(self) -> Tensor | None:
         if not self._areas:

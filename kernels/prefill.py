@@ -206,7 +206,7 @@ def _plan(t: Tensors, m: Modifiers, error_word: Tensor, *, may_be_hopper: bool) 
     if num_tokens == 0 or m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
         return decode.plan(t, m, error_word)
     config = tuning.prefill_config(traits)
-    on_hopper = may_be_hopper and batch_size > 0 and hopper.why_not(t, m, device) is None
+    on_hopper = may_be_hopper and batch_size > 0 and hopper.why_no_prefill(t, m, device) is None
     if on_hopper:  # both kernels count tiles alike
         config = config._replace(BLOCK_M=hopper.BLOCK_M)
     spec = launch.attention_spec(t, m, config, device.arch, row_limit=row_limit, redo=on_hopper)
@@ -219,7 +219,7 @@ def _plan(t: Tensors, m: Modifiers, error_word: Tensor, *, may_be_hopper: bool) 
     if on_hopper:
         scratch = (*scratch, most_tiles * num_kv_heads * hopper.FLAGS)
         arguments["redo"] = Place(-len(scratch))
-        long.append(hopper.launch_of(t, m, arguments, grid))
+        long.append(hopper.prefill_of(t, m, arguments, grid))
     long.append(Launch(_prefill_kernel, grid, arguments, launch.options(config)))
     if not on_hopper:
         return Plan([*long, *short], t.q.device, scratch)

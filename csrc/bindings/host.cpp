@@ -30,7 +30,7 @@ constexpr uint64_t kAlign = 16;  // bytes, for which Triton compiles
 
 // Checked with the launch that has it.
 Matrix matrix_of(size_t parameter, size_t place, int type, std::pair<uint64_t, uint64_t> shape, uint64_t row_bytes,
-                 std::pair<uint32_t, uint32_t> box) {
+                 std::pair<uint32_t, uint32_t> box, uint32_t swizzle_bytes) {
     return {.parameter = parameter,
             .address = place,
             .type = type,
@@ -38,7 +38,8 @@ Matrix matrix_of(size_t parameter, size_t place, int type, std::pair<uint64_t, u
             .columns = shape.second,
             .row_bytes = row_bytes,
             .box_rows = box.first,
-            .box_columns = box.second};
+            .box_columns = box.second,
+            .swizzle_bytes = swizzle_bytes};
 }
 
 Launch launch_of(std::string name, uintptr_t function, const std::array<unsigned, 3>& grid, unsigned num_threads,
@@ -120,7 +121,7 @@ PYBIND11_MODULE(_host, m) {
              py::arg("matrices"));
     py::class_<Matrix>(m, "Matrix")
         .def(py::init(&matrix_of), py::kw_only(), py::arg("parameter"), py::arg("place"), py::arg("type"),
-             py::arg("shape"), py::arg("row_bytes"), py::arg("box"));
+             py::arg("shape"), py::arg("row_bytes"), py::arg("box"), py::arg("swizzle_bytes"));
     py::class_<Launches>(m, "Launches")
         .def(py::init<std::vector<Launch>, const std::vector<size_t>&>())
         .def("start", &Launches::start);

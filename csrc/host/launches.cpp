@@ -11,7 +11,7 @@ struct alignas(64) TensorMap {  // CUtensorMap
 
 TensorMap encoded(const Driver& driver, const Launch& l, const Matrix& m, uint64_t address) {
     constexpr int kNoInterleave = 0;
-    constexpr int kSwizzle128B = 3;
+    constexpr int kSwizzle64B = 2, kSwizzle128B = 3;
     constexpr int kPromote128B = 2;
     constexpr int kZeros = 0;
     TensorMap map{};
@@ -19,8 +19,9 @@ TensorMap encoded(const Driver& driver, const Launch& l, const Matrix& m, uint64
     const uint64_t strides[] = {m.row_bytes};
     const uint32_t box[] = {m.box_columns, m.box_rows};
     const uint32_t element_strides[] = {1, 1};
+    const int swizzle = m.swizzle_bytes == 64 ? kSwizzle64B : kSwizzle128B;
     const Driver::Result error = driver.encode(&map, m.type, 2, reinterpret_cast<void*>(address), shape, strides, box,
-                                               element_strides, kNoInterleave, kSwizzle128B, kPromote128B, kZeros);
+                                               element_strides, kNoInterleave, swizzle, kPromote128B, kZeros);
     if (error != 0) throw std::runtime_error("pagewire: a matrix of " + l.name + ": " + driver.text(error));
     return map;
 }

@@ -17,14 +17,14 @@ struct Place {
     uint64_t offset;  // bytes behind it
 };
 
-// Which parameter is a tensor of the call as a matrix that the TMA unit reads in boxes, swizzled in 128 bytes: with a
-// box's rows side by side in shared memory, as wgmma wants them.
+// Which parameter is a tensor of the call as a matrix that the TMA unit reads in boxes, swizzled in 128 or 64 bytes: with
+// a box's rows side by side in shared memory, as wgmma wants them.
 struct Matrix {
     size_t parameter;
     size_t address;  // of the call's addresses
     int type;        // CUtensorMapDataType
     uint64_t rows, columns, row_bytes;
-    uint32_t box_rows, box_columns;
+    uint32_t box_rows, box_columns, swizzle_bytes;
 };
 
 struct Launch {

@@ -9,26 +9,48 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pagewire.kernels.hopper.decode_launch import Decode
     from pagewire.kernels.launch import Device, Tensors
     from pagewire.kernels.place import Launch
     from pagewire.types import Modifiers
 
 SWITCH = "PAGEWIRE_HOPPER"
-BLOCK_M = 128  # packed rows of a program: two warpgroups'
+BLOCK_M = 128  # packed rows of a prefill's program: two warpgroups'
 FLAGS = 3  # of a tile and kv head, whether it is left over: each warpgroup's, and one for pages
+_OFF = f"{SWITCH} is not 1: it has not been measured"
 
 
-def why_not(t: Tensors, m: Modifiers, device: Device) -> str | None:
+def _is_on() -> bool:
+    return os.environ.get(SWITCH) == "1"
+
+
+def why_no_prefill(t: Tensors, m: Modifiers, device: Device) -> str | None:
     """Why a prefill's long requests are not for the kernel here."""
-    if os.environ.get(SWITCH) != "1":
-        return f"{SWITCH} is not 1: it has not been measured"
-    from pagewire.kernels.hopper import planning
+    if not _is_on():
+        return _OFF
+    from pagewire.kernels.hopper import prefill_launch
 
-    return planning.why_not(t, m, device)
+    return prefill_launch.why_not(t, m, device)
 
 
-def launch_of(t: Tensors, m: Modifiers, arguments: dict[str, Any], grid: tuple[int, int, int]) -> Launch:
+def prefill_of(t: Tensors, m: Modifiers, arguments: dict[str, Any], grid: tuple[int, int, int]) -> Launch:
     """arguments, grid: of `kernels/prefill.py`'s launch with BLOCK_M rows."""
-    from pagewire.kernels.hopper import planning
+    from pagewire.kernels.hopper import prefill_launch
 
-    return planning.launch_of(t, m, arguments, grid)
+    return prefill_launch.launch_of(t, m, arguments, grid)
+
+
+def why_no_decode(t: Tensors, m: Modifiers, device: Device) -> str | None:
+    if not _is_on():
+        return _OFF
+    from pagewire.kernels.hopper import decode_launch
+
+    return decode_launch.why_not(t, m, device)
+
+
+def decode_of(t: Tensors, m: Modifiers, error_word: Tensor, device: Device) -> Decode:
+    from pagewire.kernels.hopper import decode_launch
+
+    return decode_launch.decode_of(t, m, error_word, device)

@@ -17,18 +17,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from pagewire.kernels.hopper.ring import release, tile_of, wait_full
-from pagewire.kernels.hopper.row_tiles import number
-from pagewire.kernels.hopper.softmax import LN_2, LOG2_E, Softmax, logits, terms_of, weights, with_sinks
+from pagewire.kernels.hopper.rows_out import store_rows
+from pagewire.kernels.hopper.softmax import Softmax, logits, terms_of, weights
 
+CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a warpgroup: wgmma's
-
-
-class Results(NamedTuple):
-    out: Any  # [num_tokens, num_qo_heads, D]
-    stride_token: Any
-    stride_head: Any
-    lse: Any  # fp32 [num_tokens, num_qo_heads]; LSE
-    redo: Any  # fp32 [tiles, num_kv_heads, FLAGS]: whether a tile is to be computed again
 
 
 class Sums(NamedTuple):
@@ -121,7 +114,6 @@ def _store(acc, softmax, rows, kv_head, call, rule, results, flags, CONSUMER: gl
     layout: gl.constexpr = _layout(spec.BLOCK_D)
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     row = rows.first + CONSUMER * ROWS + gl.arange(0, ROWS, by_row)
-    dim = gl.arange(0, spec.BLOCK_D, gl.SliceLayout(0, layout))
     token = row // spec.GROUP_SIZE
     exists = token < rows.q_len
     head = kv_head * spec.GROUP_SIZE + row % spec.GROUP_SIZE
@@ -129,16 +121,7 @@ def _store(acc, softmax, rows, kv_head, call, rule, results, flags, CONSUMER: gl
     gl.store(flags + CONSUMER, gl.max(gl.max(wrong, 1), 0))
 
     softmax = Softmax(gl.convert_layout(softmax.maximum_log2, by_row), gl.convert_layout(softmax.total, by_row))
-    if spec.SINKS:
-        sink_log2 = gl.load(rule.sinks + head * rule.stride_sinks, mask=exists, other=float("-inf")) * LOG2_E
-        acc, softmax = with_sinks(acc, softmax, sink_log2)
-    divisor = gl.where(softmax.total == 0.0, 1.0, softmax.total)
     if spec.V_SCALE == "value":
         acc = acc * rule.v_factor
     token = (rows.row_start + token).to(gl.int64)
-    out = results.out + token * results.stride_token + head.to(gl.int64) * results.stride_head
-    gl.store(out[:, None] + dim[None, :], (acc / divisor[:, None]).to(out.dtype.element_ty), mask=exists[:, None])
-    if spec.LSE:
-        lse_log2 = gl.where(softmax.total == 0.0, float("-inf"), softmax.maximum_log2 + gl.log2(divisor))
-        at = token * number(call.stride_lse_token) + head.to(gl.int64) * number(call.stride_lse_head)
-        gl.store(results.lse + at, lse_log2 * LN_2, mask=exists)
+    store_rows(acc, softmax, token, head, exists, call, rule, results, layout, spec)

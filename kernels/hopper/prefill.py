@@ -24,10 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from pagewire.kernels.arguments import UNSPECIALISED
 from pagewire.kernels.hopper import FLAGS
 from pagewire.kernels.hopper.boxes import produce_boxes
-from pagewire.kernels.hopper.consumer import consume
+from pagewire.kernels.hopper.consumer import CONSUMERS, consume
 from pagewire.kernels.hopper.converted import produce_converted
+from pagewire.kernels.hopper.pages import Keys, last_bad_entry
 from pagewire.kernels.hopper.ring import ring_of
-from pagewire.kernels.hopper.row_tiles import find_rows, nothing, number, pages_exist, walk_of
+from pagewire.kernels.hopper.row_tiles import find_rows, nothing, number, walk_of
 from pagewire.kernels.hopper.rows import produce_rows
 from pagewire.kernels.hopper.words import barrier
 
@@ -55,9 +56,11 @@ def _prefill_kernel(
         table = page_table + rows.request.to(gl.int64) * number(call.stride_table)
         flags = results.redo + (tile * gl.num_programs(1) + kv_head) * _FLAGS
         walk = walk_of(rows, rule, spec)
-        exist = pages_exist(table, walk, call, spec)
+        keys = Keys(table, number(call.num_pages), walk.first_key, walk.stop_key)
+        exist = last_bad_entry(keys, spec) < 0
         gl.store(flags + 2, gl.where(exist, 0.0, 1.0))
         walk = nothing(walk, exist)
+        keys = Keys(table, keys.num_pages, walk.first_key, walk.stop_key)
         dtype: gl.constexpr = q.ptr.dtype.element_ty
         STAGES: gl.constexpr = spec.STAGES
         N: gl.constexpr = spec.BLOCK_N
@@ -67,8 +70,8 @@ def _prefill_kernel(
         WARPS: gl.constexpr = _shares(BOXES, FORMAT)[0]
         CONSUMES: gl.constexpr = _shares(BOXES, FORMAT)[1]
         PRODUCES: gl.constexpr = _shares(BOXES, FORMAT)[2]
-        k_ring = ring_of(dtype, STAGES, N, D)
-        v_ring = ring_of(dtype, STAGES, N, D)
+        k_ring = ring_of(dtype, STAGES, N, D, CONSUMERS)
+        v_ring = ring_of(dtype, STAGES, N, D, CONSUMERS)
         q_tile = _load_q(q, rows, kv_head, spec)
         fence_async_shared()
         barrier()
@@ -76,7 +79,7 @@ def _prefill_kernel(
             [
                 (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 0, spec)),
                 (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 1, spec)),
-                (_produce, (k, v, k_matrix, v_matrix, k_ring, v_ring, table, kv_head, walk, spec)),
+                (_produce, (k, v, k_matrix, v_matrix, k_ring, v_ring, keys, kv_head, walk, spec)),
             ],
             [4, WARPS],
             [CONSUMES, PRODUCES],  # registers of a thread; the first partition has what is left
@@ -92,13 +95,13 @@ def _shares(BOXES: bool, FORMAT: str) -> Any:
 
 
 @gluon.jit
-def _produce(k, v, k_matrix, v_matrix, k_ring, v_ring, table, kv_head, walk, spec: gl.constexpr):
+def _produce(k, v, k_matrix, v_matrix, k_ring, v_ring, keys, kv_head, walk, spec: gl.constexpr):
     if spec.BOXES:
-        produce_boxes(k, v, k_matrix, v_matrix, k_ring, v_ring, table, kv_head, walk, spec)
+        produce_boxes(k, v, k_matrix, v_matrix, k_ring, v_ring, keys, kv_head, walk, spec)
     elif spec.FORMAT == "float":
-        produce_rows(k, v, k_ring, v_ring, table, kv_head, walk, spec)
+        produce_rows(k, v, k_ring, v_ring, keys.table, kv_head, walk, spec)
     else:
-        produce_converted(k, v, k_ring, v_ring, table, kv_head, walk, spec)
+        produce_converted(k, v, k_ring, v_ring, keys.table, kv_head, walk, spec)
 
 
 @gluon.jit

@@ -2,8 +2,8 @@
 
 producer:  wait empty[s], load, full[s] by the TMA unit's bytes
 consumers: wait full[s], multiply, empty[s] by one arrival each
-the i-th tile lies in stage i % STAGES, and it is the (i // STAGES)-th use of its barriers; STAGES is a power of two, so
-that neither is a division
+the i-th tile lies in stage i % STAGES, and it is the (i // STAGES)-th use of its barriers; where STAGES is a power of
+two, neither is a division
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-
-CONSUMERS = gl.constexpr(2)
 
 
 class Ring(NamedTuple):
@@ -22,8 +20,8 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def ring_of(dtype: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+def ring_of(dtype: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr):
+    layout: gl.constexpr = swizzled(dtype, D)
     tiles = gl.allocate_shared_memory(dtype, [STAGES, N, D], layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -31,6 +29,18 @@ def ring_of(dtype: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr, D: gl.co
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     return Ring(tiles, full, empty)
+
+
+@gluon.constexpr_function
+def bytes_of(dtype: gl.dtype) -> int:
+    return int(getattr(dtype, "itemsize", 0)) or int(dtype.primitive_bitwidth) // 8  # torch's, Triton's
+
+
+@gluon.constexpr_function
+def swizzled(dtype: gl.dtype, columns: int) -> Any:
+    """As the TMA unit writes rows and wgmma reads them: in pieces of 128 bytes, or of 64 that are all of a row."""
+    size = bytes_of(dtype)
+    return gl.NVMMASharedLayout(min(128, size * columns), 8 * size, 2)
 
 
 @gluon.constexpr_function
@@ -42,14 +52,20 @@ def _bits(stages: int) -> int:
 @gluon.jit
 def _stage(ring, i):
     STAGES: gl.constexpr = ring.tiles.shape[0]
-    return i & (STAGES - 1)
+    if STAGES & (STAGES - 1):
+        return i % STAGES
+    else:
+        return i & (STAGES - 1)
 
 
 @gluon.jit
 def _phase(ring, i):
     STAGES: gl.constexpr = ring.tiles.shape[0]
-    BITS: gl.constexpr = _bits(STAGES)
-    return (i >> BITS) & 1
+    if STAGES & (STAGES - 1):
+        return (i // STAGES) & 1
+    else:
+        BITS: gl.constexpr = _bits(STAGES)
+        return (i >> BITS) & 1
 
 
 @gluon.jit

@@ -143,18 +143,3 @@ def nothing(walk, ok):
         gl.where(ok, walk.last, 0), gl.where(ok, walk.num_right, 1), gl.where(ok, walk.num_inner, 0),
         gl.where(ok, walk.num, 1), gl.where(ok, walk.first_key, 0), gl.where(ok, walk.stop_key, 0),
     )  # fmt: skip
-
-
-@gluon.jit
-def pages_exist(table, walk, call, spec: gl.constexpr):
-    """Whether every page of the walk's keys is one of the cache's."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    BLOCK: gl.constexpr = spec.BLOCK_B
-    num_pages = number(call.num_pages)
-    stop_entry = (walk.stop_key + spec.PAGE_SIZE - 1) // spec.PAGE_SIZE
-    bad = gl.zeros([BLOCK], gl.int32, layout)
-    for start in range(walk.first_key // spec.PAGE_SIZE, stop_entry, BLOCK):
-        entry = start + gl.arange(0, BLOCK, layout)
-        page = gl.load(table + entry, mask=entry < stop_entry, other=0)
-        bad = gl.maximum(bad, ((page < 0) | (page >= num_pages)).to(gl.int32))
-    return gl.max(bad, 0) == 0

@@ -52,7 +52,7 @@ def logits(qk, key, t, MASKED: gl.constexpr, spec: gl.constexpr):
     if spec.SOFTCAP or spec.ALIBI:
         qk *= t.scale_log2
     if spec.SOFTCAP:
-        qk = (t.softcap * LOG2_E) * _tanh_of_log2(qk)
+        qk = (t.softcap * LOG2_E) * tanh_of_log2(qk)
     if spec.ALIBI:
         qk -= t.slope_log2[:, None] * gl.abs(t.position[:, None] - key[None, :]).to(gl.float32)
     if MASKED:
@@ -70,8 +70,8 @@ def weights(logit, softmax, t, FP16: gl.constexpr, spec: gl.constexpr):
     largest = gl.max(logit, 1)
     if SCALE_LAST:
         largest *= t.scale_log2
-    if FP16:  # as attend._below_in_fp16
-        largest = gl.where(gl.abs(largest) < 1048576.0, largest - 15.0, largest)
+    if FP16:
+        largest = below_in_fp16(largest)
     maximum = gl.maximum(softmax.maximum_log2, largest)
     shift = gl.where(maximum == float("-inf"), 0.0, maximum)
     if SCALE_LAST:
@@ -83,7 +83,13 @@ def weights(logit, softmax, t, FP16: gl.constexpr, spec: gl.constexpr):
 
 
 @gluon.jit
-def _tanh_of_log2(y):
+def below_in_fp16(largest):
+    """As attend._below_in_fp16."""
+    return gl.where(gl.abs(largest) < 1048576.0, largest - 15.0, largest)
+
+
+@gluon.jit
+def tanh_of_log2(y):
     """As attend._tanh_of_log2."""
     x = y * (0.5 * LN_2)
     square = x * x

@@ -1,6 +1,5 @@
 """Words of Gluon that Triton has renamed between 3.6 and 3.9, the versions these kernels are tested with."""
 
-import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -8,13 +7,3 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9, 3.6
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-_OLDEST, _NEWEST = (3, 6), (3, 9)
-
-
-def unsupported() -> str | None:
-    """Why these kernels are not to be compiled with this Triton."""
-    found = tuple(map(int, triton.__version__.split(".")[:2]))
-    if _OLDEST <= found <= _NEWEST:
-        return None
-    return f"Gluon kernels are tested with Triton 3.6 to 3.9, this is {triton.__version__}"

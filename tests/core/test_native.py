@@ -64,7 +64,7 @@ def test_places_are_within_parameters_and_tensors(place):
 
 @pytest.mark.parametrize("where", [{"parameter": 2, "place": 0}, {"parameter": 0, "place": 15}])
 def test_matrices_are_within_parameters_and_tensors(where):
-    matrix = _host.Matrix(**where, type=9, shape=(16, 64), row_bytes=128, box=(16, 64))
+    matrix = _host.Matrix(**where, type=9, shape=(16, 64), row_bytes=128, box=(16, 64), swizzle_bytes=128)
     with pytest.raises(IndexError, match="a matrix beyond the parameters or tensors of k"):
         launch(matrices=[matrix])
 

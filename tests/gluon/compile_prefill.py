@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.runtime.driver import driver
 
+from gluon import sass
 from pagewire.bench.pretend import NoDevice
 from pagewire.kernels import launch, prefill
 from pagewire.types import Modifiers
@@ -62,61 +60,29 @@ def planned(case: Case) -> launch.Launch:
     return first
 
 
-WORDS = {
-    "HGMMA": "product", "WARPGROUP.DEPBAR.LE gsb0, 0x1": "wait(1)", "WARPGROUP.DEPBAR.LE gsb0, 0x0": "wait(0)",
-    "MUFU.EX2": "exp2",
-}  # fmt: skip
-
-
-def loops(sass: str, num_products: int) -> list[list[str]]:
-    """The instructions of each loop over tiles: so many HGMMA, all of them before a wait."""
-    code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)
-    at = {int(address, 16): i for i, (address, _) in enumerate(code)}
+def loops(code: str, num_products: int) -> list[list[str]]:
+    """Over tiles: so many products, all of them before a wait."""
     found = []
-    for i, (_, text) in enumerate(code):
-        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
-        start = at.get(int(target.group(1), 16)) if target else None
-        if start is not None and start < i:
-            texts = [text for _, text in code[start : i + 1]]
-            waits = [n for n, text in enumerate(texts) if "WARPGROUP.DEPBAR" in text]
-            products = [n for n, text in enumerate(texts) if "HGMMA" in text]
-            if len(products) == num_products and waits and products[-1] < waits[0]:
-                found.append(texts)
-    return found
-
-
-def spills(texts: list[str]) -> int:
-    return sum("STL" in text or "LDL" in text for text in texts)
-
-
-def order(texts: list[str]) -> list[str]:
-    """What matters of them, each once."""
-    found: list[str] = []
-    for text in texts:
-        word = next((name for words, name in WORDS.items() if words in text), None)
-        if word is not None and (not found or found[-1] != word):
-            found.append(word)
+    for texts in sass.loops(code):
+        waits = [n for n, text in enumerate(texts) if "WARPGROUP.DEPBAR" in text]
+        products = [n for n, text in enumerate(texts) if "HGMMA" in text]
+        if len(products) == num_products and waits and products[-1] < waits[0]:
+            found.append(texts)
     return found
 
 
 def facts(case: Case) -> dict:
     of = planned(case)
     kernel = of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ptx, ttgir, spec = kernel.asm["ptx"], kernel.asm["ttgir"], of.arguments["spec"]
-    found = loops(sass, (case.head_dim + spec.BLOCK_N) // 16)
+    code, ptx, spec = sass.of(kernel), kernel.asm["ptx"], of.arguments["spec"]
+    found = loops(code, (case.head_dim + spec.BLOCK_N) // 16)
     return {
         "case": case.id, "shared": kernel.metadata.shared,
-        "loops": [{"length": len(texts), "order": order(texts), "spills": spills(texts)} for texts in found],
-        "registers": re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", ptx),
-        "shapes": sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m64n\d+k16)", ptx))),
-        "boxes": sass.count("UTMALDG"), "rows": len(re.findall(r"\bLDGSTS\S*\.128", sass)),
+        "loops": [{"length": len(texts), "order": sass.order(texts), "spills": sass.spills(texts)} for texts in found],
+        "registers": sass.registers(ptx), "shapes": sass.shapes(ptx),
+        "boxes": code.count("UTMALDG"), "rows": len(re.findall(r"\bLDGSTS\S*\.128", code)),
         "fences": ptx.count("fence.proxy.async"),
-        "swizzles": sorted(set(re.findall(r"nvmma_shared<\{swizzlingByteWidth = (\d+)", ttgir))),
+        "swizzles": sass.swizzles(kernel),
     }  # fmt: skip
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import random
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 from gluon import words
 from gluon.machine import Machine
 from gluon.values import Pointer, Value
+from pagewire import memo
+from pagewire.kernels.hopper import decode_launch, prefill_launch, supported
 
 HOPPER = "pagewire.kernels.hopper"
 
@@ -62,13 +68,18 @@ class Kernel:
         self.given: dict[str, Any] = {}  # of the last launch
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(num_warps: int, spec: Any, **given: Any) -> None:
-            self.given = given
-            given["results"].redo.fill_(-1)  # scratch memory holds anything
-            arguments = {name: _given(x) for name, x in given.items()}
-            for y in range(grid[1]):
-                for x in range(grid[0]):
-                    self.run((x, y), grid, **arguments, spec=spec)
+        def launch(spec: Any, **given: Any) -> None:
+            self.given = {name: given[name] for name in self.arg_names if name in given}  # the rest are options
+            if given["results"].redo is not None:
+                given["results"].redo.fill_(-1)  # scratch memory holds anything
+            if "partials" in given:
+                given["partials"].out.fill_(torch.nan)
+                given["partials"].lse.fill_(torch.nan)
+            arguments = {name: _given(x) for name, x in self.given.items()}
+            programs = list(itertools.product(*map(range, grid)))
+            random.Random(self.seed).shuffle(programs)
+            for ids in programs:
+                self.run(ids, grid, **arguments, spec=spec)
 
         return launch
 
@@ -90,5 +101,19 @@ def _given(x: Any) -> Any:
         return Value(x)
     if hasattr(x, "block_shape"):  # a tensor descriptor
         whole = torch.as_strided(x.base, x.shape, x.strides, x.base.storage_offset())
-        return SimpleNamespace(block_type=SimpleNamespace(shape=list(x.block_shape)), whole=whole)
+        return SimpleNamespace(block_type=SimpleNamespace(shape=list(x.block_shape)), whole=whole, dtype=whole.dtype)
     return x
+
+
+@contextmanager
+def on_hopper(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, source: Any) -> Iterator[Kernel]:
+    """As if on an H100: the kernel of that name in module is a Kernel of source."""
+    kernel = Kernel(getattr(module, name), source)
+    unfit = supported.unfit
+    monkeypatch.setenv("PAGEWIRE_HOPPER", "1")
+    for launches in (prefill_launch, decode_launch):
+        monkeypatch.setattr(launches, "unfit", lambda t, device: unfit(t, device._replace(arch=90)))
+    monkeypatch.setattr(module, name, kernel)
+    memo.forget()
+    yield kernel
+    memo.forget()

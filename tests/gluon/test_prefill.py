@@ -11,10 +11,10 @@ import cases  # noqa: E402
 import pagewire as pw  # noqa: E402
 import tolerance  # noqa: E402
 from cases import Attention, bf16, e4m3, e5m2, fp16, int8  # noqa: E402
-from gluon.simulated import Kernel, imported  # noqa: E402
+from gluon.simulated import imported, on_hopper  # noqa: E402
 from pagewire import memo  # noqa: E402
 from pagewire.kernels import hopper, launch  # noqa: E402
-from pagewire.kernels.hopper import FLAGS, planning, prefill, words  # noqa: E402
+from pagewire.kernels.hopper import FLAGS, matrices, prefill, prefill_launch, supported  # noqa: E402
 from pagewire.types import Modifiers  # noqa: E402
 
 pytestmark = pytest.mark.skipif(pw.backends("cpu")["triton"] is not None, reason="the interpreter is off")
@@ -28,14 +28,8 @@ def source():
 @pytest.fixture
 def kernel(source, monkeypatch):
     """What Plan launches in place of the kernel."""
-    kernel = Kernel(prefill._prefill_kernel, source)
-    why_not = planning.why_not
-    monkeypatch.setenv("PAGEWIRE_HOPPER", "1")
-    monkeypatch.setattr(planning, "why_not", lambda t, m, device: why_not(t, m, device._replace(arch=90)))
-    monkeypatch.setattr(prefill, "_prefill_kernel", kernel)
-    memo.forget()
-    yield kernel
-    memo.forget()
+    with on_hopper(monkeypatch, prefill, "_prefill_kernel", source) as kernel:
+        yield kernel
 
 
 def finite(call, seed=5):
@@ -81,7 +75,7 @@ CASES = [
 ]
 
 
-def on_hopper(case: Attention) -> Attention:
+def nearest(case: Attention) -> Attention:
     """The nearest that the kernel takes."""
     head_dim = min((64, 128, 256), key=lambda d: abs(d - case.head_dim))
     dtype = fp16 if case.dtype == fp16 else bf16
@@ -89,7 +83,7 @@ def on_hopper(case: Attention) -> Attention:
     return dataclasses.replace(case, **wide, scale=case.kv_dtype and "float")
 
 
-SHARED = [case for case in map(on_hopper, cases.PREFILL) if max(case.q_lens) * case.heads[0] // case.heads[1] > 16]
+SHARED = [case for case in map(nearest, cases.PREFILL) if max(case.q_lens) * case.heads[0] // case.heads[1] > 16]
 
 
 @pytest.mark.parametrize("case", [*CASES, *dict.fromkeys(SHARED)], ids=lambda case: case.id)
@@ -175,8 +169,8 @@ def test_what_it_does_not_take_goes_to_the_other_kernel(name, kernel, monkeypatc
     for variable, value in switch.items():
         monkeypatch.setenv(variable, value)
     told = []
-    why_not = hopper.why_not
-    monkeypatch.setattr(hopper, "why_not", lambda *of: told.append(why_not(*of)) or told[-1])
+    why_not = hopper.why_no_prefill
+    monkeypatch.setattr(hopper, "why_no_prefill", lambda *of: told.append(why_not(*of)) or told[-1])
     call = cases.build(case)
     tolerance.check(call, *call.run("triton"))
     assert kernel.programs == 0 and reason in told[0]
@@ -203,10 +197,10 @@ def test_another_device_and_another_triton(monkeypatch):
     q, k, v, table, lens, rows = case.args
     t = launch.Tensors(q, k, v, table, lens, rows, q, None, None, None, None, None)
     m = Modifiers(0.125)
-    assert planning.why_not(t, m, launch.Device(90, 132)) is None
-    assert planning.why_not(t, m, launch.Device(100, 148)) == "sm_100 is not sm_90"
-    monkeypatch.setattr(words.triton, "__version__", "3.10.1")
-    assert "tested with Triton 3.6 to 3.9, this is 3.10.1" in planning.why_not(t, m, launch.Device(90, 132))
+    assert prefill_launch.why_not(t, m, launch.Device(90, 132)) is None
+    assert prefill_launch.why_not(t, m, launch.Device(100, 148)) == "sm_100 is not sm_90"
+    monkeypatch.setattr(supported.triton, "__version__", "3.10.1")
+    assert "tested with Triton 3.6 to 3.9, this is 3.10.1" in prefill_launch.why_not(t, m, launch.Device(90, 132))
 
 
 def cache(*shape, strides=None):
@@ -228,7 +222,7 @@ MATRICES = {  # as NHD views: what the TMA unit is told, or why not
 @pytest.mark.parametrize("name", MATRICES)
 def test_a_cache_as_a_matrix(name):
     x, expected = MATRICES[name]
-    found = planning._matrix(x)
+    found = matrices._matrix(x)
     assert (found and tuple(found)) == expected
     if found is None:
         return
@@ -256,16 +250,21 @@ FAULTS = {
     "a phase is the other one": ("ring", "_phase(ring, i) ^ 1", "_phase(ring, i)"),
     "a phase does not turn": ("ring", "_phase(ring, i), pred=needed", "0, pred=needed"),
     "one consumer is waited for": ("ring", "count=CONSUMERS", "count=1"),
-    "fewer bytes are expected": ("boxes", "N * D * 2)", "N * D)"),
-    "more bytes are expected": ("boxes", "N * D * 2)", "N * D * 4)"),
-    "all boxes go to one place": ("boxes", "tile.slice(j * ROWS, ROWS)", "tile.slice(0, ROWS)"),
+    "fewer bytes are expected": ("boxes", "N * D * BYTES)", "N * D)"),
+    "more bytes are expected": ("boxes", "N * D * BYTES)", "N * D * 4)"),
+    "all boxes go to one place": ("boxes", "place.slice(j * ROWS, ROWS)", "place.slice(0, ROWS)"),
     "the mask is off by one": ("softmax", "key[None, :] < t.stop_key", "key[None, :] <= t.stop_key"),
     "the left mask is off by one": ("softmax", "key[None, :] >= t.first_key", "key[None, :] > t.first_key"),
     "too many tiles are whole": ("row_tiles", "stop_inner_tile - inner_tile, 0", "stop_inner_tile - inner_tile + 1, 0"),
     "a tile is missing": ("row_tiles", "gl.maximum((stop + N - 1) // N,", "gl.maximum(stop // N,"),
     "Q is not fenced": ("prefill", "        fence_async_shared()\n", ""),
     "Q is not waited for": ("prefill", "        barrier()\n", ""),
-    "pages are read past their end": ("boxes", "& (entry < stop_entry)", ""),
+    "the next tile's pages come at once": ("boxes", "        pages = next_pages\n", ""),
+    "pages are read past their end": (
+        "pages",
+        "        needed = (entry >= keys.first // spec.PAGE_SIZE) & (entry < stop_entry)",
+        "        needed = entry >= 0",
+    ),
 }
 _ASK_V = "        _ask_for(v, v_ring, i, table, kv_head, walk, spec)\n"
 _NEXT_V = "        if i + 2 < walk.num:\n            wait_empty(v_ring, i + 1)\n"

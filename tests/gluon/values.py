@@ -82,6 +82,9 @@ class Value:
     def __rshift__(self, count: int) -> Value:
         return Value(self.x >> count)
 
+    def __lshift__(self, count: int) -> Value:
+        return Value(self.x << count)
+
     def __lt__(self, other: Any) -> Value:
         return Value(self.x < plain(other))
 
@@ -146,10 +149,10 @@ class Pointer:
 
     def load(self, mask: Any, other: Any) -> Value:
         at, taken = self._masked(mask)
-        found = self.flat[torch.where(taken, at, 0)]
-        return Value(
-            found if mask is None else torch.where(taken, found, torch.as_tensor(plain(other), dtype=found.dtype))
-        )
+        found = self.flat[torch.where(taken, at, 0)].clone()
+        if mask is None:
+            return Value(found)
+        return Value(torch.where(taken, found, torch.as_tensor(plain(other), dtype=found.dtype)))
 
     def store(self, value: Any, mask: Any) -> None:
         at, taken = self._masked(mask)

@@ -41,6 +41,13 @@ class Shared:
         self.memory.copy_(value.x)
         unseen.append((self.memory, {"fence", "barrier"}, machine.current))
 
+    def load(self, layout: Any) -> Value:
+        """By threads, which see what others of them wrote after a barrier."""
+        for memory, missing, _writer in unseen:
+            if "barrier" in missing and meet(span(memory), span(self.memory)):
+                raise Race("written and loaded without barrier")
+        return Value(self.memory.clone())
+
     def read(self) -> Tensor:
         """By the tensor cores, which see what threads wrote after a fence."""
         for memory, missing, _writer in unseen:
@@ -56,7 +63,14 @@ unseen: list[tuple[Tensor, set[str], Partition]] = []
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if layout == "barriers":
         return Barriers(shape[0])
-    return Shared(torch.full(shape, torch.nan, dtype=dtype))
+    memory = torch.empty(shape, dtype=dtype)
+    spoil(memory)
+    return Shared(memory)
+
+
+def spoil(memory: Tensor) -> None:
+    """Nobody has written there: NaN, of bytes the one of e4m3."""
+    memory.fill_(torch.nan if memory.is_floating_point() else 0x7F)
 
 
 class Barrier:
@@ -120,7 +134,7 @@ def load_box(matrix: Any, where: list[Any], barrier: Barrier, target: Shared, pr
     rows, columns = matrix.block_type.shape
     assert target.shape == [rows, columns], "a box of another shape than its place"
     machine.write(target.memory)
-    target.memory.fill_(torch.nan)
+    spoil(target.memory)
     row, column = (int(plain(x)) for x in where)
     box = torch.zeros(rows, columns, dtype=target.dtype)
     whole = matrix.whole
@@ -140,7 +154,7 @@ def load_box(matrix: Any, where: list[Any], barrier: Barrier, target: Shared, pr
 def _copy_rows(target: Shared, at: Pointer, mask: Any = None) -> None:
     """Masked rows become zeros. It lands when its group is waited for, or before."""
     machine.write(target.memory)
-    target.memory.fill_(torch.nan)
+    spoil(target.memory)
     values = at.load(mask, 0).x
     assert list(values.shape) == target.shape, "rows of another shape than their place"
 
@@ -243,26 +257,48 @@ def _pairwise(op: Any) -> Any:
     return of
 
 
+def _atomic_add(at: Pointer, value: int, sem: str, scope: str) -> Value:
+    assert sem == "acq_rel" and scope == "gpu"
+    before = at.load(None, 0)
+    at.store(before + value, None)
+    return before
+
+
+def _atomic_max(at: Pointer, value: Value, mask: Any, sem: str) -> None:
+    """All lanes at one place."""
+    taken, values = torch.broadcast_tensors(torch.as_tensor(plain(mask)), value.x)
+    if taken.any():
+        at.store(torch.maximum(at.load(mask, 0).x, values)[taken].max(), mask)
+
+
 def _none(*given: Any) -> None:
     return None
 
 
 language = {
     "constexpr": lambda x: x, "static_range": range, "num_warps": lambda: 4,
-    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32,
-    "int64": torch.int64, "float8e4nv": torch.float8_e4m3fn, "float8e5": torch.float8_e5m2,
+    "dtype": torch.dtype, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+    "int32": torch.int32,
+    "int64": torch.int64, "int8": torch.int8, "int16": torch.int16, "uint8": torch.uint8,
+    "float8e4nv": torch.float8_e4m3fn, "float8e5": torch.float8_e5m2,
     **dict.fromkeys(
-        ("BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "NVMMASharedLayout"), _none
+        (
+            "BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "NVMMASharedLayout",
+            "DistributedLinearLayout",
+        ),
+        _none,
     ),
     "arange": lambda start, stop, layout=None: Value(torch.arange(start, stop, dtype=torch.int32)),
     "zeros": lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype)),
     "full": lambda shape, value, dtype, layout=None: Value(torch.full(shape, value, dtype=dtype)),
-    "load": lambda at, mask=None, other=0: at.load(mask, other),
+    "load": lambda at, mask=None, other=0, cache_modifier="": at.load(mask, other),
     "store": lambda at, value, mask=None: at.store(value, mask),
     "where": _where, "maximum": _pairwise(torch.maximum), "minimum": _pairwise(torch.minimum),
     "max": lambda x, axis: Value(x.x.amax(axis)), "sum": lambda x, axis: Value(x.x.sum(axis, dtype=x.x.dtype)),
     "abs": lambda x: Value(x.x.abs()), "exp2": lambda x: Value(x.x.exp2()), "log2": lambda x: Value(x.x.log2()),
-    "associative_scan": _scan, "convert_layout": lambda x, layout: x,
+    "associative_scan": _scan, "convert_layout": lambda x, layout, assert_trivial=False: x,
+    "permute": lambda x, order: Value(x.x.permute(order)), "reshape": lambda x, shape: Value(x.x.reshape(shape)),
+    "atomic_add": _atomic_add, "atomic_max": _atomic_max,
     "program_id": lambda axis: Value(program_ids[axis]), "num_programs": lambda axis: Value(grid[axis]),
     "allocate_shared_memory": _allocate, "warp_specialize": _specialize,
     "barrier": _barrier,

@@ -75,13 +75,19 @@ def more_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def on_hopper() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Long prefills on the kernel in Gluon: pages as boxes, whose matrices Triton's launcher hands over, and rows."""
+    """Kernels in Gluon: pages as boxes, whose matrices Triton's launcher hands over, and, of a long prefill, rows."""
     int32 = torch.int32
     for name, page_size in (("boxes", 16), ("rows", 3)):
         caches = [torch.zeros(64, page_size, 8, 128, dtype=torch.bfloat16) for _ in range(2)]
         table, lens, rows = torch.zeros(1, 8, dtype=int32), torch.ones(1, dtype=int32), torch.tensor([0, 64]).int()
         q = torch.zeros(64, 32, 128, dtype=torch.bfloat16)
         yield f"Hopper, {name}", partial(pw.prefill, q, *caches, table, lens, rows, return_lse=True)
+    for dtype, width in ((torch.bfloat16, 128), (torch.int8, 256), (torch.float8_e4m3fn, 64)):
+        caches = [torch.zeros(64, 16, 8, width).to(dtype) for _ in range(2)]
+        table, lens = torch.zeros(8, 8, dtype=int32), torch.ones(8, dtype=int32)
+        q = torch.zeros(8, 32, width, dtype=torch.bfloat16)
+        scales = {} if dtype == torch.bfloat16 else {"k_scale": 0.5, "v_scale": torch.ones(8)}
+        yield f"Hopper decode, {dtype}", partial(pw.decode, q, *caches, table, lens, **scales)
 
 
 def calls() -> list[tuple[str, Callable[[], Any]]]:
@@ -104,6 +110,8 @@ def main() -> None:
         return again.launches_again(launches, kernels, areas)
 
     plan.launches_again = launches_again
+    halves = torch.zeros(1 << 10, dtype=torch.int32), torch.zeros(1 << 10, dtype=torch.int32)
+    plan.counters = lambda device, stream, count: halves  # else they change places from call to call
     with pretend.gpu(90), torch.inference_mode():
         for (name, same), (_, call) in zip(calls(), calls(), strict=True):
             os.environ["PAGEWIRE_HOPPER"] = str(int(name.startswith("Hopper")))

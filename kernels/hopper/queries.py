@@ -1,0 +1,77 @@
+"""The queries of a request as columns of a product: in shared memory, and what turns the product into logits."""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from pagewire.kernels.hopper.from_bytes import reordered
+from pagewire.kernels.hopper.softmax import LOG2_E
+from pagewire.kernels.hopper.words import barrier
+
+
+class Terms(NamedTuple):
+    """Between a product of q and k and its weight: of the call, and of each row."""
+
+    softcap: Any
+    scale_log2: Any  # fp32 [ROWS]
+    slope_log2: Any  # fp32 [ROWS]; ALIBI
+
+
+@gluon.constexpr_function
+def layout_of(rows: int) -> Any:
+    """Of both products' results."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, rows, 16])
+
+
+@gluon.jit
+def load_queries(tile, q, k, request, kv_head, rule, spec: gl.constexpr):
+    """A request's queries into shared memory, 0 beyond the group; their Terms."""
+    R: gl.constexpr = spec.BLOCK_M
+    D: gl.constexpr = spec.BLOCK_D
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [max(1, 256 // D), min(32, D // 8)], [4, 1], [1, 0])
+    by_column: gl.constexpr = gl.SliceLayout(0, layout_of(R))
+    row = gl.arange(0, R, gl.SliceLayout(1, layout))
+    dim = gl.arange(0, D, gl.SliceLayout(0, layout))
+    exists = row < spec.GROUP_SIZE
+    head = kv_head * spec.GROUP_SIZE + row
+    ptr = q.ptr + request.to(gl.int64) * q.stride_token
+    at = head.to(gl.int64) * q.stride_head
+    values = gl.load(ptr + at[:, None] + dim[None, :], mask=exists[:, None], other=0.0).to(gl.float32)
+    scale_log2 = rule.scale_log2 + (row * 0).to(gl.float32)
+    if spec.K_SCALE == "head":
+        scale_log2 *= gl.load(k.scale + request.to(gl.int64) * k.stride_scale_page + kv_head * k.stride_scale_head)
+    if (
+        not spec.SOFTCAP and not spec.ALIBI
+    ):  # a positive scale keeps the order: its sign goes to q; of 0, -inf makes NaN
+        values *= gl.where(scale_log2 < 0, -1.0, 1.0)[:, None]
+        scale_log2 = gl.maximum(gl.abs(scale_log2), 1e-37)
+    if spec.FORMAT != "float":  # in fp16, each row times a power of two
+        power = _fp16_power(values)
+        values = reordered(values * power[:, None])
+        scale_log2 *= _inverse(power)
+    slope_log2 = scale_log2
+    if spec.ALIBI:
+        slopes = rule.alibi + request.to(gl.int64) * rule.stride_alibi_request + head * rule.stride_alibi_head
+        slope_log2 = gl.load(slopes, mask=exists, other=0.0) * LOG2_E
+    barrier()  # everybody is done with the queries before
+    tile.store(values.to(tile.dtype))
+    fence_async_shared()
+    barrier()
+    return Terms(rule.softcap, gl.convert_layout(scale_log2, by_column), gl.convert_layout(slope_log2, by_column))
+
+
+@gluon.jit
+def _fp16_power(x):
+    """As attend._fp16_power, of each row."""
+    size = gl.abs(x)
+    largest = gl.max(gl.where(size < float("inf"), size, 0.0), 1)
+    exponent = largest.to(gl.int32, bitcast=True) >> 23
+    return (gl.minimum(268 - exponent, 242) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _inverse(power):
+    """1 / power of a normal power of two."""
+    return ((254 << 23) - power.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)

@@ -1,0 +1,93 @@
+"""Compiles decode's Hopper kernel as its launcher launches it, for sm_90 without a GPU; one JSON line per case.
+
+Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=1: `compile_decode.py [ID ...]`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import NamedTuple
+
+import torch
+from triton.runtime.driver import driver
+
+from gluon import sass
+from pagewire.bench.pretend import NoDevice
+from pagewire.kernels import decode, launch
+from pagewire.types import Modifiers
+
+bf16, fp16 = torch.bfloat16, torch.float16
+NUM_KV_HEADS = 8
+WIDTHS = {16: "LDS.128", 8: "LDS.64", 4: "LDS R", 2: "LDS.U16"}  # bytes -> a load from shared memory
+
+
+class Case(NamedTuple):
+    head_dim: int
+    page_size: int = 16
+    dtype: torch.dtype = bf16
+    kv_dtype: torch.dtype | None = None  # of the cache; None: dtype
+    group_size: int = 4
+    modified: bool = False  # every modifier
+
+    @property
+    def id(self) -> str:
+        words = [f"D{self.head_dim}", f"P{self.page_size}", f"G{self.group_size}"]
+        words += [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype) if dtype]
+        return "-".join(words + ["modified"] * self.modified)
+
+
+e4m3 = torch.float8_e4m3fn
+CASES = [Case(d, p) for d in (64, 128, 256) for p in (16, 64)] + [Case(128, 8), Case(128, 16, fp16), Case(128, 256)]
+CASES += [Case(d, 16, bf16, e4m3) for d in (64, 128, 256)]
+CASES += [Case(128, 16, fp16, torch.float8_e5m2), Case(128, 16, bf16, torch.int8), Case(128, 64, bf16, e4m3)]
+CASES += [Case(128, 16, bf16, kv, group) for group in (1, 16, 32) for kv in (None, e4m3)] + [Case(256, group_size=32)]
+CASES += [Case(d, 16, bf16, kv, modified=True) for d in (64, 128, 256) for kv in (None, e4m3)]
+
+
+def planned(case: Case) -> launch.Launch:
+    driver.set_active(NoDevice(90))
+    launch.device_of = lambda device: launch.Device(90, 132)
+    heads = NUM_KV_HEADS * case.group_size
+    q = torch.empty(64, heads, case.head_dim, dtype=case.dtype)
+    shape = (64, case.page_size, NUM_KV_HEADS, case.head_dim)
+    caches = [torch.empty(shape, dtype=case.kv_dtype or case.dtype) for _ in range(2)]
+    table, lens = torch.zeros(64, 64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    scale = None if case.kv_dtype is None else torch.ones(NUM_KV_HEADS)
+    m = Modifiers(0.1, k_scale=scale, v_scale=scale)
+    lse = None
+    if case.modified:
+        m = m._replace(window_left=50, softcap=3.0, alibi_slopes=torch.ones(64, heads), sinks=torch.ones(heads))
+        lse = torch.empty(q.shape[:2])
+    tensors = launch.Tensors(q, *caches, table, lens, None, q, lse, m.sinks, m.alibi_slopes, scale, scale)
+    (only,) = decode.plan(tensors, m, torch.zeros(1, dtype=torch.int64)).bound(*tensors)
+    assert "k_matrix" in only.arguments
+    return only
+
+
+def facts(case: Case) -> dict:
+    of = planned(case)
+    kernel = of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
+    code, ptx = sass.of(kernel), kernel.asm["ptx"]
+    (loop,) = sass.loops(code)[:1]
+    return {
+        "case": case.id, "shared": kernel.metadata.shared, "threads": 32 * kernel.metadata.num_warps,
+        "maxnreg": of.options["maxnreg"], "stores": sum(" STS" in f" {text}" for text in loop),
+        "programs": -(-of.grid[0] * of.grid[1] // 132),  # of a processor
+        "keys": of.arguments["spec"].BLOCK_N, "length": len(loop), "order": sass.order(loop),
+        "spills": sass.spills(loop),
+        "products": sum("HGMMA" in text for text in loop),
+        "loads": {f"{8 * size}": sum(word in text for text in loop) for size, word in WIDTHS.items()},
+        "registers": sass.registers(ptx), "shapes": sass.shapes(ptx), "boxes": code.count("UTMALDG"),
+        "swizzles": sass.swizzles(kernel), "fences": ptx.count("fence.proxy.async"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    for case in CASES:
+        if not sys.argv[1:] or case.id in sys.argv[1:]:
+            print(json.dumps(facts(case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Decode's Hopper kernel on the simulator, behind the public function: exact by the shared rule, in any order."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import cases  # noqa: E402
+import pagewire as pw  # noqa: E402
+import tolerance  # noqa: E402
+from cases import Attention, bf16, e4m3, e5m2, fp16, int8  # noqa: E402
+from gluon.simulated import imported, on_hopper  # noqa: E402
+from pagewire import memo  # noqa: E402
+from pagewire.kernels import counters, hopper, launch  # noqa: E402
+from pagewire.kernels.hopper import decode  # noqa: E402
+
+pytestmark = pytest.mark.skipif(pw.backends("cpu")["triton"] is not None, reason="the interpreter is off")
+
+
+@pytest.fixture(scope="module")
+def source():
+    return imported("decode")._decode_kernel
+
+
+@pytest.fixture
+def kernel(source, monkeypatch):
+    """What Plan launches in place of the kernel."""
+    counters._halves.clear()
+    with on_hopper(monkeypatch, decode, "_decode_kernel", source) as kernel:
+        yield kernel
+    for halves in counters._halves.values():
+        assert not any(half.any() for half in halves), "counters that are not zero after a call"
+
+
+CASES = [
+    Attention((300, 40), dtype=bf16),
+    Attention((300, 40), dtype=fp16, layout="HND", head_dim=128),
+    Attention((700,), heads=(2, 2), dtype=bf16, head_dim=256, page_size=64),
+    Attention((130, 1, 64, 65, 63, 0, 128), dtype=bf16, head_dim=128, page_size=8, note="edges of pages and tiles"),
+    Attention((0, 0), dtype=bf16, sinks=True, note="no keys"),
+    Attention((500,), dtype=bf16, window=(100, -1), note="left"),
+    Attention((500, 20), dtype=fp16, window=(0, 0), page_size=32, note="its own key"),
+    Attention((300, 100), dtype=bf16, softcap=5.0, head_dim=128, page_size=128),
+    Attention((200, 90), dtype=fp16, alibi=2, sinks=True, heads=(8, 2)),
+    Attention((200, 90), dtype=bf16, alibi=1, softcap=20.0, sinks=True, window=(70, -1)),
+    Attention((200, 100), dtype=bf16, strided=True, note="every stride free"),
+    Attention((300, 200), dtype=fp16, out_dtype=torch.float32, heads=(3, 1), shared_prefix=True),
+    Attention((130, 9), heads=(32, 1), dtype=bf16, head_dim=128, note="large group"),
+    Attention((1, 1, 3000, 2), heads=(2, 1), dtype=bf16, note="one in many programs"),
+    Attention((300, 40), dtype=bf16, kv_dtype=e4m3, scale="float", head_dim=128),
+    Attention((300, 40), dtype=fp16, kv_dtype=e5m2, scale="tensor", window=(99, 0)),
+    Attention((350, 7), dtype=bf16, kv_dtype=int8, scale="head", head_dim=256, sinks=True, layout="HND"),
+    Attention((350, 7, 0), dtype=fp16, kv_dtype=int8, scale="batch_head", heads=(12, 1), alibi=1, page_size=64),
+    Attention((300, 40), dtype=bf16, kv_dtype=e4m3, scale="batch_head", strided=True, softcap=3.0),
+]
+
+
+def nearest(case: Attention) -> Attention:
+    """The nearest that the kernel takes."""
+    return dataclasses.replace(
+        case,
+        head_dim=min((64, 128, 256), key=lambda d: abs(d - case.head_dim)),
+        head_dim_v=None,
+        dtype=fp16 if case.dtype == fp16 else bf16,
+        page_size=min((8, 16, 64, 128), key=lambda n: abs(n - case.page_size)),
+        heads=(min(case.heads[0], 32), case.heads[1]),
+        scale="head" if case.scale == "token_head" else case.scale,
+        split_size=None,
+    )
+
+
+SHARED = list(map(nearest, cases.DECODE))
+
+
+@pytest.mark.parametrize("case", [*CASES, *dict.fromkeys(SHARED)], ids=lambda case: case.id)
+def test_decode(case, kernel):
+    """Slots that nobody owns hold NaN."""
+    call = cases.build(case)
+    tolerance.check(call, *call.run("triton"))
+    assert kernel.programs > 0
+
+
+@pytest.mark.parametrize("seed", range(1000, 6000, 1000))
+def test_any_interleaving_gives_the_same_bits(seed, kernel):
+    call = cases.build(Attention((300, 40, 900), dtype=bf16, head_dim=128, window=(450, 0)))
+    expected = call.run("triton")
+    kernel.seed = seed
+    assert all(map(torch.equal, call.run("triton"), expected))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.125])
+def test_any_scale(scale, kernel):
+    call = cases.build(Attention((100,), dtype=bf16))
+    call.kwargs["softmax_scale"] = scale
+    tolerance.check(call, *call.run("triton"))
+    assert kernel.programs > 0
+
+
+@pytest.mark.parametrize("page", [-1, 99, 2147480000])
+def test_a_page_that_does_not_exist_is_left_out_and_said(page, kernel, monkeypatch):
+    call = cases.build(Attention((140, 70), dtype=bf16))
+    call.args[3][0, 5] = page
+    found = call.run("triton")
+    assert kernel.programs > 0
+    with pytest.raises(pw.BadIndexError, match=r"page_table\[0, 5\] is outside"):
+        pw.check_errors()
+    monkeypatch.setenv("PAGEWIRE_HOPPER", "0")
+    memo.forget()
+    programs = kernel.programs
+    expected = call.run("triton")
+    assert kernel.programs == programs
+    with pytest.raises(pw.BadIndexError):
+        pw.check_errors()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.float(), y.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_length_that_is_none_is_said(kernel):
+    call = cases.build(Attention((140, 70), dtype=bf16))
+    call.args[4][1] = -3
+    out, lse = call.run("triton")
+    assert kernel.programs > 0 and (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+    with pytest.raises(pw.BadIndexError, match=r"seq_lens\[1\]"):
+        pw.check_errors()
+    call.args[4][1] = 100000  # beyond the table
+    call.run("triton")
+    with pytest.raises(pw.BadIndexError, match=r"seq_lens\[1\]"):
+        pw.check_errors()
+
+
+def test_counters_that_a_call_left_behind_are_said_by_the_next_one_but_one(kernel):
+    call = cases.build(Attention((700,), dtype=bf16))
+    call.run("triton")
+    (halves,) = counters._halves.values()
+    halves[1][0] = 1  # the call before: its lengths changed while it ran
+    tolerance.check(call, *call.run("triton"))
+    with pytest.raises(pw.BadIndexError, match="seq_lens changed while a call ran"):
+        pw.check_errors()
+    tolerance.check(call, *call.run("triton"))
+
+
+def test_lengths_that_change_while_it_runs_end_all_the_same(kernel):
+    """Every program reads others: wrong rows, but no wait without end, and the next call is right."""
+    call = cases.build(Attention((700, 300, 40), dtype=bf16))
+    lens, run = call.args[4], kernel.run
+    g = torch.Generator().manual_seed(3)
+
+    def changing(*given, **named):
+        named["seq_lens"].flat[: len(lens)] = torch.randint(0, 700, (len(lens),), generator=g, dtype=torch.int32)
+        run(*given, **named)
+
+    kept = lens.clone()
+    kernel.run = changing
+    for _ in range(4):
+        call.run("triton")
+    kernel.run = run
+    lens.copy_(kept)
+    for _ in range(2):
+        tolerance.check(call, *call.run("triton"))
+    with pytest.raises(pw.BadIndexError, match="seq_lens changed while a call ran"):
+        pw.check_errors()
+
+
+# ------------------------------------------------------------------------------------------- what it does not take
+
+
+REFUSED = {
+    "off": (Attention((100,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is not 1"),
+    "fp32": (Attention((100,)), {}, "torch.float32 over torch.float32"),
+    "scales": (Attention((100,), dtype=bf16, kv_dtype=e4m3, scale="token_head"), {}, "scales per token"),
+    "D80": (Attention((100,), dtype=bf16, head_dim=80), {}, "head_dim 80"),
+    "V": (Attention((100,), dtype=bf16, head_dim_v=128), {}, "head_dim 64, 128 of V"),
+    "pages": (Attention((100,), dtype=bf16, page_size=3), {}, "k_cache with pages of 3"),
+    "group": (Attention((100,), dtype=bf16, heads=(48, 1)), {}, "48 query heads to a kv head: at most 32"),
+    "splits": (Attention((100,), dtype=bf16, split_size=64), {}, "split_size 64"),
+    "rows": (Attention((100, 30), (2, 1), dtype=bf16, max_q_len=2), {}, "rows in cu_seqlens_q"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_does_not_take_goes_to_the_other_kernels(name, kernel, monkeypatch):
+    case, switch, reason = REFUSED[name]
+    for variable, value in switch.items():
+        monkeypatch.setenv(variable, value)
+    told = []
+    why_not = hopper.why_no_decode
+    monkeypatch.setattr(hopper, "why_no_decode", lambda *of: told.append(why_not(*of)) or told[-1])
+    call = cases.build(case)
+    tolerance.check(call, *call.run("triton"))
+    assert kernel.programs == 0 and reason in told[0]
+
+
+# ------------------------------------------------------------------------------------------- faults to be found
+
+
+_MMA_V = "    acc = warpgroup_mma(v, tiles.p.permute([1, 0]), sums.acc * rescale[None, :])\n"
+_FENCE, _BARRIER = "    fence_async_shared()\n", "    barrier()\n"
+FAULTS = {
+    "nobody says that K was read": ("columns", "    release(tiles.k, i)\n", ""),
+    "nobody says that V was read": ("columns", "    release(tiles.v, i)\n", ""),
+    "K is read before it is there": ("columns", "    wait_full(tiles.k, i, True)\n", ""),
+    "V is read before it is there": ("columns", "    wait_full(tiles.v, i, True)\n", ""),
+    "V is given back while it is read": ("columns", _MMA_V, f"    release(tiles.v, i)\n{_MMA_V}    i += 1\n"),
+    "P is not fenced": ("columns", _FENCE, ""),
+    "P is not waited for": ("columns", _BARRIER, ""),
+    "Q is not fenced": ("queries", _FENCE, ""),
+    "Q is not waited for": ("queries", _FENCE + _BARRIER, _FENCE),
+    "the sums are not rescaled": ("columns", "sums.acc * rescale[None, :]", "sums.acc"),
+    "nor is the total": ("columns", "sums.total * rescale[None, :]", "sums.total"),
+    "what nobody owns is multiplied": ("columns", "_clear_unseen(tile_of(tiles.v, i), first, keys, spec)", "pass"),
+    "the mask is off by one": ("columns", "(key < keys.stop)", "(key < keys.stop - 1)"),
+    "the left mask is off by one": ("columns", "(key >= keys.first)", "(key > keys.first)"),
+    "the last tile is not masked": ("columns", "(first + N > keys.stop)", "(first > keys.stop)"),
+    "the first tile is not masked": ("columns", "(first < keys.first)", "(first < 0)"),
+    "a tile is missing": ("pieces", "gl.maximum((seq_len + spec.BLOCK_N - 1)", "gl.maximum((seq_len + 1)"),
+    "a request without keys has no tile": ("pieces", "// spec.BLOCK_N - first, 1)", "// spec.BLOCK_N - first, 0)"),
+    "a share begins a request late": ("pieces", "_plus) <= first)", "_plus) < first)"),
+    "a share has no end": ("pieces", "gl.minimum(first + size, total)", "first + size"),
+    "every program begins at the first unit": ("pieces", "gl.program_id(1) * size", "gl.program_id(1) * 0"),
+    "pieces lie in one place": ("merging", "(unit != program * share.size)", "(unit != unit)"),
+    "pieces are looked for elsewhere": ("merging", "gl.where(n == 0, began_inside, 0)", "0"),
+    "each program counts for itself": ("merging", "(1) + first_program\n", "(1) + program\n"),
+    "the last but one merges": ("merging", "before == num - 1", "before == num - 2"),
+    "a count is not set back": ("merging", "            gl.store(count, 0)\n", ""),
+    "a piece too few is merged": ("merging", "mask = exists & (n < num)", "mask = exists & (n < num - 1)"),
+    "the first sums are not rescaled": ("merging", "        acc = acc * rescale[:, None]\n", ""),
+    "the next tile's pages come at once": ("decode", "            pages = next_pages\n", ""),
+    "the ring begins anew with each request": ("decode", "        unit +=", "        i = 0\n        unit +="),
+    "all boxes go to one place": ("boxes", "place.slice(j * ROWS, ROWS)", "place.slice(0, ROWS)"),
+    "pages are read past their end": ("pages", "& (entry < stop_entry)", ""),
+}  # fmt: skip
+OF_BYTES = {
+    "Q's columns keep their order": ("queries", "reordered(values * power[:, None])", "values * power[:, None]"),
+    "V's columns keep theirs": ("columns", "        acc = in_order(acc)\n", "        pass\n"),
+    "Q's power stays": ("queries", "        scale_log2 *= _inverse(power)\n", ""),
+    "V's scale is forgotten": (
+        "columns",
+        "sums.acc * _value_factor(v, piece.request, kv_head, rule, spec)",
+        "sums.acc",
+    ),
+    "K's scale is another head's": ("queries", "kv_head * k.stride_scale_head", "0 * k.stride_scale_head"),
+    "bytes are expected as halves": ("boxes", "N * D * BYTES)", "N * D * 2)"),
+}
+
+
+FAULT_CASES = {  # and processors
+    Attention((0, 500, 70, 900), dtype=bf16, head_dim=128, window=(600, 0)): 3,
+    Attention((130, 130, 130), dtype=bf16, window=(10, 0), note="few keys"): 3,
+    Attention((1300,), heads=(2, 1), dtype=bf16, head_dim=128, note="many pieces"): 12,
+}
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *OF_BYTES])
+def test_a_fault_is_found(name, kernel, monkeypatch):
+    file, before, after = (FAULTS | OF_BYTES)[name]
+    kernel.function = imported("decode", (f"{file}.py", before, after))._decode_kernel
+    with pytest.raises(AssertionError):
+        for case, processors in FAULT_CASES.items():
+            monkeypatch.setattr(launch, "device_of", lambda device, n=processors: launch.Device(0, n))
+            if name in OF_BYTES:
+                case = dataclasses.replace(case, kv_dtype=e4m3, scale="head")
+            call = cases.build(case)
+            for _ in range(2):
+                tolerance.check(call, *call.run("triton"))
+                assert not any(half.any() for halves in counters._halves.values() for half in halves)
+    counters._halves.clear()
+
+
+@pytest.mark.parametrize("case", FAULT_CASES, ids=lambda case: case.id)
+def test_without_a_fault_none_is_found(case, kernel, monkeypatch):
+    monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(0, FAULT_CASES[case]))
+    for of in (case, dataclasses.replace(case, kv_dtype=e4m3, scale="head")):
+        call = cases.build(of)
+        tolerance.check(call, *call.run("triton"))
