@@ -29,7 +29,7 @@ from pagewire.kernels.attend import (
 from pagewire.kernels.common import load_q, store_whole, tile_rows
 from pagewire.kernels.errors import record_error
 from pagewire.kernels.launch import Tensors
-from pagewire.kernels.place import Launch, Place
+from pagewire.kernels.place import Launch
 from pagewire.kernels.plan import Plan
 from pagewire.kernels.spans import batch_of, inner_keys, load_rows, load_seq_lens, record_spans, tile_keys
 
@@ -214,15 +214,11 @@ def _plan(t: Tensors, m: Modifiers, error_word: Tensor, *, may_be_hopper: bool) 
     most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1
     grid = (most_tiles, num_kv_heads, 1)
     short, scratch = decode.launches_of(t, m, error_word, row_limit) if batch_size else ([], ())
-    long = []
     arguments["redo"] = None
-    if on_hopper:
-        scratch = (*scratch, most_tiles * num_kv_heads * hopper.FLAGS)
-        arguments["redo"] = Place(-len(scratch))
-        long.append(hopper.prefill_of(t, m, arguments, grid))
-    long.append(Launch(_prefill_kernel, grid, arguments, launch.options(config)))
+    long = Launch(_prefill_kernel, grid, arguments, launch.options(config))
     if not on_hopper:
-        return Plan([*long, *short], t.q.device, scratch)
+        return Plan([long, *short], t.q.device, scratch)
+    first, arguments["redo"], scratch, num_counters = hopper.prefill_of(t, m, arguments, scratch, device)
     aligned = (launch.PLACES.k_cache.index, launch.PLACES.v_cache.index)
     unaligned = _plan(t, m, error_word, may_be_hopper=False)  # now: a plan keeps no tensors to make it of
-    return Plan([*long, *short], t.q.device, scratch, aligned, unaligned)
+    return Plan([first, long, *short], t.q.device, scratch, aligned, unaligned, num_counters)

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pagewire.kernels.hopper.decode_launch import Decode
+    from pagewire.kernels.hopper.prefill_launch import Prefill
     from pagewire.kernels.launch import Device, Tensors
-    from pagewire.kernels.place import Launch
     from pagewire.types import Modifiers
 
 SWITCH = "PAGEWIRE_HOPPER"
 BLOCK_M = 128  # packed rows of a prefill's program: two warpgroups'
-FLAGS = 3  # of a tile and kv head, whether it is left over: each warpgroup's, and one for pages
+FLAGS = 2  # of a tile and kv head: whether it is left over, each warpgroup's
 _OFF = f"{SWITCH} is not 1: it has not been measured"
 
 
@@ -35,11 +35,13 @@ def why_no_prefill(t: Tensors, m: Modifiers, device: Device) -> str | None:
     return prefill_launch.why_not(t, m, device)
 
 
-def prefill_of(t: Tensors, m: Modifiers, arguments: dict[str, Any], grid: tuple[int, int, int]) -> Launch:
-    """arguments, grid: of `kernels/prefill.py`'s launch with BLOCK_M rows."""
+def prefill_of(
+    t: Tensors, m: Modifiers, arguments: dict[str, Any], scratch: tuple[int, ...], device: Device
+) -> Prefill:
+    """arguments: of `kernels/prefill.py`'s launch with BLOCK_M rows; scratch: what others have of it."""
     from pagewire.kernels.hopper import prefill_launch
 
-    return prefill_launch.launch_of(t, m, arguments, grid)
+    return prefill_launch.prefill_of(t, m, arguments, scratch, device)
 
 
 def why_no_decode(t: Tensors, m: Modifiers, device: Device) -> str | None:

@@ -17,7 +17,7 @@ from pagewire.kernels.hopper.words import load_box
 
 
 class Boxes(NamedTuple):
-    """K or V in its matrix, a tensor descriptor of [rows, columns] in boxes of [a page at most, D]:
+    """K or V in its matrix, a tensor descriptor of [rows, columns] in boxes of [a page at most, a strip of D]:
     row = page * per_page + head * per_head + offset, column = head * per_head_column. And its scales, as Cache's.
     """
 
@@ -37,25 +37,26 @@ def load_tile(boxes, matrix, ring, i, pages, tile, kv_head, spec: gl.constexpr):
     D: gl.constexpr = ring.tiles.shape[2]
     ROWS: gl.constexpr = matrix.block_type.shape[0]
     BYTES: gl.constexpr = bytes_of(ring.tiles.dtype)
+    STRIPS: gl.constexpr = ring.tiles.shape[0] // ring.full.shape[0]
     full = full_of(ring, i)
-    place = tile_of(ring, i)
     wait_empty(ring, i)
-    mbarrier.expect(full, N * D * BYTES)
+    mbarrier.expect(full, STRIPS * N * D * BYTES)
     for j in gl.static_range(N // ROWS):
         page = gl.where(pages[j] < 0, number(boxes.nowhere), pages[j])
-        row = page * boxes.per_page + (tile * N + j * ROWS) % spec.PAGE_SIZE
-        where = [row + kv_head * boxes.per_head, kv_head * boxes.per_head_column]
-        load_box(matrix, where, full, place.slice(j * ROWS, ROWS))
+        row = page * boxes.per_page + (tile * N + j * ROWS) % spec.PAGE_SIZE + kv_head * boxes.per_head
+        for strip in gl.static_range(STRIPS):
+            where = [row, kv_head * boxes.per_head_column + strip * D]
+            load_box(matrix, where, full, tile_of(ring, i, strip).slice(j * ROWS, ROWS))
 
 
 @gluon.jit
-def produce_boxes(k, v, k_matrix, v_matrix, k_ring, v_ring, keys, kv_head, walk, spec: gl.constexpr):
+def produce_boxes(k, v, k_matrix, v_matrix, tiles, keys, kv_head, walk, spec: gl.constexpr):
     """k, v: Boxes. A partition of one warp: K and V of the walk's tiles, as stages become free."""
-    N: gl.constexpr = k_ring.tiles.shape[1]
+    N: gl.constexpr = spec.BLOCK_N
     ROWS: gl.constexpr = k_matrix.block_type.shape[0]
     pages = pages_of(keys, walk.last, N, ROWS, spec)
     for i in range(walk.num):
         next_pages = pages_of(keys, gl.maximum(walk.last - i - 1, 0), N, ROWS, spec)
-        load_tile(k, k_matrix, k_ring, i, pages, walk.last - i, kv_head, spec)
-        load_tile(v, v_matrix, v_ring, i, pages, walk.last - i, kv_head, spec)
+        load_tile(k, k_matrix, tiles.k, i, pages, walk.last - i, kv_head, spec)
+        load_tile(v, v_matrix, tiles.v, i, pages, walk.last - i, kv_head, spec)
         pages = next_pages

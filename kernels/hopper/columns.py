@@ -20,10 +20,11 @@ from pagewire.kernels.hopper.errors import record_error
 from pagewire.kernels.hopper.from_bytes import in_order, keys_operand, values_operand
 from pagewire.kernels.hopper.merging import merge_in
 from pagewire.kernels.hopper.pages import last_bad_entry
-from pagewire.kernels.hopper.pieces import keys_of, piece_of
+from pagewire.kernels.hopper.pieces import keys_of, parts_of, piece_of
 from pagewire.kernels.hopper.queries import layout_of, load_queries
 from pagewire.kernels.hopper.ring import release, tile_of, wait_full
 from pagewire.kernels.hopper.rows_out import store_rows
+from pagewire.kernels.hopper.scales import scales_of
 from pagewire.kernels.hopper.softmax import LOG2_E, Softmax, below_in_fp16, tanh_of_log2
 from pagewire.kernels.hopper.words import barrier
 
@@ -66,7 +67,8 @@ def consume(tiles, q, k, v, share, line, call, rule, results, partials, spec: gl
     done = 0
     while unit < share.stop:
         piece = piece_of(unit, request, request_unit, share, line, call, rule, spec)
-        terms = load_queries(tiles.q, q, k, piece.request, kv_head, rule, spec)
+        scales = scales_of(k, v, piece.request, kv_head, rule, spec)
+        terms = load_queries(tiles.q, q, scales, piece.request, kv_head, rule, spec)
         keys = keys_of(piece, line, call)
         bad_entry = last_bad_entry(keys, spec)
         record_error(call.error_word, _PAGE, piece.request, bad_entry, bad_entry >= 0)
@@ -79,11 +81,11 @@ def consume(tiles, q, k, v, share, line, call, rule, results, partials, spec: gl
             first = (piece.first_tile + j) * N
             sums = _add_tile(done + j, first, sums, tiles, keys, piece.seq_len - 1, terms, bad_entry >= 0, spec)
         done += piece.num_tiles
-        acc = sums.acc * _value_factor(v, piece.request, kv_head, rule, spec)
-        acc, softmax = _rows(acc, sums, by_rows, spec)
-        whole, acc, softmax = merge_in(acc, softmax, piece, unit, share, kv_head, partials, by_rows, spec)
+        acc, softmax = _rows(sums.acc * scales.value, sums, by_rows, spec)
+        row = gl.arange(0, R, gl.SliceLayout(1, by_rows))
+        parts = parts_of(piece, unit, share, line, spec)
+        whole, acc, softmax = merge_in(acc, softmax, parts, row < spec.GROUP_SIZE, partials, by_rows)
         if whole:
-            row = gl.arange(0, R, gl.SliceLayout(1, by_rows))
             token = piece.request.to(gl.int64) + row * 0
             head = kv_head * spec.GROUP_SIZE + row
             store_rows(acc, softmax, token, head, row < spec.GROUP_SIZE, call, rule, results, by_rows, spec)
@@ -188,15 +190,6 @@ def _weights(logit, maximum_log2, terms, FP16: gl.constexpr, spec: gl.constexpr)
     else:
         p = gl.exp2(logit - shift[None, :])
     return p, maximum, gl.exp2(maximum_log2 - shift)
-
-
-@gluon.jit
-def _value_factor(v, request, kv_head, rule, spec: gl.constexpr):
-    """What out is still to be multiplied by."""
-    factor = rule.v_factor
-    if spec.V_SCALE == "head":
-        factor *= gl.load(v.scale + request.to(gl.int64) * v.stride_scale_page + kv_head * v.stride_scale_head)
-    return factor
 
 
 @gluon.jit

@@ -1,7 +1,8 @@
 """Rows of an fp8 or int8 cache on their way into shared memory: loaded, converted in registers, stored as q's type.
 
-Exact: every stored value is one of fp16 and of bf16. The numbers that are their scales are in the softmax's and in out.
-Four warps, a piece of a tile at a time: a piece is loaded while its stage is still being read, and then waits for it.
+Exact: every stored value is one of fp16 and of bf16. Scales that are numbers or a head's are in the softmax's and in
+out; those of a token and head are laid beside the tiles. Four warps, some rows of a tile at a time: they are loaded
+while their stage is still being read, and then wait for it.
 """
 
 from triton.experimental import gluon
@@ -10,35 +11,59 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from pagewire.kernels.hopper.ring import full_of, tile_of, wait_empty
 
-_PIECES = gl.constexpr(4)  # of a tile
+_SLICES = gl.constexpr(4)  # of a tile's rows
 
 
 @gluon.jit
-def produce_converted(k, v, k_ring, v_ring, table, kv_head, walk, spec: gl.constexpr):
+def produce_converted(k, v, tiles, keys, kv_head, walk, spec: gl.constexpr):
     """k, v: Cache. A partition of four warps."""
     for i in range(walk.num):
-        _convert_tile(k, k_ring, i, table, kv_head, walk, spec)
-        _convert_tile(v, v_ring, i, table, kv_head, walk, spec)
+        if spec.K_SCALE == "token":
+            _load_scales(k, tiles.k_scales, i, keys, kv_head, walk, spec)
+        if spec.V_SCALE == "token":
+            _load_scales(v, tiles.v_scales, i, keys, kv_head, walk, spec)
+        _convert_tile(k, tiles.k, i, keys, kv_head, walk, spec)
+        _convert_tile(v, tiles.v, i, keys, kv_head, walk, spec)
 
 
 @gluon.jit
-def _convert_tile(cache, ring, i, table, kv_head, walk, spec: gl.constexpr):
+def _load_scales(cache, scales, i, keys, kv_head, walk, spec: gl.constexpr):
+    """Beside K's tile i, with which they are handed over. There are places for twice as many tiles as for K's: what is
+    overwritten is of a tile that was read to its end before the last one of its stage was given back.
+    """
+    N: gl.constexpr = spec.BLOCK_N
+    PLACES: gl.constexpr = scales.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    key = (walk.last - i) * N + gl.arange(0, N, layout)
+    seen = (key >= keys.first) & (key < keys.stop)
+    page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
+    at = page * cache.stride_scale_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_scale_token
+    of_head = cache.scale + kv_head.to(gl.int64) * cache.stride_scale_head
+    found = gl.load(of_head + at, mask=seen, other=1.0)
+    scales.index(i & (PLACES - 1)).store(found)
+
+
+@gluon.jit
+def _convert_tile(cache, ring, i, keys, kv_head, walk, spec: gl.constexpr):
     """Keys that nobody sees are zeros."""
     D: gl.constexpr = ring.tiles.shape[2]
-    ROWS: gl.constexpr = ring.tiles.shape[1] // _PIECES
+    STRIPS: gl.constexpr = ring.tiles.shape[0] // ring.full.shape[0]
+    ROWS: gl.constexpr = ring.tiles.shape[1] // _SLICES
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [gl.num_warps(), 1], [1, 0])
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     ptr = cache.ptr + kv_head.to(gl.int64) * cache.stride_head
-    for piece in gl.static_range(_PIECES):
-        key = (walk.last - i) * ring.tiles.shape[1] + piece * ROWS + row
-        seen = (key >= walk.first_key) & (key < walk.stop_key)
-        page = gl.load(table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
+    for n in gl.static_range(_SLICES):
+        key = (walk.last - i) * ring.tiles.shape[1] + n * ROWS + row
+        seen = (key >= keys.first) & (key < keys.stop)
+        page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
         at = page * cache.stride_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_token
-        stored = gl.load(ptr + at[:, None] + dim[None, :], mask=seen[:, None] & (dim >= 0)[None, :], other=0)
-        if piece == 0:
-            wait_empty(ring, i)
-        tile_of(ring, i).slice(piece * ROWS, ROWS).store(_real(stored, ring.tiles.dtype, spec))
+        for strip in gl.static_range(STRIPS):
+            from_there = ptr + at[:, None] + (strip * D + dim)[None, :]
+            stored = gl.load(from_there, mask=seen[:, None] & (dim >= 0)[None, :], other=0)
+            if n == 0 and strip == 0:
+                wait_empty(ring, i)
+            tile_of(ring, i, strip).slice(n * ROWS, ROWS).store(_real(stored, ring.tiles.dtype, spec))
     fence_async_shared()
     mbarrier.arrive(full_of(ring, i), count=1)
 

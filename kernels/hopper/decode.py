@@ -13,6 +13,7 @@ queries of the group.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from pagewire.kernels import error_codes as codes
 from pagewire.kernels.arguments import UNSPECIALISED
 from pagewire.kernels.hopper.boxes import load_tile
 from pagewire.kernels.hopper.columns import Tiles, consume
@@ -21,6 +22,8 @@ from pagewire.kernels.hopper.pages import pages_of
 from pagewire.kernels.hopper.pieces import Line, keys_of, piece_of, share_of
 from pagewire.kernels.hopper.ring import ring_of, swizzled
 from pagewire.kernels.hopper.words import barrier
+
+_COUNTER = gl.constexpr(codes.DECODE_COUNTER)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
@@ -39,7 +42,7 @@ def _decode_kernel(
     spec: gl.constexpr,
 ):
     line = Line(gl.program_id(0), page_table, seq_lens)
-    clear_next(partials, line.kv_head, call)
+    clear_next(partials, line.kv_head * gl.num_programs(1) + gl.program_id(1), _COUNTER, call)
     share = share_of(line, call, rule, spec)
     STAGES: gl.constexpr = spec.STAGES
     N: gl.constexpr = spec.BLOCK_N

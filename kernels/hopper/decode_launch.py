@@ -80,7 +80,7 @@ def decode_of(t: Tensors, m: Modifiers, error_word: Tensor, device: Device) -> D
     given: dict[str, Any] = {name: arguments[name] for name in kept}
     given |= {
         "k": k_boxes[0], "k_matrix": k_boxes[1], "v": v_boxes[0], "v_matrix": v_boxes[1],
-        "results": Results._make((*arguments["out"], arguments["lse"], None)),
+        "results": Results._make((*arguments["out"], arguments["lse"])),
         "partials": Partials(Place(-1), Place(-2), ARRIVED, NEXT),
         "spec": spec,
     }  # fmt: skip

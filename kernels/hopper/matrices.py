@@ -15,10 +15,13 @@ _COLUMN_BYTES = 16  # and strides in these
 _ATOM = 8  # rows of the swizzle
 
 
-def boxes_of(place: Place, cache: Tensor, numbers: Cache, most_rows: int) -> tuple[Boxes, MatrixPlace] | None:
+def boxes_of(
+    place: Place, cache: Tensor, numbers: Cache, most_rows: int, columns: int | None = None
+) -> tuple[Boxes, MatrixPlace] | None:
     """None: rows have to be copied one by one. A box is a page, or most_rows of it.
 
     Args:
+        columns: of a box, where not all of a head's.
         cache: [num_pages, page_size, num_kv_heads, head_dim], free strides.
         numbers: the same, as the `tl` kernels are told of it.
     """
@@ -28,7 +31,7 @@ def boxes_of(place: Place, cache: Tensor, numbers: Cache, most_rows: int) -> tup
         return None
     # beyond the matrix, whichever head it is of
     nowhere = -(-matrix.rows // matrix.per_page)
-    box = (min(page_size, most_rows), width)
+    box = (min(page_size, most_rows), columns or width)
     (nowhere,) = varying([nowhere])
     boxes = Boxes(
         nowhere, matrix.per_page, matrix.per_head, matrix.per_head_column,

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.hopper.errors import record_error
+from pagewire.kernels.hopper.merging import Parts
 from pagewire.kernels.hopper.pages import Keys
 from pagewire.kernels.hopper.row_tiles import number
 
@@ -119,3 +120,20 @@ def piece_of(unit, request, request_unit, share, line, call, rule, spec: gl.cons
 def keys_of(piece, line, call):
     table = line.page_table + piece.request.to(gl.int64) * number(call.stride_table)
     return Keys(table, number(call.num_pages), piece.first_key, piece.stop_key)
+
+
+@gluon.jit
+def parts_of(piece, unit, share, line, spec: gl.constexpr):
+    """A program has two places: of the request that began before its share or with it, and of the one that goes on
+    beyond it. A request is counted where its first unit lies, as only one begins in a share and goes on beyond it.
+    """
+    G: gl.constexpr = spec.GROUP_SIZE
+    program = gl.program_id(1)
+    first_program = piece.first_unit // share.size
+    num = (piece.first_unit + piece.num_units - 1) // share.size - first_program + 1
+    places = line.kv_head.to(gl.int64) * (2 * gl.num_programs(1))
+    own = places + 2 * program + (unit != program * share.size).to(gl.int32)
+    first = places + 2 * first_program + (piece.first_unit != first_program * share.size).to(gl.int32)
+    second = places + 2 * (first_program + 1)
+    counter = line.kv_head * gl.num_programs(1) + first_program
+    return Parts(num, own * G, first * G, second * G, 2 * G, counter)

@@ -1,6 +1,7 @@
 """Attention of many rows per request on Hopper: two warpgroups multiply what others load.
 
-grid: [row tiles, num_kv_heads]; a program computes 128 packed rows of a request over all keys they see, longest first.
+grid: [row tiles * PARTS, num_kv_heads]; a program computes 128 packed rows of a request over all keys they see, longest
+first, or, where tiles are fewer than processors, over a part of these keys: the last part to come merges (merging.py).
 Bound by the tensor cores: a tile of keys is 512 * BLOCK_N * D operations on 4 * BLOCK_N * D bytes, mostly from L2.
 
         1 warp        K(0) V(0) K(1) V(1) ...        boxes.py: a box a page; or 4 warps, row by row:
@@ -21,18 +22,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from pagewire.kernels import error_codes as codes
 from pagewire.kernels.arguments import UNSPECIALISED
-from pagewire.kernels.hopper import FLAGS
 from pagewire.kernels.hopper.boxes import produce_boxes
-from pagewire.kernels.hopper.consumer import CONSUMERS, consume
+from pagewire.kernels.hopper.consumer import CONSUMERS, Tiles, consume
 from pagewire.kernels.hopper.converted import produce_converted
+from pagewire.kernels.hopper.merging import Partials, clear_next
 from pagewire.kernels.hopper.pages import Keys, last_bad_entry
-from pagewire.kernels.hopper.ring import ring_of
-from pagewire.kernels.hopper.row_tiles import find_rows, nothing, number, walk_of
+from pagewire.kernels.hopper.ring import ring_of, swizzled
+from pagewire.kernels.hopper.row_tiles import find_rows, nothing, number, part_of, walk_of
 from pagewire.kernels.hopper.rows import produce_rows
+from pagewire.kernels.hopper.scales import scales_of
 from pagewire.kernels.hopper.words import barrier
 
-_FLAGS = gl.constexpr(FLAGS)
+_COUNTER = gl.constexpr(codes.PREFILL_COUNTER)
+_FEWEST = gl.constexpr(4)  # tiles of a part
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
@@ -51,39 +55,75 @@ def _prefill_kernel(
     spec: gl.constexpr,
 ):
     kv_head = gl.program_id(1)
-    tile, rows = find_rows(gl.program_id(0), seq_lens, cu_seqlens_q, call, spec)
-    if rows.seq_len >= 0:
+    part = gl.program_id(0) % spec.PARTS
+    rows = find_rows(gl.program_id(0) // spec.PARTS, seq_lens, cu_seqlens_q, call, spec)
+    walk = walk_of(rows, rule, spec)
+    num_parts = 1
+    if spec.PARTS > 1:
+        _clear_next(results, part, kv_head, call, spec)
+        num_parts, walk = part_of(walk, spec.PARTS, _FEWEST, part, spec)
+    if (rows.seq_len >= 0) & (part < num_parts):
         table = page_table + rows.request.to(gl.int64) * number(call.stride_table)
-        flags = results.redo + (tile * gl.num_programs(1) + kv_head) * _FLAGS
-        walk = walk_of(rows, rule, spec)
         keys = Keys(table, number(call.num_pages), walk.first_key, walk.stop_key)
-        exist = last_bad_entry(keys, spec) < 0
-        gl.store(flags + 2, gl.where(exist, 0.0, 1.0))
-        walk = nothing(walk, exist)
+        walk = nothing(walk, last_bad_entry(keys, spec) < 0)
         keys = Keys(table, keys.num_pages, walk.first_key, walk.stop_key)
-        dtype: gl.constexpr = q.ptr.dtype.element_ty
-        STAGES: gl.constexpr = spec.STAGES
-        N: gl.constexpr = spec.BLOCK_N
-        D: gl.constexpr = spec.BLOCK_D
+        scales = scales_of(k, v, rows.request, kv_head, rule, spec)
         BOXES: gl.constexpr = spec.BOXES
         FORMAT: gl.constexpr = spec.FORMAT
         WARPS: gl.constexpr = _shares(BOXES, FORMAT)[0]
         CONSUMES: gl.constexpr = _shares(BOXES, FORMAT)[1]
         PRODUCES: gl.constexpr = _shares(BOXES, FORMAT)[2]
-        k_ring = ring_of(dtype, STAGES, N, D, CONSUMERS)
-        v_ring = ring_of(dtype, STAGES, N, D, CONSUMERS)
-        q_tile = _load_q(q, rows, kv_head, spec)
+        tiles = _tiles(q.ptr.dtype.element_ty, spec)
+        _load_q(tiles.q, q, scales.sign, rows, kv_head, spec)
         fence_async_shared()
         barrier()
         gl.warp_specialize(
             [
-                (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 0, spec)),
-                (consume, (q_tile, k_ring, v_ring, walk, rows, kv_head, call, rule, results, flags, 1, spec)),
-                (_produce, (k, v, k_matrix, v_matrix, k_ring, v_ring, keys, kv_head, walk, spec)),
+                (consume, (tiles, walk, rows, scales, kv_head, call, rule, results, part, num_parts, 0, spec)),
+                (consume, (tiles, walk, rows, scales, kv_head, call, rule, results, part, num_parts, 1, spec)),
+                (_produce, (k, v, k_matrix, v_matrix, tiles, keys, kv_head, walk, spec)),
             ],
             [4, WARPS],
             [CONSUMES, PRODUCES],  # registers of a thread; the first partition has what is left
         )
+
+
+@gluon.jit
+def _clear_next(results, part, kv_head, call, spec: gl.constexpr):
+    """One program of a tile's does, of all tiles that there can be."""
+    if part == 0:
+        partials = Partials(results.partial_out, results.partial_lse, results.arrived, results.next)
+        tile = (gl.program_id(0) // spec.PARTS) * gl.num_programs(1) + kv_head
+        for consumer in gl.static_range(CONSUMERS):
+            clear_next(partials, tile * CONSUMERS + consumer, _COUNTER, call)
+
+
+@gluon.jit
+def _tiles(DTYPE: gl.constexpr, spec: gl.constexpr):
+    STAGES: gl.constexpr = spec.STAGES
+    M: gl.constexpr = spec.BLOCK_M
+    N: gl.constexpr = spec.BLOCK_N
+    WIDTH: gl.constexpr = strips(spec.HEAD_DIM)[0]
+    STRIPS: gl.constexpr = strips(spec.HEAD_DIM)[1]
+    D: gl.constexpr = spec.BLOCK_DV
+    PLACES: gl.constexpr = 2 * STAGES
+    in_line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q = gl.allocate_shared_memory(DTYPE, [STRIPS, M, WIDTH], swizzled(DTYPE, WIDTH))
+    k = ring_of(DTYPE, STAGES, N, WIDTH, CONSUMERS, STRIPS)
+    v = ring_of(DTYPE, STAGES, N, D, CONSUMERS)
+    k_scales = q
+    v_scales = q
+    if spec.K_SCALE == "token":
+        k_scales = gl.allocate_shared_memory(gl.float32, [PLACES, N], in_line)
+    if spec.V_SCALE == "token":
+        v_scales = gl.allocate_shared_memory(gl.float32, [PLACES, N], in_line)
+    return Tiles(q, k, v, k_scales, v_scales)
+
+
+@gluon.constexpr_function
+def strips(width: int) -> Any:
+    """(columns of a strip, how many)"""
+    return (width, 1) if width & (width - 1) == 0 else (64, width // 64)
 
 
 @gluon.constexpr_function
@@ -95,26 +135,28 @@ def _shares(BOXES: bool, FORMAT: str) -> Any:
 
 
 @gluon.jit
-def _produce(k, v, k_matrix, v_matrix, k_ring, v_ring, keys, kv_head, walk, spec: gl.constexpr):
+def _produce(k, v, k_matrix, v_matrix, tiles, keys, kv_head, walk, spec: gl.constexpr):
     if spec.BOXES:
-        produce_boxes(k, v, k_matrix, v_matrix, k_ring, v_ring, keys, kv_head, walk, spec)
+        produce_boxes(k, v, k_matrix, v_matrix, tiles, keys, kv_head, walk, spec)
     elif spec.FORMAT == "float":
-        produce_rows(k, v, k_ring, v_ring, keys.table, kv_head, walk, spec)
+        produce_rows(k, v, tiles, keys, kv_head, walk, spec)
     else:
-        produce_converted(k, v, k_ring, v_ring, keys.table, kv_head, walk, spec)
+        produce_converted(k, v, tiles, keys, kv_head, walk, spec)
 
 
 @gluon.jit
-def _load_q(q, rows, kv_head, spec: gl.constexpr):
-    """In shared memory, [BLOCK_M, D]; 0 where there is no row."""
-    M: gl.constexpr = spec.BLOCK_M
-    D: gl.constexpr = spec.BLOCK_D
+def _load_q(tile, q, sign, rows, kv_head, spec: gl.constexpr):
+    """tile: [STRIPS, BLOCK_M, columns] in shared memory; 0 where there is no row."""
+    STRIPS: gl.constexpr = tile.shape[0]
+    M: gl.constexpr = tile.shape[1]
+    D: gl.constexpr = tile.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D if D < 256 else 1, D // 8], [4, 1], [1, 0])
     row = rows.first + gl.arange(0, M, gl.SliceLayout(1, layout))
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     token = row // spec.GROUP_SIZE
     head = kv_head * spec.GROUP_SIZE + row % spec.GROUP_SIZE
     at = (rows.row_start + token).to(gl.int64) * q.stride_token + head.to(gl.int64) * q.stride_head
-    tile = gl.allocate_shared_memory(q.ptr.dtype.element_ty, [M, D], gl.NVMMASharedLayout(128, 16, 2))
-    tile.store(gl.load(q.ptr + at[:, None] + dim[None, :], mask=(token < rows.q_len)[:, None], other=0.0))
-    return tile
+    exists = (token < rows.q_len)[:, None]
+    for strip in gl.static_range(STRIPS):
+        values = gl.load(q.ptr + at[:, None] + (strip * D + dim)[None, :], mask=exists, other=0.0)
+        tile.index(strip).store((values.to(gl.float32) * sign).to(tile.dtype))

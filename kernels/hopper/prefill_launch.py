@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import bfloat16
 
-from pagewire.kernels.hopper import prefill
+from pagewire.kernels.hopper import FLAGS, prefill
+from pagewire.kernels.hopper.consumer import Results
 from pagewire.kernels.hopper.matrices import boxes_of
-from pagewire.kernels.hopper.rows_out import Results
 from pagewire.kernels.hopper.supported import unfit
-from pagewire.kernels.launch import PLACES, Device, Tensors
-from pagewire.kernels.place import Launch
-from pagewire.kernels.quant import FORMATS
+from pagewire.kernels.launch import ARRIVED, NEXT, PLACES, Device, Tensors
+from pagewire.kernels.place import Launch, Place
+from pagewire.kernels.quant import FORMATS, scale_kind
 
 if TYPE_CHECKING:
     from pagewire.types import Modifiers
@@ -20,50 +20,88 @@ if TYPE_CHECKING:
 _VECTOR = 16  # elements: what Triton can tell of a number; as many bytes are copied at once
 
 
+_MOST_PARTS = 8  # of a row tile's keys
+
+
 class Config(NamedTuple):
     BLOCK_N: int  # keys
     STAGES: int
 
 
-# head_dim -> tiles that fit shared memory beside Q, and registers beside the sums
-_CONFIGS = {64: Config(128, 4), 128: Config(128, 2), 256: Config(64, 2)}
-# softcap and ALiBi take registers for themselves
-_MODIFIED = {64: Config(64, 4), 128: Config(64, 4), 256: Config(64, 2)}
+# (head_dim, of V) -> tiles that fit shared memory beside Q, and registers beside the sums
+_CONFIGS = {(64, 64): Config(128, 4), (128, 128): Config(128, 2), (192, 128): Config(128, 2), (256, 256): Config(64, 2)}
+# softcap, ALiBi and scales per token take registers for themselves
+_MODIFIED = {(64, 64): Config(64, 4), (128, 128): Config(64, 4), (192, 128): Config(64, 4), (256, 256): Config(64, 2)}
+
+
+class Prefill(NamedTuple):
+    launch: Launch
+    redo: Place  # fp32 [tiles, num_kv_heads, FLAGS]
+    scratch: tuple[int, ...]
+    num_counters: int
 
 
 def why_not(t: Tensors, m: Modifiers, device: Device) -> str | None:
     """Why the `tl` kernel takes this prefill."""
-    head_dim = t.k_cache.shape[3]
+    widths, of_bytes = _widths(t), t.k_cache.dtype in FORMATS
     if why := unfit(t, device):
         return why
-    if isinstance(m.k_scale, Tensor) or isinstance(m.v_scale, Tensor):
-        return "scales in tensors: numbers"
-    if head_dim not in _CONFIGS or t.v_cache.shape[3] != head_dim:
-        return f"head_dim {head_dim}, {t.v_cache.shape[3]} of V: 64, 128 or 256, of both"
-    if m.softmax_scale * (1.0 if m.k_scale is None else m.k_scale) <= 0:
-        return f"softmax_scale {m.softmax_scale}, k_scale {m.k_scale}: positive ones"
+    if widths not in _CONFIGS:
+        return f"head_dim {widths[0]}, {widths[1]} of V: {', '.join(f'{k}/{v}' for k, v in _CONFIGS)}"
+    if "token" in _kinds(m) and (not of_bytes or t.q.dtype != bfloat16):
+        return f"scales per token, {t.q.dtype} over {t.k_cache.dtype}: bf16 over 8 bits"
+    if "token" in _kinds(m) and widths[1] == 256:
+        return "scales per token of 256 dims: there are no registers left for them"
     for name, cache in (("k_cache", t.k_cache), ("v_cache", t.v_cache)):
         if any(stride % _VECTOR for stride in cache.stride()[:-1]):
             return f"{name}'s strides {cache.stride()}: multiples of {_VECTOR}"
     return None
 
 
-def launch_of(t: Tensors, m: Modifiers, arguments: dict[str, Any], grid: tuple[int, int, int]) -> Launch:
-    """arguments, grid: of `kernels/prefill.py`'s launch with BLOCK_M rows."""
-    config = (_MODIFIED if m.softcap > 0 or m.alibi_slopes is not None else _CONFIGS)[t.k_cache.shape[3]]
+def _kinds(m: Modifiers) -> tuple[str, str]:
+    return scale_kind(m.k_scale), scale_kind(m.v_scale)
+
+
+def _widths(t: Tensors) -> tuple[int, int]:
+    return t.k_cache.shape[3], t.v_cache.shape[3]
+
+
+def prefill_of(
+    t: Tensors, m: Modifiers, arguments: dict[str, Any], scratch: tuple[int, ...], device: Device
+) -> Prefill:
+    """arguments: of `kernels/prefill.py`'s launch with BLOCK_M rows; scratch: what others have of it."""
+    crowded = m.softcap > 0 or m.alibi_slopes is not None or "token" in _kinds(m)
+    config = (_MODIFIED if crowded else _CONFIGS)[_widths(t)]
+    spec, num_kv_heads = arguments["spec"], t.k_cache.shape[2]
+    rows = t.q.shape[0] * spec.GROUP_SIZE
+    # more than ROW_LIMIT rows has each of the requests that are prefill's
+    most_tiles = max(1, rows // spec.BLOCK_M + min(t.page_table.shape[0], rows // (spec.ROW_LIMIT + 1)))
+    parts = device.num_processors // (max(1, rows // spec.BLOCK_M) * num_kv_heads)
+    parts = 1 if m.split_size is not None else max(1, min(parts, _MOST_PARTS))
+    redo = Place(-len(scratch) - 1)
+    scratch = (*scratch, most_tiles * num_kv_heads * FLAGS)
+    merging: tuple[Any, ...] = (None, None, None, None)
+    if parts > 1:
+        num_rows = most_tiles * num_kv_heads * parts * spec.BLOCK_M
+        merging = (Place(-len(scratch) - 1), Place(-len(scratch) - 2), ARRIVED, NEXT)
+        scratch = (*scratch, num_rows * spec.BLOCK_DV, num_rows)
     kept = ("q", "page_table", "seq_lens", "cu_seqlens_q", "call", "rule")
-    given = {name: arguments[name] for name in kept}
-    k, k_matrix, v, v_matrix = arguments["k"], None, arguments["v"], None
+    given = {name: arguments[name] for name in kept} | _caches(t, arguments, config)
+    given["results"] = Results._make((*arguments["out"], arguments["lse"], redo, *merging))
+    given["spec"] = spec._replace(
+        BLOCK_N=config.BLOCK_N, STAGES=config.STAGES, PARTS=parts, BOXES=given["k_matrix"] is not None, ALONE=None
+    )
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    launch = Launch(prefill._prefill_kernel, (most_tiles * parts, num_kv_heads, 1), given, options)
+    return Prefill(launch, redo, scratch, most_tiles * num_kv_heads * FLAGS if parts > 1 else 0)
+
+
+def _caches(t: Tensors, arguments: dict[str, Any], config: Config) -> dict[str, Any]:
+    k, v = arguments["k"], arguments["v"]
     if t.k_cache.dtype not in FORMATS:  # what is converted passes through registers
-        k_boxes = boxes_of(PLACES.k_cache, t.k_cache, k, config.BLOCK_N)
+        columns = prefill.strips(t.k_cache.shape[3])[0]
+        k_boxes = boxes_of(PLACES.k_cache, t.k_cache, k, config.BLOCK_N, columns)
         v_boxes = boxes_of(PLACES.v_cache, t.v_cache, v, config.BLOCK_N)
         if k_boxes is not None and v_boxes is not None:
-            (k, k_matrix), (v, v_matrix) = k_boxes, v_boxes
-    results = Results._make((*arguments["out"], arguments["lse"], arguments["redo"]))
-    given |= {
-        "k": k, "v": v, "k_matrix": k_matrix, "v_matrix": v_matrix, "results": results,
-        "spec": arguments["spec"]._replace(
-            BLOCK_N=config.BLOCK_N, STAGES=config.STAGES, BOXES=k_matrix is not None, ALONE=None
-        ),
-    }  # fmt: skip
-    return Launch(prefill._prefill_kernel, grid, given, {"num_warps": 4, "enable_fp_fusion": True})
+            return {"k": k_boxes[0], "k_matrix": k_boxes[1], "v": v_boxes[0], "v_matrix": v_boxes[1]}
+    return {"k": k, "k_matrix": None, "v": v, "v_matrix": None}

@@ -26,7 +26,7 @@ def layout_of(rows: int) -> Any:
 
 
 @gluon.jit
-def load_queries(tile, q, k, request, kv_head, rule, spec: gl.constexpr):
+def load_queries(tile, q, scales, request, kv_head, rule, spec: gl.constexpr):
     """A request's queries into shared memory, 0 beyond the group; their Terms."""
     R: gl.constexpr = spec.BLOCK_M
     D: gl.constexpr = spec.BLOCK_D
@@ -39,14 +39,8 @@ def load_queries(tile, q, k, request, kv_head, rule, spec: gl.constexpr):
     ptr = q.ptr + request.to(gl.int64) * q.stride_token
     at = head.to(gl.int64) * q.stride_head
     values = gl.load(ptr + at[:, None] + dim[None, :], mask=exists[:, None], other=0.0).to(gl.float32)
-    scale_log2 = rule.scale_log2 + (row * 0).to(gl.float32)
-    if spec.K_SCALE == "head":
-        scale_log2 *= gl.load(k.scale + request.to(gl.int64) * k.stride_scale_page + kv_head * k.stride_scale_head)
-    if (
-        not spec.SOFTCAP and not spec.ALIBI
-    ):  # a positive scale keeps the order: its sign goes to q; of 0, -inf makes NaN
-        values *= gl.where(scale_log2 < 0, -1.0, 1.0)[:, None]
-        scale_log2 = gl.maximum(gl.abs(scale_log2), 1e-37)
+    values *= scales.sign
+    scale_log2 = scales.logit_log2 + (row * 0).to(gl.float32)
     if spec.FORMAT != "float":  # in fp16, each row times a power of two
         power = _fp16_power(values)
         values = reordered(values * power[:, None])

@@ -14,15 +14,19 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 
 class Ring(NamedTuple):
-    tiles: Any  # [STAGES, BLOCK_N, D]
+    tiles: Any  # [STAGES * STRIPS, BLOCK_N, columns of a strip]
     full: Any  # a barrier per stage
     empty: Any
 
 
 @gluon.jit
-def ring_of(dtype: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr):
+def ring_of(
+    dtype: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
+    STRIPS: gl.constexpr = 1,
+):  # fmt: skip
+    """D: columns of a strip; a tile of 192 columns is three of 64, as shapes are powers of two in Triton."""
     layout: gl.constexpr = swizzled(dtype, D)
-    tiles = gl.allocate_shared_memory(dtype, [STAGES, N, D], layout)
+    tiles = gl.allocate_shared_memory(dtype, [STAGES * STRIPS, N, D], layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -51,7 +55,7 @@ def _bits(stages: int) -> int:
 
 @gluon.jit
 def _stage(ring, i):
-    STAGES: gl.constexpr = ring.tiles.shape[0]
+    STAGES: gl.constexpr = ring.full.shape[0]
     if STAGES & (STAGES - 1):
         return i % STAGES
     else:
@@ -60,7 +64,7 @@ def _stage(ring, i):
 
 @gluon.jit
 def _phase(ring, i):
-    STAGES: gl.constexpr = ring.tiles.shape[0]
+    STAGES: gl.constexpr = ring.full.shape[0]
     if STAGES & (STAGES - 1):
         return (i // STAGES) & 1
     else:
@@ -74,8 +78,9 @@ def full_of(ring, i):
 
 
 @gluon.jit
-def tile_of(ring, i):
-    return ring.tiles.index(_stage(ring, i))
+def tile_of(ring, i, STRIP: gl.constexpr = 0):
+    STRIPS: gl.constexpr = ring.tiles.shape[0] // ring.full.shape[0]
+    return ring.tiles.index(_stage(ring, i) * STRIPS + STRIP)
 
 
 @gluon.jit

@@ -13,7 +13,8 @@ class Rows(NamedTuple):
     row_start: Any  # its first token in q
     q_len: Any
     seq_len: Any  # -1: there is no such tile
-    first: Any  # the tile's first packed row
+    tile: Any  # of all of the call's
+    first: Any  # its first packed row
 
 
 class Walk(NamedTuple):
@@ -25,6 +26,7 @@ class Walk(NamedTuple):
     num: Any
     first_key: Any
     stop_key: Any
+    exists: Any  # whether all of its pages do
 
 
 @gluon.jit
@@ -35,7 +37,7 @@ def number(x):
 
 @gluon.jit
 def find_rows(index, seq_lens, cu_seqlens_q, call, spec: gl.constexpr):
-    """(number, Rows) of the tile that is `index` tiles before the last: under causal the heaviest come first."""
+    """Rows of the tile that is `index` tiles before the last: under causal the heaviest come first."""
     tile = _count_tiles(cu_seqlens_q, call, spec) - 1 - index
     request, first_tile, row_start, row_stop = _find(tile, cu_seqlens_q, call, spec)
     q_len = row_stop - row_start
@@ -44,7 +46,7 @@ def find_rows(index, seq_lens, cu_seqlens_q, call, spec: gl.constexpr):
         found = gl.load(seq_lens + request.to(gl.int64) * number(call.stride_seq_lens))
         found = gl.minimum(gl.maximum(found, 0), number(call.max_pages) * spec.PAGE_SIZE)
         seq_len = gl.where(q_len > number(call.max_q_len), 0, found)
-    return tile, Rows(request, row_start, q_len, seq_len, (tile - first_tile) * spec.BLOCK_M)
+    return Rows(request, row_start, q_len, seq_len, tile, gl.maximum(tile - first_tile, 0) * spec.BLOCK_M)
 
 
 @gluon.jit
@@ -118,7 +120,7 @@ def walk_of(rows, rule, spec: gl.constexpr):
     first = 0
     stop = rows.seq_len
     inner = 0
-    stop_inner = rows.seq_len
+    stop_inner = gl.maximum(rows.seq_len, 0)
     if spec.LEFT:
         first = gl.maximum(before + first_token - rule.window_left, 0)
         inner = gl.maximum(before + last_token - rule.window_left, 0)
@@ -133,13 +135,29 @@ def walk_of(rows, rule, spec: gl.constexpr):
     num_inner = gl.maximum(stop_inner_tile - inner_tile, 0)
     num = stop_tile - first_tile
     num_right = gl.where(num_inner > 0, stop_tile - stop_inner_tile, num)
-    return Walk(stop_tile - 1, num_right, num_inner, num, first, stop)
+    return Walk(stop_tile - 1, num_right, num_inner, num, first, stop, True)
 
 
 @gluon.jit
-def nothing(walk, ok):
-    """The walk, or, where not ok, one tile of no keys: partitions have something to hand each other."""
+def part_of(walk, PARTS: gl.constexpr, FEWEST: gl.constexpr, index, spec: gl.constexpr):
+    """(how many programs share the walk, with at least FEWEST tiles each; the index-th's part of it)"""
+    size = (walk.num + PARTS - 1) // PARTS
+    size = gl.maximum(size, FEWEST)
+    num_parts = (walk.num + size - 1) // size
+    first = gl.minimum(index, num_parts - 1) * size
+    num = gl.minimum(size, walk.num - first)
+    last = walk.last - first
+    num_right = gl.minimum(gl.maximum(walk.num_right - first, 1), num)  # the first one is masked in any case
+    inner = gl.minimum(gl.maximum(walk.num_right + walk.num_inner - first, num_right), num)
+    first_key = gl.maximum(walk.first_key, (last + 1 - num) * spec.BLOCK_N)
+    stop_key = gl.minimum(walk.stop_key, (last + 1) * spec.BLOCK_N)
+    return num_parts, Walk(last, num_right, inner - num_right, num, first_key, stop_key, walk.exists)
+
+
+@gluon.jit
+def nothing(walk, exists):
+    """The walk, or, where its pages do not exist, one tile of no keys: partitions have something to hand each other."""
     return Walk(
-        gl.where(ok, walk.last, 0), gl.where(ok, walk.num_right, 1), gl.where(ok, walk.num_inner, 0),
-        gl.where(ok, walk.num, 1), gl.where(ok, walk.first_key, 0), gl.where(ok, walk.stop_key, 0),
+        gl.where(exists, walk.last, 0), gl.where(exists, walk.num_right, 1), gl.where(exists, walk.num_inner, 0),
+        gl.where(exists, walk.num, 1), gl.where(exists, walk.first_key, 0), gl.where(exists, walk.stop_key, 0), exists,
     )  # fmt: skip

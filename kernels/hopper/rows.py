@@ -15,38 +15,41 @@ from pagewire.kernels.hopper.words import copy_rows
 
 
 @gluon.jit
-def produce_rows(k, v, k_ring, v_ring, table, kv_head, walk, spec: gl.constexpr):
+def produce_rows(k, v, tiles, keys, kv_head, walk, spec: gl.constexpr):
     """k, v: Cache. A partition of four warps."""
-    _ask_for(k, k_ring, 0, table, kv_head, walk, spec)
+    _ask_for(k, tiles.k, 0, keys, kv_head, walk, spec)
     for i in range(walk.num):
         if i + 1 < walk.num:
-            _ask_for(k, k_ring, i + 1, table, kv_head, walk, spec)
+            _ask_for(k, tiles.k, i + 1, keys, kv_head, walk, spec)
         else:
             async_copy.commit_group()  # of nothing, in its place
         if i == 0:
-            _hand_over(k_ring, 0, 1)
+            _hand_over(tiles.k, 0, 1)
         else:
-            _hand_over(v_ring, i - 1, 1)
-        _ask_for(v, v_ring, i, table, kv_head, walk, spec)
+            _hand_over(tiles.v, i - 1, 1)
+        _ask_for(v, tiles.v, i, keys, kv_head, walk, spec)
         if i + 1 < walk.num:
-            _hand_over(k_ring, i + 1, 1)
-    _hand_over(v_ring, walk.num - 1, 0)
+            _hand_over(tiles.k, i + 1, 1)
+    _hand_over(tiles.v, walk.num - 1, 0)
 
 
 @gluon.jit
-def _ask_for(cache, ring, i, table, kv_head, walk, spec: gl.constexpr):
+def _ask_for(cache, ring, i, keys, kv_head, walk, spec: gl.constexpr):
     """Keys that nobody sees are zeros."""
     N: gl.constexpr = ring.tiles.shape[1]
     D: gl.constexpr = ring.tiles.shape[2]
+    STRIPS: gl.constexpr = ring.tiles.shape[0] // ring.full.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D if D < 256 else 1, D // 8], [gl.num_warps(), 1], [1, 0])
     key = (walk.last - i) * N + gl.arange(0, N, gl.SliceLayout(1, layout))
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
-    seen = (key >= walk.first_key) & (key < walk.stop_key)
-    page = gl.load(table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
+    seen = (key >= keys.first) & (key < keys.stop)
+    page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
     at = page * cache.stride_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_token
     ptr = cache.ptr + kv_head.to(gl.int64) * cache.stride_head
     wait_empty(ring, i)
-    copy_rows(tile_of(ring, i), ptr + at[:, None] + dim[None, :], mask=seen[:, None] & (dim >= 0)[None, :])
+    for strip in gl.static_range(STRIPS):
+        from_there = ptr + at[:, None] + (strip * D + dim)[None, :]
+        copy_rows(tile_of(ring, i, strip), from_there, mask=seen[:, None] & (dim >= 0)[None, :])
     async_copy.commit_group()
 
 

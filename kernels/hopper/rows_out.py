@@ -14,7 +14,6 @@ class Results(NamedTuple):
     stride_token: Any
     stride_head: Any
     lse: Any  # fp32 [num_tokens, num_qo_heads]; LSE
-    redo: Any  # of a prefill, fp32 [tiles, num_kv_heads, FLAGS]: whether a tile is to be computed again
 
 
 @gluon.jit

@@ -28,7 +28,7 @@ class Softmax(NamedTuple):
 
 
 @gluon.jit
-def terms_of(rows, walk, row, kv_head, rule, spec: gl.constexpr):
+def terms_of(rows, walk, row, kv_head, scale_log2, rule, spec: gl.constexpr):
     """row: int32 [M], packed."""
     token = row // spec.GROUP_SIZE
     head = kv_head * spec.GROUP_SIZE + row % spec.GROUP_SIZE
@@ -43,7 +43,7 @@ def terms_of(rows, walk, row, kv_head, rule, spec: gl.constexpr):
         first_key = gl.maximum(first_key, position - rule.window_left)
     if spec.RIGHT:
         stop_key = gl.minimum(stop_key, position + rule.window_right + 1)
-    return Terms(rule.scale_log2, rule.softcap, slope_log2, position, first_key, stop_key)
+    return Terms(scale_log2, rule.softcap, slope_log2, position, first_key, stop_key)
 
 
 @gluon.jit

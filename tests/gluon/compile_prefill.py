@@ -27,12 +27,15 @@ class Case(NamedTuple):
     dtype: torch.dtype = bf16
     modified: bool = False  # every modifier
     kv_dtype: torch.dtype | None = None  # of the cache; None: dtype
+    scale: str = "value"  # of a kv_dtype: value, head or token
+    num_tokens: int = 4096  # few: several programs share the keys of a row tile
 
     @property
     def id(self) -> str:
         words = [f"D{self.head_dim}", f"P{self.page_size}", str(self.dtype).removeprefix("torch.")]
         stored = [] if self.kv_dtype is None else [str(self.kv_dtype).removeprefix("torch.")]
-        return "-".join(words + ["modified"] * self.modified + stored)
+        words += ["modified"] * self.modified + stored + [self.scale] * (self.scale != "value")
+        return "-".join(words + ["parts"] * (self.num_tokens < 512))
 
 
 CASES = [Case(d, p) for d in (64, 128, 256) for p in (16, 64)] + [Case(128, 16, fp16), Case(128, 8)]
@@ -40,21 +43,28 @@ CASES += [Case(d, 1) for d in (64, 128, 256)] + [Case(128, 3)]
 CASES += [Case(d, 16, bf16, kv_dtype=torch.float8_e4m3fn) for d in (64, 128, 256)]
 CASES += [Case(128, 16, fp16, kv_dtype=torch.int8), Case(128, 16, fp16, kv_dtype=torch.float8_e5m2)]
 CASES += [Case(d, 16, bf16, True) for d in (64, 128, 256)]
+CASES += [Case(d, 16, bf16, num_tokens=64) for d in (64, 128, 256)] + [Case(128, 3, bf16, True, num_tokens=64)]
+CASES += [Case(192), Case(192, 3), Case(192, 16, fp16, True), Case(192, 16, bf16, kv_dtype=torch.float8_e4m3fn)]
+CASES += [Case(d, 16, bf16, False, torch.float8_e4m3fn, "token") for d in (64, 128, 192)]
+CASES += [Case(128, 16, bf16, False, torch.int8, "head"), Case(128, 16, bf16, True, torch.int8, "token", 64)]
 
 
 def planned(case: Case) -> launch.Launch:
     driver.set_active(NoDevice(90))
     launch.device_of = lambda device: launch.Device(90, 132)
-    q = torch.empty(4096, 32, case.head_dim, dtype=case.dtype)
-    caches = [torch.empty(64, case.page_size, 8, case.head_dim, dtype=case.kv_dtype or case.dtype) for _ in range(2)]
+    q = torch.empty(case.num_tokens, 32, case.head_dim, dtype=case.dtype)
+    widths, stored = (case.head_dim, min(case.head_dim, 128) if case.head_dim == 192 else case.head_dim), case.kv_dtype
+    caches = [torch.empty(64, case.page_size, 8, width, dtype=stored or case.dtype) for width in widths]
+    out = q[..., : widths[1]]
     table, lens, rows = (torch.zeros(n, dtype=torch.int32) for n in ((3, 64), 3, 4))
-    scale = None if case.kv_dtype is None else 0.5
+    scales = {"value": 0.5, "head": torch.ones(8), "token": torch.ones(64, case.page_size, 8)}
+    scale = None if case.kv_dtype is None else scales[case.scale]
     m = Modifiers(0.1, causal=True, k_scale=scale, v_scale=scale)
     lse = None
     if case.modified:
         m = m._replace(window_left=50, softcap=3.0, alibi_slopes=torch.ones(3, 32), sinks=torch.ones(32))
         lse = torch.empty(q.shape[:2])
-    tensors = launch.Tensors(q, *caches, table, lens, rows, q, lse, m.sinks, m.alibi_slopes, scale, scale)
+    tensors = launch.Tensors(q, *caches, table, lens, rows, out, lse, m.sinks, m.alibi_slopes, scale, scale)
     first, *_ = prefill.plan(tensors, m, torch.zeros(1, dtype=torch.int64)).bound(*tensors)
     assert first.kernel.__name__ == "_prefill_kernel" and "results" in first.arguments
     return first
@@ -75,7 +85,7 @@ def facts(case: Case) -> dict:
     of = planned(case)
     kernel = of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
     code, ptx, spec = sass.of(kernel), kernel.asm["ptx"], of.arguments["spec"]
-    found = loops(code, (case.head_dim + spec.BLOCK_N) // 16)
+    found = loops(code, case.head_dim // 16 + spec.BLOCK_N // 16)
     return {
         "case": case.id, "shared": kernel.metadata.shared,
         "loops": [{"length": len(texts), "order": sass.order(texts), "spills": sass.spills(texts)} for texts in found],

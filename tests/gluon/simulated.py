@@ -21,6 +21,7 @@ from gluon import words
 from gluon.machine import Machine
 from gluon.values import Pointer, Value
 from pagewire import memo
+from pagewire.kernels import counters
 from pagewire.kernels.hopper import decode_launch, prefill_launch, supported
 
 HOPPER = "pagewire.kernels.hopper"
@@ -66,11 +67,13 @@ class Kernel:
         self.arg_names, self.do_not_specialize, self.__name__ = real.arg_names, real.do_not_specialize, real.__name__
         self.function, self.seed, self.programs = function, seed, 0
         self.given: dict[str, Any] = {}  # of the last launch
+        self.spec: Any = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(spec: Any, **given: Any) -> None:
             self.given = {name: given[name] for name in self.arg_names if name in given}  # the rest are options
-            if given["results"].redo is not None:
+            self.spec = spec
+            if hasattr(given["results"], "redo"):
                 given["results"].redo.fill_(-1)  # scratch memory holds anything
             if "partials" in given:
                 given["partials"].out.fill_(torch.nan)
@@ -99,6 +102,8 @@ def _given(x: Any) -> Any:
         return type(x)(*map(_given, x))
     if isinstance(x, int) and not isinstance(x, bool):
         return Value(x)
+    if isinstance(x, float):
+        return Value(x, torch.float32)
     if hasattr(x, "block_shape"):  # a tensor descriptor
         whole = torch.as_strided(x.base, x.shape, x.strides, x.base.storage_offset())
         return SimpleNamespace(block_type=SimpleNamespace(shape=list(x.block_shape)), whole=whole, dtype=whole.dtype)
@@ -109,6 +114,7 @@ def _given(x: Any) -> Any:
 def on_hopper(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, source: Any) -> Iterator[Kernel]:
     """As if on an H100: the kernel of that name in module is a Kernel of source."""
     kernel = Kernel(getattr(module, name), source)
+    counters._halves.clear()  # of a call that went wrong
     unfit = supported.unfit
     monkeypatch.setenv("PAGEWIRE_HOPPER", "1")
     for launches in (prefill_launch, decode_launch):
@@ -117,3 +123,4 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, so
     memo.forget()
     yield kernel
     memo.forget()
+    counters._halves.clear()

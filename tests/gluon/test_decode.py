@@ -27,11 +27,10 @@ def source():
 @pytest.fixture
 def kernel(source, monkeypatch):
     """What Plan launches in place of the kernel."""
-    counters._halves.clear()
     with on_hopper(monkeypatch, decode, "_decode_kernel", source) as kernel:
         yield kernel
-    for halves in counters._halves.values():
-        assert not any(half.any() for half in halves), "counters that are not zero after a call"
+        for halves in counters._halves.values():
+            assert not any(half.any() for half in halves), "counters that are not zero after a call"
 
 
 CASES = [
@@ -219,28 +218,24 @@ FAULTS = {
     "a share begins a request late": ("pieces", "_plus) <= first)", "_plus) < first)"),
     "a share has no end": ("pieces", "gl.minimum(first + size, total)", "first + size"),
     "every program begins at the first unit": ("pieces", "gl.program_id(1) * size", "gl.program_id(1) * 0"),
-    "pieces lie in one place": ("merging", "(unit != program * share.size)", "(unit != unit)"),
-    "pieces are looked for elsewhere": ("merging", "gl.where(n == 0, began_inside, 0)", "0"),
-    "each program counts for itself": ("merging", "(1) + first_program\n", "(1) + program\n"),
-    "the last but one merges": ("merging", "before == num - 1", "before == num - 2"),
+    "pieces lie in one place": ("pieces", "(unit != program * share.size)", "(unit != unit)"),
+    "pieces are looked for elsewhere": ("merging", "gl.where(n == 0, parts.first,", "gl.where(n < 0, parts.first,"),
+    "each program counts for itself": ("pieces", "(1) + first_program\n", "(1) + program\n"),
+    "the last but one merges": ("merging", "before == parts.num - 1", "before == parts.num - 2"),
     "a count is not set back": ("merging", "            gl.store(count, 0)\n", ""),
-    "a piece too few is merged": ("merging", "mask = exists & (n < num)", "mask = exists & (n < num - 1)"),
+    "a piece too few is merged": ("merging", "(n < parts.num)", "(n < parts.num - 1)"),
     "the first sums are not rescaled": ("merging", "        acc = acc * rescale[:, None]\n", ""),
     "the next tile's pages come at once": ("decode", "            pages = next_pages\n", ""),
     "the ring begins anew with each request": ("decode", "        unit +=", "        i = 0\n        unit +="),
-    "all boxes go to one place": ("boxes", "place.slice(j * ROWS, ROWS)", "place.slice(0, ROWS)"),
+    "all boxes go to one place": ("boxes", ".slice(j * ROWS, ROWS)", ".slice(0, ROWS)"),
     "pages are read past their end": ("pages", "& (entry < stop_entry)", ""),
 }  # fmt: skip
 OF_BYTES = {
     "Q's columns keep their order": ("queries", "reordered(values * power[:, None])", "values * power[:, None]"),
     "V's columns keep theirs": ("columns", "        acc = in_order(acc)\n", "        pass\n"),
     "Q's power stays": ("queries", "        scale_log2 *= _inverse(power)\n", ""),
-    "V's scale is forgotten": (
-        "columns",
-        "sums.acc * _value_factor(v, piece.request, kv_head, rule, spec)",
-        "sums.acc",
-    ),
-    "K's scale is another head's": ("queries", "kv_head * k.stride_scale_head", "0 * k.stride_scale_head"),
+    "V's scale is forgotten": ("columns", "sums.acc * scales.value", "sums.acc"),
+    "the scales are another head's": ("scales", "kv_head.to(gl.int64)", "0"),
     "bytes are expected as halves": ("boxes", "N * D * BYTES)", "N * D * 2)"),
 }
 

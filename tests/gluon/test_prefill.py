@@ -13,7 +13,7 @@ import tolerance  # noqa: E402
 from cases import Attention, bf16, e4m3, e5m2, fp16, int8  # noqa: E402
 from gluon.simulated import imported, on_hopper  # noqa: E402
 from pagewire import memo  # noqa: E402
-from pagewire.kernels import hopper, launch  # noqa: E402
+from pagewire.kernels import counters, hopper, launch  # noqa: E402
 from pagewire.kernels.hopper import FLAGS, matrices, prefill, prefill_launch, supported  # noqa: E402
 from pagewire.types import Modifiers  # noqa: E402
 
@@ -69,6 +69,15 @@ CASES = [
     Attention((300, 40), (90, 40), dtype=bf16, kv_dtype=e4m3, scale="float", head_dim=128, note="from 8 bits"),
     Attention((300, 40), (90, 40), dtype=fp16, kv_dtype=e5m2, scale="float", page_size=3, window=(99, 0)),
     Attention((150,), (60,), dtype=bf16, kv_dtype=int8, scale="float", head_dim=256, sinks=True, layout="HND"),
+    Attention((300, 40), (90, 40), dtype=bf16, kv_dtype=e4m3, scale="head", head_dim=128),
+    Attention((300, 40), (90, 40), dtype=fp16, kv_dtype=int8, scale="batch_head", alibi=1),
+    Attention((500, 40), (90, 40), dtype=bf16, kv_dtype=e4m3, scale="token_head", head_dim=128),
+    Attention((700, 40), (90, 40), dtype=bf16, kv_dtype=int8, scale="token_head", page_size=3, window=(300, 0)),
+    Attention((300,), (90,), dtype=bf16, kv_dtype=e5m2, scale="token_head", softcap=3.0, layout="HND", strided=True),
+    Attention((300, 40), (90, 40), dtype=bf16, head_dim=192, head_dim_v=128),
+    Attention((300, 40), (90, 40), dtype=fp16, head_dim=192, head_dim_v=128, page_size=3, window=(99, 0)),
+    Attention((300, 40), (90, 40), dtype=bf16, head_dim=192, head_dim_v=128, kv_dtype=e4m3, scale="token_head"),
+    Attention((300, 40), (90, 40), dtype=bf16, head_dim=192, head_dim_v=128, softcap=9.0, layout="HND"),
     Attention((300, 40), (90, 40), dtype=bf16, page_size=1, note="row by row"),
     Attention((700,), (90,), dtype=fp16, page_size=3, head_dim=128, window=(400, 0), layout="HND", note="row by row"),
     Attention((260,), (140,), heads=(2, 1), head_dim=256, dtype=bf16, page_size=48, softcap=5.0, note="row by row"),
@@ -91,6 +100,52 @@ def test_prefill(case, kernel):
     call = finite(cases.build(case))
     tolerance.check(call, *call.run("triton"))
     assert kernel.programs > 0 and left_over(kernel) == 0
+
+
+IN_PARTS = [  # rows that several programs share
+    Attention((2000,), (64,), dtype=bf16, head_dim=128, heads=(2, 1)),
+    Attention((1500, 3000), (70, 66), heads=(2, 1), dtype=fp16, window=(900, -1), sinks=True, note="left"),
+    Attention((1400,), (64,), dtype=bf16, causal=False, window=(-1, 40), page_size=3, heads=(2, 1), note="right"),
+    Attention((100, 1500), (90, 64), dtype=bf16, kv_dtype=e4m3, scale="token_head", heads=(2, 1), padding_rows=3),
+    Attention((1300,), (80,), dtype=bf16, head_dim=256, softcap=5.0, heads=(2, 1), out_dtype=torch.float32),
+    Attention((1300,), (80,), dtype=bf16, head_dim=192, head_dim_v=128, heads=(2, 1), alibi=1),
+]
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """A device with more processors than tiles."""
+    monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(0, 16))
+
+
+@pytest.mark.parametrize("case", IN_PARTS, ids=lambda case: case.id)
+def test_parts(case, kernel, parts):
+    call = finite(cases.build(case))
+    for _ in range(2):  # in both halves of the counters
+        tolerance.check(call, *call.run("triton"))
+        assert kernel.spec.PARTS > 1 and left_over(kernel) == 0
+    assert not any(half.any() for halves in counters._halves.values() for half in halves)
+
+
+def test_with_a_split_size_rows_are_not_shared(kernel, parts):
+    """A result depends on its request alone."""
+    call = finite(cases.build(Attention((1500,), (64,), dtype=bf16, split_size=64)))
+    tolerance.check(call, *call.run("triton"))
+    assert kernel.spec.PARTS == 1
+
+
+@pytest.mark.parametrize("what", ["page", "value"])
+def test_one_part_leaves_the_rows_to_the_other_kernel(what, kernel, parts):
+    call = cases.build(Attention((1990,), (64,), dtype=bf16, heads=(2, 1)))
+    if what == "page":
+        finite(call).args[3][0, 3] = -1
+    out, _ = call.run("triton")
+    assert kernel.spec.PARTS > 1 and left_over(kernel) > 0 and out.isfinite().all()
+    if what == "page":
+        with pytest.raises(pw.BadIndexError, match=r"page_table\[0, 3\] is outside"):
+            pw.check_errors()
+    else:
+        tolerance.check(call, *call.run("triton"))
 
 
 @pytest.mark.parametrize("seed", range(1000, 6000, 1000))
@@ -157,9 +212,15 @@ def test_a_cache_off_its_boundary_goes_to_the_other_kernel(kernel):
 REFUSED = {
     "off": (Attention((100,), (40,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is not 1"),
     "fp32": (Attention((100,), (40,)), {}, "torch.float32 over torch.float32"),
-    "scales": (Attention((100,), (40,), dtype=bf16, kv_dtype=e4m3, scale="head"), {}, "scales in tensors: numbers"),
+    "fp16": (Attention((100,), (40,), dtype=fp16, kv_dtype=e4m3, scale="token_head"), {}, "bf16 over 8 bits"),
+    "16 bits": (Attention((100,), (40,), dtype=bf16, kv_dtype=bf16, scale="token_head"), {}, "bf16 over 8 bits"),
+    "256": (Attention((9,), (40,), dtype=bf16, kv_dtype=e4m3, scale="token_head", head_dim=256), {}, "no registers"),
     "D80": (Attention((100,), (40,), dtype=bf16, head_dim=80), {}, "head_dim 80"),
-    "V": (Attention((100,), (40,), dtype=bf16, head_dim_v=128), {}, "head_dim 64, 128 of V"),
+    "V": (
+        Attention((100,), (40,), dtype=bf16, head_dim_v=128),
+        {},
+        "head_dim 64, 128 of V: 64/64, 128/128, 192/128, 256/256",
+    ),
 }
 
 
@@ -185,11 +246,11 @@ def test_strides_that_are_no_multiples_of_16_go_to_the_other_kernel(kernel):
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.125])
-def test_a_scale_that_is_not_positive_goes_to_the_other_kernel(scale, kernel):
+def test_any_scale(scale, kernel):
     call = finite(cases.build(Attention((100,), (40,), dtype=bf16)))
     call.kwargs["softmax_scale"] = scale
-    call.run("triton")
-    assert kernel.programs == 0
+    tolerance.check(call, *call.run("triton"))
+    assert kernel.programs > 0
 
 
 def test_another_device_and_another_triton(monkeypatch):
@@ -238,13 +299,13 @@ def test_a_cache_as_a_matrix(name):
 
 
 _WAIT_ACC = "    acc = warpgroup_mma_wait(0, [acc])\n"
-_RELEASE_K, _RELEASE_V = "    release(k_ring, i)\n", "    release(v_ring, i - 1)\n"
+_RELEASE_K, _RELEASE_V = "    release(tiles.k, i)\n", "    release(tiles.v, i - 1)\n"
 FAULTS = {
     "nobody says that K was read": ("consumer", _RELEASE_K, ""),
     "nobody says that V was read": ("consumer", _RELEASE_V, ""),
     "V is given back while it is read": ("consumer", _WAIT_ACC + _RELEASE_V, _RELEASE_V + _WAIT_ACC),
-    "V is read before it is there": ("consumer", "    wait_full(v_ring, i - 1, True)\n", ""),
-    "the next K is read before it is there": ("consumer", "wait_full(k_ring, i + 1, i + 1 < walk.num)", "pass"),
+    "V is read before it is there": ("consumer", "    wait_full(tiles.v, i - 1, True)\n", ""),
+    "the next K is read before it is there": ("consumer", "wait_full(tiles.k, i + 1, i + 1 < walk.num)", "pass"),
     "a sum is used before it is waited for": ("consumer", _WAIT_ACC + _RELEASE_V, _RELEASE_V),
     "the sums are not rescaled": ("consumer", "gl.convert_layout(rescale,", "gl.convert_layout(rescale * 0 + 1,"),
     "a phase is the other one": ("ring", "_phase(ring, i) ^ 1", "_phase(ring, i)"),
@@ -252,7 +313,7 @@ FAULTS = {
     "one consumer is waited for": ("ring", "count=CONSUMERS", "count=1"),
     "fewer bytes are expected": ("boxes", "N * D * BYTES)", "N * D)"),
     "more bytes are expected": ("boxes", "N * D * BYTES)", "N * D * 4)"),
-    "all boxes go to one place": ("boxes", "place.slice(j * ROWS, ROWS)", "place.slice(0, ROWS)"),
+    "all boxes go to one place": ("boxes", ".slice(j * ROWS, ROWS)", ".slice(0, ROWS)"),
     "the mask is off by one": ("softmax", "key[None, :] < t.stop_key", "key[None, :] <= t.stop_key"),
     "the left mask is off by one": ("softmax", "key[None, :] >= t.first_key", "key[None, :] > t.first_key"),
     "too many tiles are whole": ("row_tiles", "stop_inner_tile - inner_tile, 0", "stop_inner_tile - inner_tile + 1, 0"),
@@ -266,8 +327,8 @@ FAULTS = {
         "        needed = entry >= 0",
     ),
 }
-_ASK_V = "        _ask_for(v, v_ring, i, table, kv_head, walk, spec)\n"
-_NEXT_V = "        if i + 2 < walk.num:\n            wait_empty(v_ring, i + 1)\n"
+_ASK_V = "        _ask_for(v, tiles.v, i, keys, kv_head, walk, spec)\n"
+_NEXT_V = "        if i + 2 < walk.num:\n            wait_empty(tiles.v, i + 1)\n"
 OF_ROWS = {
     "rows are handed over while on their way": (
         "rows",
@@ -276,21 +337,68 @@ OF_ROWS = {
     ),
     "rows are not fenced": ("rows", "    fence_async_shared()\n", ""),
     "K is handed over when the next V has room": ("rows", _ASK_V, f"{_NEXT_V}{_ASK_V}"),
-    "rows are not handed over": ("rows", "    _hand_over(v_ring, walk.num - 1, 0)\n", ""),
+    "rows are not handed over": ("rows", "    _hand_over(tiles.v, walk.num - 1, 0)\n", ""),
     "rows are copied over what is read": ("rows", "    wait_empty(ring, i)\n", ""),
-    "rows past the end are read": ("rows", "& (key < walk.stop_key)", ""),
+    "rows past the end are read": ("rows", "& (key < keys.stop)", ""),
     "rows of another page": ("rows", "key % spec.PAGE_SIZE", "key % 16"),
 }
 
 
 OF_BYTES = {
     "what was converted is not fenced": ("converted", "    fence_async_shared()\n", ""),
-    "it is handed over too early": ("converted", "        if piece == 0:\n            wait_empty(ring, i)\n", ""),
+    "it is handed over too early": (
+        "converted",
+        "            if n == 0 and strip == 0:\n                wait_empty(ring, i)\n",
+        "",
+    ),
     "it is not handed over": ("converted", "    mbarrier.arrive(full_of(ring, i), count=1)\n", ""),
-    "a piece is missing": ("converted", "static_range(_PIECES)", "static_range(_PIECES - 1)"),
-    "bytes past the end are read": ("converted", "& (key < walk.stop_key)", ""),
-    "V's scale is forgotten": ("consumer", "acc * rule.v_factor", "acc"),
+    "a piece is missing": ("converted", "static_range(_SLICES)", "static_range(_SLICES - 1)"),
+    "bytes past the end are read": ("converted", "& (key < keys.stop)", ""),
+    "V's scale is forgotten": ("consumer", "[acc]) * scales.value", "[acc])"),
 }
+
+
+OF_PARTS = {
+    "a part of no tiles": ("row_tiles", "gl.minimum(size, walk.num - first)", "size"),
+    "a part begins one tile late": ("row_tiles", "last = walk.last - first\n", "last = walk.last - first - 1\n"),
+    "more tiles are whole": ("row_tiles", "Walk(last, num_right, inner - num_right,", "Walk(last, 1, inner - 1,"),
+    "parts lie in one place": ("consumer", "first + part * step", "first"),
+    "warpgroups share a place": ("consumer", "+ CONSUMER * ROWS\n    step", "\n    step"),
+    "warpgroups share a counter": ("consumer", "tile * CONSUMERS + CONSUMER)", "tile * CONSUMERS)"),
+    "heads share a counter": ("consumer", "tile * CONSUMERS + CONSUMER)", "rows.tile * CONSUMERS + CONSUMER)"),
+    "counters are not made zero": ("merging", "            gl.store(count, 0)\n", ""),
+}  # fmt: skip
+OF_STRIPS = {
+    "strips are one": ("consumer", "tiles.q.index(strip)", "tiles.q.index(0)"),
+    "strips start anew": ("consumer", "use_acc=strip > 0", "use_acc=False"),
+    "boxes of a strip are the first's": ("boxes", "+ strip * D]", "]"),
+    "Q's strips are the first": ("prefill", "(strip * D + dim)", "dim"),
+}
+OF_TOKENS = {
+    "K's scales are V's": ("consumer", "_scales(tiles.k_scales, i)", "_scales(tiles.v_scales, i)"),
+    "V's scales are the next tile's": ("consumer", "_scales(tiles.v_scales, i)", "_scales(tiles.v_scales, i + 1)"),
+    "scales have one stage": ("prefill", "PLACES: gl.constexpr = 2 * STAGES", "PLACES: gl.constexpr = STAGES // 2"),
+    "scales are of another page": ("converted", "page * cache.stride_scale_page", "page * 0"),
+    "scales are another head's": ("converted", "kv_head.to(gl.int64) * cache.stride_scale_head", "0"),
+}  # fmt: skip
+HARD = {  # what finds them
+    **dict.fromkeys(OF_PARTS, Attention((1500, 3000), (70, 66), heads=(4, 2), dtype=bf16, window=(1100, 0))),
+    "a part of no tiles": Attention((1700,), (70,), heads=(4, 2), dtype=bf16),
+    **dict.fromkeys(OF_STRIPS, Attention((300,), (90,), heads=(2, 1), dtype=bf16, head_dim=192, head_dim_v=128)),
+    **dict.fromkeys(OF_TOKENS, Attention((700,), (90,), dtype=bf16, kv_dtype=int8, scale="token_head", head_dim=128)),
+}
+
+
+@pytest.mark.parametrize("name", [*OF_PARTS, *OF_STRIPS, *OF_TOKENS])
+def test_a_fault_of_what_is_hard_is_found(name, kernel, parts):
+    file, before, after = (OF_PARTS | OF_STRIPS | OF_TOKENS)[name]
+    kernel.function = imported("prefill", (f"{file}.py", before, after))._prefill_kernel
+    call = finite(cases.build(HARD[name]))
+    with pytest.raises(AssertionError):
+        for _ in range(2):
+            tolerance.check(call, *call.run("triton"))
+            assert left_over(kernel) == 0
+            assert not any(half.any() for halves in counters._halves.values() for half in halves)
 
 
 @pytest.mark.parametrize("name", [*FAULTS, *OF_ROWS, *OF_BYTES])

@@ -73,6 +73,8 @@ class Value:
     def __and__(self, other: Any) -> Value:
         return Value(self.x & plain(other))
 
+    __rand__ = __and__
+
     def __or__(self, other: Any) -> Value:
         return Value(self.x | plain(other))
 

@@ -95,6 +95,7 @@ class Barrier:
 class Barriers:
     def __init__(self, count: int) -> None:
         self._all = [Barrier() for _ in range(count)]
+        self.shape = [count, 1]
 
     def index(self, i: Any) -> Barrier:
         assert 0 <= int(i) < len(self._all), "a stage that there is not"
@@ -186,11 +187,14 @@ def _mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = 
     reads = [x.memory for x in (a, b) if isinstance(x, Shared)]
     left = a.read() if isinstance(a, Shared) else a.x
     right = b.read()
-    assert not isinstance(acc, Product), "a sum that is still under way"
+    before = machine.current.products[-1:]
+    assert not isinstance(acc, Product) or [acc] == before, "a sum that is still under way"
 
     def run() -> Tensor:
         product = left.float() @ right.float()
-        return acc.x + product if use_acc else product
+        if not use_acc:
+            return product
+        return (acc.force() if isinstance(acc, Product) else acc.x) + product
 
     product = Product(run, reads)
     if machine.random.random() < 0.5:
@@ -284,7 +288,7 @@ language = {
     **dict.fromkeys(
         (
             "BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "NVMMASharedLayout",
-            "DistributedLinearLayout",
+            "DistributedLinearLayout", "SwizzledSharedLayout",
         ),
         _none,
     ),
