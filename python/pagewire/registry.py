@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ class Backend:
     unavailable: Callable[[str], str | None]  # device type -> why it cannot run there on this machine, or None
     max_head_dim: int | None = None
     special: Callable[[Problem], str | None] = lambda problem: None
+    has_kernels_of: bool = False  # its module says which of its kernels take a problem
 
     def refuses(self, problem: Problem) -> str | None:
         """None = takes it; else one line a user can act on."""
@@ -75,6 +76,10 @@ class Backend:
         if self.max_head_dim is not None and widest > self.max_head_dim:
             return f"head_dim = {widest} is above {self.max_head_dim}"
         return self.special(problem)
+
+    def kernels_of(self, problem: Problem) -> str:
+        """Of a problem that it takes; as the end of a sentence."""
+        return str(cast(Any, self.load()).kernels_of(problem)) if self.has_kernels_of else ""
 
     def load(self) -> Implementation:
         return _load(self.name)
@@ -204,7 +209,7 @@ def _cuda_special(problem: Problem) -> str | None:
 # in order of preference; adding one is an entry here and a file in backends/. triton before cuda: it was the faster in
 # every case on an H200 (benches/results/h200-2026-11-26)
 BACKENDS: tuple[Backend, ...] = (
-    Backend("triton", _triton_unavailable, max_head_dim=256, special=_before_sm_80),
+    Backend("triton", _triton_unavailable, max_head_dim=256, special=_before_sm_80, has_kernels_of=True),
     Backend("cuda", _cuda_unavailable, special=_cuda_special),
     Backend("cpu", _cpu_unavailable, max_head_dim=1024),
     Backend("reference", lambda device: None),
@@ -301,6 +306,8 @@ def explain(
 ) -> str:
     """Why each backend would or would not take a problem, one line each, the one taken marked with `->`.
 
+    On Hopper Triton's line also says whether its kernels for Hopper would take it, and why not.
+
     >>> print(explain("decode", device="cpu", dtype=torch.int8))  # doctest: +SKIP
     """
     if op not in OPS:
@@ -320,5 +327,5 @@ def explain(
     width = max(len(b.name) for b in BACKENDS)
     for b in BACKENDS:
         mark = "->" if b.name == taken else "  "
-        lines.append(f"{mark} {b.name:<{width}}  {b.refuses(problem) or 'takes it'}")
+        lines.append(f"{mark} {b.name:<{width}}  {b.refuses(problem) or 'takes it' + b.kernels_of(problem)}")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Backends: an explicit name is obeyed or refused with its reason; explain() tells why."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -150,3 +151,26 @@ def test_every_backend_reads_every_modifier(source, without):
     text = (Path(__file__).parents[2] / source).read_text()
     reads = {name for name in Modifiers._fields if re.search(rf'(\bm\.|modifiers\.|"){name}\b', text)}
     assert reads == set(Modifiers._fields) - without
+
+
+@pytest.mark.parametrize(
+    "switch, asked, said",
+    [
+        ("0", {"op": "decode"}, "takes it, by the tl kernels: PAGEWIRE_HOPPER is not 1: it has not been measured"),
+        ("1", {"op": "decode"}, "takes it, by kernels/hopper/"),
+        ("1", {"op": "decode", "page_size": 3}, "takes it, by the tl kernels: k_cache with pages of 3"),
+        ("1", {"op": "decode", "group_size": 33}, "by the tl kernels: 33 query heads to a kv head: at most 32"),
+        ("1", {"op": "prefill"}, "takes it, by kernels/hopper/"),
+        ("1", {"op": "prefill", "head_dim": 80}, "takes it, by the tl kernels: head_dim 80, 80 of V"),
+        ("1", {"op": "merge_state"}, "takes it\n"),
+    ],
+)
+def test_explain_says_which_kernels_of_tritons_take_it_on_hopper(switch, asked, said, monkeypatch):
+    pytest.importorskip("triton")
+    from pagewire.kernels import launch
+
+    monkeypatch.setenv("PAGEWIRE_HOPPER", switch)
+    monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(90, 132))
+    triton = dataclasses.replace(registry.BACKENDS[0], special=lambda problem: None)
+    monkeypatch.setattr(registry, "BACKENDS", (triton, *registry.BACKENDS[1:]))
+    assert said in pw.explain(device="cuda", **asked)

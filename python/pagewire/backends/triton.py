@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import pagewire.kernels.append as _append
@@ -17,11 +18,11 @@ import pagewire.kernels.merge as _merge
 import pagewire.kernels.pack as _pack
 import pagewire.kernels.prefill as _prefill
 from pagewire.errors import device_word
-from pagewire.kernels import tuning
+from pagewire.kernels import hopper, launch, tuning
 from pagewire.kernels.launch import Tensors
 from pagewire.kernels.plan import Plan
 from pagewire.moves import How, Movement
-from pagewire.types import Kept, Modifiers
+from pagewire.types import Kept, Modifiers, Problem
 
 _cache_keys.settle()
 
@@ -38,6 +39,29 @@ def prefill(
     modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
     _attend(_prefill.plan, (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, out, lse), modifiers, kept)
+
+
+def kernels_of(problem: Problem) -> str:
+    """What `explain` says of the kernels that take an attention call: those for Hopper, or why they do not."""
+    if problem.device != "cuda" or problem.op not in ("decode", "prefill"):
+        return ""
+    device = launch.device_of(torch.device("cuda", problem.device_index or 0))
+    if device.arch != 90:
+        return ""
+    rows = torch.empty(2, dtype=torch.int32, device="meta") if problem.op == "prefill" else None
+    q, k, v = (
+        torch.empty(1, *shape, dtype=dtype, device="meta")
+        for shape, dtype in (
+            ((problem.group_size, problem.head_dim), problem.dtype),
+            ((problem.page_size, 1, problem.head_dim), problem.kv_dtype),
+            ((problem.page_size, 1, problem.head_dim_v), problem.kv_dtype),
+        )
+    )
+    table, lens = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 1), (1,)))
+    tensors = Tensors(q, k, v, table, lens, rows, q[..., : problem.head_dim_v], None, None, None, None, None)
+    why_not = hopper.why_no_decode if rows is None else hopper.why_no_prefill
+    why = why_not(tensors, Modifiers(1.0), device)
+    return ", by kernels/hopper/" if why is None else f", by the tl kernels: {why}"
 
 
 def _attend(
