@@ -27,6 +27,7 @@ class Boxes(NamedTuple):
     per_head_column: Any
     scale: Any
     stride_scale_page: Any
+    stride_scale_token: Any
     stride_scale_head: Any
 
 

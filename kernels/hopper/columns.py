@@ -21,14 +21,15 @@ from pagewire.kernels.hopper.from_bytes import in_order, keys_operand, values_op
 from pagewire.kernels.hopper.merging import merge_in
 from pagewire.kernels.hopper.pages import last_bad_entry
 from pagewire.kernels.hopper.pieces import keys_of, parts_of, piece_of
-from pagewire.kernels.hopper.queries import layout_of, load_queries
-from pagewire.kernels.hopper.ring import release, tile_of, wait_full
+from pagewire.kernels.hopper.queries import fp16_power, inverse, layout_of, load_queries
+from pagewire.kernels.hopper.ring import release, stage_of, tile_of, wait_full
 from pagewire.kernels.hopper.rows_out import store_rows
 from pagewire.kernels.hopper.scales import scales_of
 from pagewire.kernels.hopper.softmax import LOG2_E, Softmax, below_in_fp16, tanh_of_log2
 from pagewire.kernels.hopper.words import barrier
 
 _PAGE = gl.constexpr(codes.DECODE_PAGE)
+_MOST_LIFT = gl.constexpr(2.0**115)
 
 
 class Tiles(NamedTuple):
@@ -38,10 +39,13 @@ class Tiles(NamedTuple):
     p: Any  # [ROWS, BLOCK_N]
     k: Any  # Ring
     v: Any
+    k_scales: Any  # fp32 [STAGES, BLOCK_N], in K's stages, where scales are per token
+    v_scales: Any
 
 
 class Sums(NamedTuple):
-    acc: Any  # fp32 [D, ROWS]
+    acc: Any  # fp32 [D, ROWS], times lift
+    lift: Any  # a power of two, so that fp16 holds weights times V's scales per token: attend._MOST_LIFT
     maximum_log2: Any  # fp32 [ROWS]
     total: Any  # fp32 [BLOCK_N, ROWS], by place in the tile
 
@@ -74,6 +78,7 @@ def consume(tiles, q, k, v, share, line, call, rule, results, partials, spec: gl
         record_error(call.error_word, _PAGE, piece.request, bad_entry, bad_entry >= 0)
         sums = Sums(
             gl.zeros([D, R], gl.float32, layout),
+            gl.full([], _MOST_LIFT, gl.float32),
             gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, layout)),
             gl.zeros([N, R], gl.float32, layout),
         )
@@ -81,7 +86,10 @@ def consume(tiles, q, k, v, share, line, call, rule, results, partials, spec: gl
             first = (piece.first_tile + j) * N
             sums = _add_tile(done + j, first, sums, tiles, keys, piece.seq_len - 1, terms, bad_entry >= 0, spec)
         done += piece.num_tiles
-        acc, softmax = _rows(sums.acc * scales.value, sums, by_rows, spec)
+        value = scales.value
+        if spec.V_SCALE == "token":
+            value *= inverse(sums.lift)
+        acc, softmax = _rows(sums.acc * value, sums, by_rows, spec)
         row = gl.arange(0, R, gl.SliceLayout(1, by_rows))
         parts = parts_of(piece, unit, share, line, spec)
         whole, acc, softmax = merge_in(acc, softmax, parts, row < spec.GROUP_SIZE, partials, by_rows)
@@ -105,26 +113,39 @@ def _add_tile(i, first, sums, tiles, keys, position, terms, some_are_bad, spec: 
 
     wait_full(tiles.k, i, True)
     k = _keys_operand(tile_of(tiles.k, i), layout, spec)
+    if spec.K_SCALE == "token":
+        k_scale = tiles.k_scales.index(stage_of(tiles.k, i)).load(gl.SliceLayout(1, layout))
+    if spec.V_SCALE == "token":
+        v_scale = tiles.v_scales.index(stage_of(tiles.k, i)).load(gl.SliceLayout(1, layout))
     zeros = gl.zeros([N, R], gl.float32, layout)
     qk = warpgroup_mma(k, tiles.q.permute([1, 0]), zeros, use_acc=False)
     release(tiles.k, i)
     key = first + gl.arange(0, N, gl.SliceLayout(1, layout))
+    if spec.K_SCALE == "token":
+        qk = qk * terms.unscale[None, :] * k_scale[:, None]
     logit = _logits(qk, key, position, terms, spec)
     if masked:
         logit = gl.where(_seen(key, keys, spec)[:, None], logit, float("-inf"))
-    p, maximum_log2, rescale = _weights(logit, sums.maximum_log2, terms, OPERAND == gl.float16, spec)
+    FP16: gl.constexpr = OPERAND == gl.float16 and spec.V_SCALE != "token"  # else lift brings a power of its own
+    p, maximum_log2, rescale = _weights(logit, sums.maximum_log2, terms, FP16, spec)
     total = sums.total * rescale[None, :] + p
 
     wait_full(tiles.v, i, True)
     if masked:
         _clear_unseen(tile_of(tiles.v, i), first, keys, spec)
+    lift = sums.lift
+    if spec.V_SCALE == "token":
+        v_scale = _without_empty_rows(v_scale, tile_of(tiles.v, i), layout, spec)
+        lift = gl.minimum(lift, fp16_power(v_scale, 0))
+        rescale *= lift * inverse(sums.lift)
+        p *= (v_scale * lift)[:, None]
     tiles.p.store(gl.permute(p, [1, 0]).to(OPERAND))  # the maximum's barrier lies behind the product that read it
     fence_async_shared()
     barrier()
     v = _values_operand(tile_of(tiles.v, i), layout, spec)
     acc = warpgroup_mma(v, tiles.p.permute([1, 0]), sums.acc * rescale[None, :])
     release(tiles.v, i)
-    return Sums(acc, maximum_log2, total)
+    return Sums(acc, lift, maximum_log2, total)
 
 
 @gluon.jit
@@ -172,6 +193,21 @@ def _clear_unseen(tile, first, keys, spec: gl.constexpr):
     seen = _seen(first + gl.arange(0, N, gl.SliceLayout(1, layout)), keys, spec)
     x = tile.load(layout)
     tile.store(gl.where(seen[:, None], x, gl.zeros([N, D], tile.dtype, layout)))
+
+
+@gluon.jit
+def _without_empty_rows(scale, tile, layout: gl.constexpr, spec: gl.constexpr):
+    """As attend._without_empty_rows: 0 for rows of zeros, whose scale is 1 and need not be near the others'."""
+    D: gl.constexpr = tile.shape[1]
+    loaded: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D if D < 256 else 1, D // 8], [4, 1], [1, 0])
+    if gl.max((scale == 1.0).to(gl.int32), 0) > 0:
+        barrier()  # of those that cleared
+        bits = tile.load(loaded).to(gl.int32)
+        if spec.FORMAT != "int8":
+            bits = bits & 0x7F  # -0 is 0
+        some = gl.convert_layout(gl.max((bits != 0).to(gl.int32), 1), gl.SliceLayout(1, layout))
+        scale = gl.where((scale == 1.0) & (some == 0), 0.0, scale)
+    return scale
 
 
 @gluon.jit

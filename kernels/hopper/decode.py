@@ -20,7 +20,7 @@ from pagewire.kernels.hopper.columns import Tiles, consume
 from pagewire.kernels.hopper.merging import clear_next
 from pagewire.kernels.hopper.pages import pages_of
 from pagewire.kernels.hopper.pieces import Line, keys_of, piece_of, share_of
-from pagewire.kernels.hopper.ring import ring_of, swizzled
+from pagewire.kernels.hopper.ring import ring_of, stage_of, swizzled, wait_empty
 from pagewire.kernels.hopper.words import barrier
 
 _COUNTER = gl.constexpr(codes.DECODE_COUNTER)
@@ -48,6 +48,8 @@ def _decode_kernel(
     N: gl.constexpr = spec.BLOCK_N
     D: gl.constexpr = spec.BLOCK_D
     R: gl.constexpr = spec.BLOCK_M
+    K_SCALE: gl.constexpr = spec.K_SCALE
+    V_SCALE: gl.constexpr = spec.V_SCALE
     STORED: gl.constexpr = k_matrix.dtype
     OPERAND: gl.constexpr = q.ptr.dtype.element_ty if spec.FORMAT == "float" else gl.float16
     tiles = Tiles(
@@ -55,6 +57,8 @@ def _decode_kernel(
         gl.allocate_shared_memory(OPERAND, [R, N], swizzled(OPERAND, N)),
         ring_of(STORED, STAGES, N, D, 1),
         ring_of(STORED, STAGES, N, D, 1),
+        _scales(K_SCALE, STAGES, N),
+        _scales(V_SCALE, STAGES, N),
     )
     barrier()
     gl.warp_specialize(
@@ -63,8 +67,21 @@ def _decode_kernel(
             (_produce, (tiles, k, v, k_matrix, v_matrix, share, line, call, rule, spec)),
         ],
         [1],
-        [24],  # registers of a thread; the first partition has what is left
+        [_registers(K_SCALE, V_SCALE)],  # of a thread; the first partition has what is left
     )
+
+
+@gluon.constexpr_function
+def _registers(K_SCALE: str, V_SCALE: str) -> int:
+    """Of who loads: scales of a tile and of the next one are some."""
+    return 56 if "token" in (K_SCALE, V_SCALE) else 24
+
+
+@gluon.jit
+def _scales(KIND: gl.constexpr, STAGES: gl.constexpr, N: gl.constexpr):
+    """In shared memory; of one place where they are not per token."""
+    PLACES: gl.constexpr = STAGES if KIND == "token" else 1
+    return gl.allocate_shared_memory(gl.float32, [PLACES, N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -72,6 +89,8 @@ def _produce(tiles, k, v, k_matrix, v_matrix, share, line, call, rule, spec: gl.
     """K and V of the share's tiles, as stages become free."""
     N: gl.constexpr = spec.BLOCK_N
     ROWS: gl.constexpr = k_matrix.block_type.shape[0]
+    K_SCALE: gl.constexpr = spec.K_SCALE
+    V_SCALE: gl.constexpr = spec.V_SCALE
     unit = share.first
     request = share.request
     request_unit = share.request_unit
@@ -80,12 +99,41 @@ def _produce(tiles, k, v, k_matrix, v_matrix, share, line, call, rule, spec: gl.
         piece = piece_of(unit, request, request_unit, share, line, call, rule, spec)
         keys = keys_of(piece, line, call)
         pages = pages_of(keys, piece.first_tile, N, ROWS, spec)
+        k_scale = _scale_of(k, keys, piece.first_tile, line.kv_head, K_SCALE, spec)
+        v_scale = _scale_of(v, keys, piece.first_tile, line.kv_head, V_SCALE, spec)
         for tile in range(piece.first_tile, piece.first_tile + piece.num_tiles):
             next_pages = pages_of(keys, tile + 1, N, ROWS, spec)
+            next_k_scale = _scale_of(k, keys, tile + 1, line.kv_head, K_SCALE, spec)
+            next_v_scale = _scale_of(v, keys, tile + 1, line.kv_head, V_SCALE, spec)
+            if K_SCALE == "token" or V_SCALE == "token":
+                wait_empty(tiles.k, i)
+                if K_SCALE == "token":
+                    tiles.k_scales.index(stage_of(tiles.k, i)).store(k_scale)
+                if V_SCALE == "token":
+                    tiles.v_scales.index(stage_of(tiles.k, i)).store(v_scale)
+                barrier()  # they are handed over with K
             load_tile(k, k_matrix, tiles.k, i, pages, tile, line.kv_head, spec)
             load_tile(v, v_matrix, tiles.v, i, pages, tile, line.kv_head, spec)
             pages = next_pages
+            k_scale = next_k_scale
+            v_scale = next_v_scale
             i += 1
         unit += piece.num_tiles
         request += 1
         request_unit += piece.num_units
+
+
+@gluon.jit
+def _scale_of(cache, keys, tile, kv_head, KIND: gl.constexpr, spec: gl.constexpr):
+    """Of each key of a tile, fp32 [BLOCK_N]; a tile ahead, as its page table is."""
+    found = 1.0
+    if KIND == "token":
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        key = tile * spec.BLOCK_N + gl.arange(0, spec.BLOCK_N, layout)
+        seen = (key >= keys.first) & (key < keys.stop)
+        page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0)
+        exists = seen & (page >= 0) & (page < keys.num_pages)
+        at = page.to(gl.int64) * cache.stride_scale_page
+        at += (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_scale_token
+        found = gl.load(cache.scale + kv_head.to(gl.int64) * cache.stride_scale_head + at, mask=exists, other=1.0)
+    return found

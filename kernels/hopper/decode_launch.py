@@ -23,7 +23,7 @@ from pagewire.kernels.launch import (
     attention_spec,
 )
 from pagewire.kernels.place import Launch, Place
-from pagewire.kernels.quant import scale_kind
+from pagewire.kernels.quant import FORMATS, scale_kind
 from pagewire.kernels.tuning import KernelConfig
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def why_not(t: Tensors, m: Modifiers, device: Device) -> str | None:
         return "rows in cu_seqlens_q: a row per request"
     if m.split_size is not None:
         return f"split_size {m.split_size}: None"
-    if "token" in (scale_kind(m.k_scale), scale_kind(m.v_scale)):
-        return "scales per token: numbers, or per head"
+    if "token" in (scale_kind(m.k_scale), scale_kind(m.v_scale)) and t.k_cache.dtype not in FORMATS:
+        return f"scales per token of {t.k_cache.dtype}: 8 bits"
     if head_dim not in (64, 128, 256) or t.v_cache.shape[3] != head_dim:
         return f"head_dim {head_dim}, {t.v_cache.shape[3]} of V: 64, 128 or 256, of both"
     if group_size > _MOST_ROWS:
@@ -97,9 +97,10 @@ def _config(t: Tensors) -> Config:
     head_dim, group_size, size = t.k_cache.shape[3], t.q.shape[1] // t.k_cache.shape[2], t.k_cache.element_size()
     rows = max(_FEWEST_ROWS, 1 << (group_size - 1).bit_length())
     keys = max(64, min(128, _TILE_BYTES // (head_dim * size)))
+    scale_bytes = 4 if "token" in (scale_kind(t.k_scale), scale_kind(t.v_scale)) else 0
     beside = rows * (2 * head_dim + 2 * keys + 4 * head_dim) + 1024
     for programs in (2, 1):
-        stages = (_SHARED // programs - beside) // (2 * keys * head_dim * size)
+        stages = (_SHARED // programs - beside) // (2 * keys * (head_dim * size + scale_bytes))
         if stages >= 3 or programs == 1:
             return Config(rows, keys, min(stages, 6), programs)
     raise AssertionError

@@ -35,7 +35,7 @@ def boxes_of(
     (nowhere,) = varying([nowhere])
     boxes = Boxes(
         nowhere, matrix.per_page, matrix.per_head, matrix.per_head_column,
-        numbers.scale, numbers.stride_scale_page, numbers.stride_scale_head,
+        numbers.scale, numbers.stride_scale_page, numbers.stride_scale_token, numbers.stride_scale_head,
     )  # fmt: skip
     return boxes, MatrixPlace(place.index, (matrix.rows, matrix.columns), (of_token, 1), box)
 

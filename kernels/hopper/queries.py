@@ -15,6 +15,7 @@ class Terms(NamedTuple):
     """Between a product of q and k and its weight: of the call, and of each row."""
 
     softcap: Any
+    unscale: Any  # fp32 [ROWS]; K's scales are per token
     scale_log2: Any  # fp32 [ROWS]
     slope_log2: Any  # fp32 [ROWS]; ALIBI
 
@@ -41,10 +42,13 @@ def load_queries(tile, q, scales, request, kv_head, rule, spec: gl.constexpr):
     values = gl.load(ptr + at[:, None] + dim[None, :], mask=exists[:, None], other=0.0).to(gl.float32)
     values *= scales.sign
     scale_log2 = scales.logit_log2 + (row * 0).to(gl.float32)
+    unscale = scale_log2
     if spec.FORMAT != "float":  # in fp16, each row times a power of two
-        power = _fp16_power(values)
+        power = fp16_power(values, 1)
         values = reordered(values * power[:, None])
-        scale_log2 *= _inverse(power)
+        unscale = inverse(power)
+        if spec.K_SCALE != "token":  # else first: a scale of 2^90 times the power would be infinite
+            scale_log2 *= unscale
     slope_log2 = scale_log2
     if spec.ALIBI:
         slopes = rule.alibi + request.to(gl.int64) * rule.stride_alibi_request + head * rule.stride_alibi_head
@@ -53,19 +57,22 @@ def load_queries(tile, q, scales, request, kv_head, rule, spec: gl.constexpr):
     tile.store(values.to(tile.dtype))
     fence_async_shared()
     barrier()
-    return Terms(rule.softcap, gl.convert_layout(scale_log2, by_column), gl.convert_layout(slope_log2, by_column))
+    return Terms(
+        rule.softcap, gl.convert_layout(unscale, by_column), gl.convert_layout(scale_log2, by_column),
+        gl.convert_layout(slope_log2, by_column),
+    )  # fmt: skip
 
 
 @gluon.jit
-def _fp16_power(x):
-    """As attend._fp16_power, of each row."""
+def fp16_power(x, AXIS: gl.constexpr):
+    """As attend._fp16_power."""
     size = gl.abs(x)
-    largest = gl.max(gl.where(size < float("inf"), size, 0.0), 1)
+    largest = gl.max(gl.where(size < float("inf"), size, 0.0), AXIS)
     exponent = largest.to(gl.int32, bitcast=True) >> 23
     return (gl.minimum(268 - exponent, 242) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _inverse(power):
+def inverse(power):
     """1 / power of a normal power of two."""
     return ((254 << 23) - power.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)

@@ -54,7 +54,7 @@ def _bits(stages: int) -> int:
 
 
 @gluon.jit
-def _stage(ring, i):
+def stage_of(ring, i):
     STAGES: gl.constexpr = ring.full.shape[0]
     if STAGES & (STAGES - 1):
         return i % STAGES
@@ -74,13 +74,13 @@ def _phase(ring, i):
 
 @gluon.jit
 def full_of(ring, i):
-    return ring.full.index(_stage(ring, i))
+    return ring.full.index(stage_of(ring, i))
 
 
 @gluon.jit
 def tile_of(ring, i, STRIP: gl.constexpr = 0):
     STRIPS: gl.constexpr = ring.tiles.shape[0] // ring.full.shape[0]
-    return ring.tiles.index(_stage(ring, i) * STRIPS + STRIP)
+    return ring.tiles.index(stage_of(ring, i) * STRIPS + STRIP)
 
 
 @gluon.jit
@@ -90,10 +90,10 @@ def wait_full(ring, i, needed):
 
 @gluon.jit
 def release(ring, i):
-    mbarrier.arrive(ring.empty.index(_stage(ring, i)), count=1)
+    mbarrier.arrive(ring.empty.index(stage_of(ring, i)), count=1)
 
 
 @gluon.jit
 def wait_empty(ring, i):
     """A stage's first use waits for nothing: the phase before the first counts as over."""
-    mbarrier.wait(ring.empty.index(_stage(ring, i)), _phase(ring, i) ^ 1)
+    mbarrier.wait(ring.empty.index(stage_of(ring, i)), _phase(ring, i) ^ 1)

@@ -29,12 +29,13 @@ class Case(NamedTuple):
     kv_dtype: torch.dtype | None = None  # of the cache; None: dtype
     group_size: int = 4
     modified: bool = False  # every modifier
+    scale: str = "head"  # of a kv_dtype: head or token
 
     @property
     def id(self) -> str:
         words = [f"D{self.head_dim}", f"P{self.page_size}", f"G{self.group_size}"]
         words += [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype) if dtype]
-        return "-".join(words + ["modified"] * self.modified)
+        return "-".join(words + ["modified"] * self.modified + [self.scale] * (self.scale != "head"))
 
 
 e4m3 = torch.float8_e4m3fn
@@ -43,6 +44,8 @@ CASES += [Case(d, 16, bf16, e4m3) for d in (64, 128, 256)]
 CASES += [Case(128, 16, fp16, torch.float8_e5m2), Case(128, 16, bf16, torch.int8), Case(128, 64, bf16, e4m3)]
 CASES += [Case(128, 16, bf16, kv, group) for group in (1, 16, 32) for kv in (None, e4m3)] + [Case(256, group_size=32)]
 CASES += [Case(d, 16, bf16, kv, modified=True) for d in (64, 128, 256) for kv in (None, e4m3)]
+CASES += [Case(d, 16, bf16, kv, scale="token") for d in (64, 128, 256) for kv in (e4m3, torch.int8)]
+CASES += [Case(128, 16, fp16, torch.int8, 32, True, "token"), Case(128, 16, bf16, e4m3, 16, False, "token")]
 
 
 def planned(case: Case) -> launch.Launch:
@@ -53,7 +56,8 @@ def planned(case: Case) -> launch.Launch:
     shape = (64, case.page_size, NUM_KV_HEADS, case.head_dim)
     caches = [torch.empty(shape, dtype=case.kv_dtype or case.dtype) for _ in range(2)]
     table, lens = torch.zeros(64, 64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
-    scale = None if case.kv_dtype is None else torch.ones(NUM_KV_HEADS)
+    scales = {"head": torch.ones(NUM_KV_HEADS), "token": torch.ones(shape[:3])}
+    scale = None if case.kv_dtype is None else scales[case.scale]
     m = Modifiers(0.1, k_scale=scale, v_scale=scale)
     lse = None
     if case.modified:

@@ -31,6 +31,7 @@ QUICK_DECODE = (
     "D128-P16-G16-bfloat16",
     "D128-P16-G4-bfloat16-float8_e4m3fn",
     "D128-P16-G4-bfloat16-int8",
+    "D128-P16-G4-bfloat16-int8-token",
 )
 SHARED_OF_A_PROGRAM = 227 << 10
 SHARED_OF_A_PROCESSOR = 228 << 10
@@ -78,7 +79,7 @@ def check_decode(rows: list[dict]) -> None:
         assert row["shared"] <= SHARED_OF_A_PROGRAM, row
         assert row["programs"] * (row["shared"] + RESERVED) <= SHARED_OF_A_PROCESSOR, row
         assert row["programs"] * row["threads"] * row["maxnreg"] <= 1 << 16, row
-        assert row["order"] == ONE_BY_ONE and row["spills"] <= 1, row  # Triton 3.6: 1 of 419 at 256 dims, 32 rows
+        assert row["order"] == ONE_BY_ONE and row["spills"] <= max(1, 0.002 * row["length"]), row
         # K: D / 16 steps of 64 keys; V: D / 64 blocks of 16 keys
         assert row["products"] == row["keys"] * head_dim // 512 and row["shapes"] == [f"m64n{rows_of_product}k16"], row
         if of_bytes:  # once from shared memory, as wide as a thread's bytes lie side by side, and never back
@@ -87,7 +88,7 @@ def check_decode(rows: list[dict]) -> None:
             assert (
                 row["loads"]["128"] >= row["keys"] * head_dim // 128 // 16 and row["loads"][str(8 * run)] >= values
             ), row
-            assert row["stores"] <= max(4, rows_of_product // 4), row
+            assert row["stores"] <= max(4, rows_of_product // 4) + 4 * ("token" in words), row
         assert {"24"} < set(row["registers"]) and row["boxes"] > 0 and row["fences"] > 0, row
         stored = [min(128, head_dim), 8] if of_bytes else [128, 16]
         assert row["swizzles"] == sorted([stored, *([[128, 16]] if of_bytes else [])]), row

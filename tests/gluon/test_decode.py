@@ -12,6 +12,7 @@ import pagewire as pw  # noqa: E402
 import tolerance  # noqa: E402
 from cases import Attention, bf16, e4m3, e5m2, fp16, int8  # noqa: E402
 from gluon.simulated import imported, on_hopper  # noqa: E402
+from ops import test_token_scales as scales  # noqa: E402
 from pagewire import memo  # noqa: E402
 from pagewire.kernels import counters, hopper, launch  # noqa: E402
 from pagewire.kernels.hopper import decode  # noqa: E402
@@ -53,6 +54,8 @@ CASES = [
     Attention((350, 7), dtype=bf16, kv_dtype=int8, scale="head", head_dim=256, sinks=True, layout="HND"),
     Attention((350, 7, 0), dtype=fp16, kv_dtype=int8, scale="batch_head", heads=(12, 1), alibi=1, page_size=64),
     Attention((300, 40), dtype=bf16, kv_dtype=e4m3, scale="batch_head", strided=True, softcap=3.0),
+    Attention((700, 40), dtype=bf16, kv_dtype=e4m3, scale="token_head", head_dim=128),
+    Attention((700, 0, 40), dtype=fp16, kv_dtype=int8, scale="token_head", page_size=8, window=(300, 0), strided=True),
 ]
 
 
@@ -65,7 +68,6 @@ def nearest(case: Attention) -> Attention:
         dtype=fp16 if case.dtype == fp16 else bf16,
         page_size=min((8, 16, 64, 128), key=lambda n: abs(n - case.page_size)),
         heads=(min(case.heads[0], 32), case.heads[1]),
-        scale="head" if case.scale == "token_head" else case.scale,
         split_size=None,
     )
 
@@ -78,6 +80,29 @@ def test_decode(case, kernel):
     """Slots that nobody owns hold NaN."""
     call = cases.build(case)
     tolerance.check(call, *call.run("triton"))
+    assert kernel.programs > 0
+
+
+TOKEN_SCALES = [  # of every backend's tests
+    *((scales.test_scales_of_one_size, x, size) for x, size in ((fp16, 2.0**-20), (fp16, 2.0**12), (bf16, 2.0**-90))),
+    *((scales.test_k_scales_of_one_size, power) for power in (-90, 116)),
+    *((scales.test_scales_of_many_sizes, order, None) for order in ("up", "down", "mixed")),
+    *((scales.test_an_empty_row_beside_others, amax) for amax in (1e-3, 60000.0)),
+]
+
+
+def of_tokens(check, *given, kv_dtype=e4m3) -> None:
+    """check: a test of ops/test_token_scales.py."""
+    if check is scales.test_scales_of_one_size:
+        check(*given, kv_dtype, None, "triton", torch.device("cpu"))
+    else:
+        check(*given, kv_dtype, "triton", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kv_dtype", [e4m3, int8], ids=cases.SHORT.get)
+@pytest.mark.parametrize("case", TOKEN_SCALES, ids=lambda case: "-".join(map(str, (case[0].__name__, *case[1:]))))
+def test_scales_per_token(case, kv_dtype, kernel):
+    of_tokens(*case, kv_dtype=kv_dtype)
     assert kernel.programs > 0
 
 
@@ -168,7 +193,11 @@ def test_lengths_that_change_while_it_runs_end_all_the_same(kernel):
 REFUSED = {
     "off": (Attention((100,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is not 1"),
     "fp32": (Attention((100,)), {}, "torch.float32 over torch.float32"),
-    "scales": (Attention((100,), dtype=bf16, kv_dtype=e4m3, scale="token_head"), {}, "scales per token"),
+    "scales": (
+        Attention((100,), dtype=bf16, kv_dtype=bf16, scale="token_head"),
+        {},
+        "scales per token of torch.bfloat16",
+    ),
     "D80": (Attention((100,), dtype=bf16, head_dim=80), {}, "head_dim 80"),
     "V": (Attention((100,), dtype=bf16, head_dim_v=128), {}, "head_dim 64, 128 of V"),
     "pages": (Attention((100,), dtype=bf16, page_size=3), {}, "k_cache with pages of 3"),
@@ -233,13 +262,25 @@ FAULTS = {
 OF_BYTES = {
     "Q's columns keep their order": ("queries", "reordered(values * power[:, None])", "values * power[:, None]"),
     "V's columns keep theirs": ("columns", "        acc = in_order(acc)\n", "        pass\n"),
-    "Q's power stays": ("queries", "        scale_log2 *= _inverse(power)\n", ""),
-    "V's scale is forgotten": ("columns", "sums.acc * scales.value", "sums.acc"),
+    "Q's power stays": ("queries", "            scale_log2 *= unscale\n", "            pass\n"),
+    "V's scale is forgotten": ("columns", "value = scales.value", "value = 1.0"),
     "the scales are another head's": ("scales", "kv_head.to(gl.int64)", "0"),
     "bytes are expected as halves": ("boxes", "N * D * BYTES)", "N * D * 2)"),
 }
 
 
+OF_TOKENS = {
+    "K's scales are V's": ("columns", "tiles.k_scales.index", "tiles.v_scales.index"),
+    "scales are the next stage's": ("columns", "stage_of(tiles.k, i)", "stage_of(tiles.k, i + 1)"),
+    "scales are overwritten too early": ("decode", "                wait_empty(tiles.k, i)\n", ""),
+    "scales are not waited for": ("decode", "                barrier()  # they", "                # they"),
+    "the next scales come at once": ("decode", "            v_scale = next_v_scale\n", ""),
+    "scales are of another page": ("decode", "cache.stride_scale_page", "0"),
+    "the lift stays": ("columns", "            value *= inverse(sums.lift)\n", "            pass\n"),
+    "sums keep the lift before": ("columns", "        rescale *= lift * inverse(sums.lift)\n", ""),
+    "Q's power stays": ("columns", "qk * terms.unscale[None, :]", "qk"),
+    "a row of zeros counts": ("columns", "(some == 0)", "(some < 0)"),
+}
 FAULT_CASES = {  # and processors
     Attention((0, 500, 70, 900), dtype=bf16, head_dim=128, window=(600, 0)): 3,
     Attention((130, 130, 130), dtype=bf16, window=(10, 0), note="few keys"): 3,
@@ -266,6 +307,18 @@ def test_a_fault_is_found(name, kernel, monkeypatch):
 @pytest.mark.parametrize("case", FAULT_CASES, ids=lambda case: case.id)
 def test_without_a_fault_none_is_found(case, kernel, monkeypatch):
     monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(0, FAULT_CASES[case]))
-    for of in (case, dataclasses.replace(case, kv_dtype=e4m3, scale="head")):
-        call = cases.build(of)
+    for scale in (None, "head", "token_head"):
+        call = cases.build(dataclasses.replace(case, kv_dtype=scale and e4m3, scale=scale))
         tolerance.check(call, *call.run("triton"))
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_a_fault_with_scales_per_token_is_found(name, kernel):
+    file, before, after = OF_TOKENS[name]
+    kernel.function = imported("decode", (f"{file}.py", before, after))._decode_kernel
+    call = cases.build(Attention((900, 300), dtype=bf16, kv_dtype=int8, scale="token_head", head_dim=128))
+    with pytest.raises(AssertionError):
+        for _ in range(3):
+            tolerance.check(call, *call.run("triton"))
+        for case in TOKEN_SCALES:
+            of_tokens(*case)

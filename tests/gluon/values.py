@@ -114,7 +114,8 @@ def plain(x: Any) -> Any:
 
 
 def _exact(op: Any, a: Any, b: Any) -> Value:
-    found = op(torch.as_tensor(plain(a)), plain(b)) if not isinstance(a, Value) else op(a.x, plain(b))
+    a = a if isinstance(a, Value) else Value(a)  # a number has a type there too
+    found = op(a.x, plain(b))
     if found.dtype == torch.int32:
         wide = op(torch.as_tensor(plain(a)).long(), torch.as_tensor(plain(b)).long())
         assert torch.equal(found.long(), wide), "int32 overflows"

@@ -35,7 +35,7 @@ def check(call, out, lse):
 def test_scales_of_one_size(dtype, size, kv_dtype, q_lens, backend, device):
     case = Attention(
         (70,), q_lens, dtype=dtype, kv_dtype=kv_dtype, scale="token_head", max_q_len=16, out_dtype=torch.float32,
-        head_dim=32,
+        head_dim=64,
     )  # fmt: skip
     call = cases.build(case, device, backend=backend)
     num_slots = call.args[1].shape[0] * case.page_size
@@ -47,11 +47,11 @@ def test_scales_of_one_size(dtype, size, kv_dtype, q_lens, backend, device):
 @pytest.mark.parametrize("power", [-90, 116])
 def test_k_scales_of_one_size(power, kv_dtype, backend, device):
     """Beside a softmax_scale that takes them back."""
-    case = Attention((70,), dtype=bf16, kv_dtype=kv_dtype, scale="token_head", out_dtype=torch.float32, head_dim=32)
+    case = Attention((70,), dtype=bf16, kv_dtype=kv_dtype, scale="token_head", out_dtype=torch.float32, head_dim=64)
     call = cases.build(case, device, backend=backend)
     expected = call.run("reference")
     call.kwargs["k_scale"] = call.kwargs["k_scale"] * 2.0**power
-    got = call.run(backend, softmax_scale=32**-0.5 * 2.0**-power)
+    got = call.run(backend, softmax_scale=64**-0.5 * 2.0**-power)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
@@ -61,7 +61,7 @@ def test_k_scales_of_one_size(power, kv_dtype, backend, device):
 @pytest.mark.parametrize("split_size", [None, 32])
 def test_scales_of_many_sizes(order, split_size, kv_dtype, backend, device):
     case = Attention(
-        (150,), dtype=fp16, kv_dtype=kv_dtype, scale="token_head", out_dtype=torch.float32, head_dim=32,
+        (150,), dtype=fp16, kv_dtype=kv_dtype, scale="token_head", out_dtype=torch.float32, head_dim=64,
         split_size=split_size,
     )  # fmt: skip
     call = cases.build(case, device, backend=backend)
@@ -80,12 +80,12 @@ def test_scales_of_many_sizes(order, split_size, kv_dtype, backend, device):
 def test_an_empty_row_beside_others(amax, kv_dtype, backend, device):
     """Its scale is 1 by the quantising rule, whatever the others' are."""
     g = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(40, 1, 32, generator=g).to(device, fp16) for _ in range(2))
+    k, v = (torch.randn(40, 1, 64, generator=g).to(device, fp16) for _ in range(2))
     v = (v * (amax / v.abs().max())).half()
     v[3] = 0
     q = (k[3:4] * 2).repeat(1, 2, 1)  # token 3 has the largest logit
     cache = pw.PagedKVCache.allocate(
-        num_layers=1, num_pages=5, page_size=8, num_kv_heads=1, head_dim=32, dtype=kv_dtype, device=device,
+        num_layers=1, num_pages=5, page_size=8, num_kv_heads=1, head_dim=64, dtype=kv_dtype, device=device,
         scale="token_head",
     )  # fmt: skip
     slots = torch.arange(40, device=device)
@@ -94,13 +94,13 @@ def test_an_empty_row_beside_others(amax, kv_dtype, backend, device):
     assert cache.v_scale[0][0, 3, 0] == 1
     table = torch.arange(5, dtype=torch.int32, device=device)[None]
     lens = torch.tensor([40], dtype=torch.int32, device=device)
-    out = torch.empty(1, 2, 32, device=device)
+    out = torch.empty(1, 2, 64, device=device)
     pw.decode(q, cache.k[0], cache.v[0], table, lens, **scales, out=out, backend=backend)
     stored_k, stored_v = (
-        c.view(40, 32).double() * s.view(40, 1).double()
+        c.view(40, 64).double() * s.view(40, 1).double()
         for c, s in ((cache.k[0], cache.k_scale[0]), (cache.v[0], cache.v_scale[0]))
     )
-    weights = (q[0].double() @ stored_k.T / 32**0.5).softmax(-1)
+    weights = (q[0].double() @ stored_k.T / 64**0.5).softmax(-1)
     allowed = 2e-3 * (weights @ stored_v.abs())
     assert ((out[0].double() - weights @ stored_v).abs() <= allowed + 1e-12).all()
 
@@ -110,7 +110,7 @@ def test_an_empty_row_beside_others(amax, kv_dtype, backend, device):
 def test_soft_caps_of_any_size(cap, q_lens, backend, device):
     """A large one changes nothing: tanh(x) is x near 0, where 1 - 2 / (exp(2 x) + 1) would cancel."""
     dtype = bf16 if backend == "cuda" else torch.float32
-    case = Attention((45,), q_lens, dtype=dtype, softcap=cap, max_q_len=16, head_dim=32, out_dtype=torch.float32)
+    case = Attention((45,), q_lens, dtype=dtype, softcap=cap, max_q_len=16, head_dim=64, out_dtype=torch.float32)
     call = cases.build(case, device, backend=backend)
     _, lse = call.run(backend)
     _, expected = tolerance.evaluate(call, torch.float64)
