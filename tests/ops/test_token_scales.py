@@ -105,6 +105,22 @@ def test_an_empty_row_beside_others(amax, kv_dtype, backend, device):
     assert ((out[0].double() - weights @ stored_v).abs() <= allowed + 1e-12).all()
 
 
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+@pytest.mark.parametrize("q_lens", [None, (5,), (30,)], ids=["decode", "short", "prefill"])
+def test_a_scale_that_is_not_finite_counts_however_light_its_key_is(q_lens, scale, backend, device):
+    """Where a row sees the key: its weight may be 0, and 0 times infinity is no number."""
+    case = Attention((40,), q_lens, dtype=bf16, kv_dtype=int8, scale="token_head", alibi=1, head_dim=64, heads=(2, 1))
+    call = cases.build(case, device, backend=backend)
+    call.kwargs["alibi_slopes"].fill_(100.0)
+    page = int(call.args[3][0, 0])
+    call.kwargs["v_scale"][page, 2] = scale
+    out, _ = call.run(backend)
+    assert not out.isfinite().any()
+    call.kwargs["window_size"] = (1, 0)  # none of the rows sees it
+    out, _ = call.run(backend)
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("cap", [1e-2, 1.0, 50.0, 1e3, 1e5, 1e8])
 @pytest.mark.parametrize("q_lens", [None, (9,)], ids=["decode", "prefill"])
 def test_soft_caps_of_any_size(cap, q_lens, backend, device):
