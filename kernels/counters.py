@@ -29,6 +29,7 @@ def counters(device: torch.device, stream: int, count: int) -> tuple[Tensor, Ten
 
 
 def _zeros(device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+    """Both on a boundary of 16 bytes, for which kernels are compiled."""
     with torch.inference_mode(False):  # kept for calls in any mode
-        a, b = torch.zeros(2, count, dtype=torch.int32, device=device)
+        a, b = torch.zeros(2, -(-count // 4) * 4, dtype=torch.int32, device=device)
     return a, b

@@ -29,7 +29,7 @@ def test_streams_share_none():
 def test_a_call_with_more_gets_new_ones():
     first = of.counters(CPU, 0, 8)
     more = of.counters(CPU, 0, 9)
-    assert all(len(x) == 9 and not x.any() for x in more)
+    assert all(len(x) >= 9 and not x.any() and x.data_ptr() % 16 == 0 for x in more)
     assert of.counters(CPU, 0, 8) == (more[1], more[0]) and first[0] is not more[0]
 
 
