@@ -162,9 +162,11 @@ def every_row() -> Iterator[Case]:
     }
     for op, table in (("decode", tuning.DECODE), ("prefill", tuning.PREFILL)):
         for key in table:
-            # of more packed rows the first dtype stands for the rest, and on sm_80 plain: the rest takes minutes
+            # but for 128 dims and few packed rows the first dtype stands for the rest, and on sm_80, of many packed
+            # rows, plain: the rest takes a quarter of an hour
             less = key.rows in (32, 64)
-            for i, (dtype, kv_dtype) in enumerate(dtypes[key.operands][: 1 if less else None]):
+            one = less or key.head_dim != 128
+            for i, (dtype, kv_dtype) in enumerate(dtypes[key.operands][: 1 if one else None]):
                 sizes = key.head_dim, key.rows or 16, key.page_size or 16
                 case = Case(key.arch, op, dtype, kv_dtype, *sizes)
                 yield case
