@@ -206,16 +206,16 @@ struct AttentionStep : AttentionLoads<S, Q, KV> {
     template <int kTiles>
     PW_DEVICE void scale_weights(float (&x)[kTiles][4], const Rows& rows, int stage, int group, int first_key) const {
         const uint32_t empty = kLifts ? empty_values(stage, group) : 0;
-        const uint32_t bits = load_shared(key_bits(stage, group));
         PW_UNROLL
         for (int n = 0; n < kTiles; ++n) {
             PW_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int inside = n * 8 + lane % 4 * 2 + i % 2;
                 const float scale = load_shared(key_scale(stage, 1, group * S::kKeys + inside));
-                // a key that is not visible may have any scale, NaN too; one that is counts, whatever its weight
+                // a key that is not visible may have any scale, NaN too; one that is counts, whatever its weight, but
+                // in 16-bit caches, whose kernels for 256 columns have no register left for it
                 bool none = x[n][i] == 0.0f;
-                if (none && !is_finite(scale)) none = !(bits >> inside & 1) || !rows.sees(i / 2, first_key + inside);
+                if (S::kQuantised && none && !is_finite(scale)) none = !rows.sees(i / 2, first_key + inside);
                 x[n][i] = none || (empty >> inside & 1) ? 0.0f : x[n][i] * scale;
             }
         }
