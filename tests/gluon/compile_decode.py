@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from triton.runtime.driver import driver
 
-from gluon import sass
+from gluon import layouts, sass
 from pagewire.bench.pretend import NoDevice
 from pagewire.kernels import decode, launch
 from pagewire.types import Modifiers
 
 bf16, fp16 = torch.bfloat16, torch.float16
 NUM_KV_HEADS = 8
+HANDED = {"MUFU.EX2": "exp2", " STS": "store", "FENCE.VIEW.ASYNC": "fence", "BAR.SYNC": "barrier", "HGMMA": "product"}
 WIDTHS = {16: "LDS.128", 8: "LDS.64", 4: "LDS R", 2: "LDS.U16"}  # bytes -> a load from shared memory
 
 
@@ -79,11 +80,14 @@ def facts(case: Case) -> dict:
         "maxnreg": of.options["maxnreg"], "stores": sum(" STS" in f" {text}" for text in loop),
         "programs": -(-of.grid[0] * of.grid[1] // 132),  # of a processor
         "keys": of.arguments["spec"].BLOCK_N, "length": len(loop), "order": sass.order(loop),
+        "handed": sass.order(loop, HANDED),
         "spills": sass.spills(loop),
         "products": sum("HGMMA" in text for text in loop),
         "loads": {f"{8 * size}": sum(word in text for text in loop) for size, word in WIDTHS.items()},
         "registers": sass.registers(ptx), "shapes": sass.shapes(ptx), "boxes": code.count("UTMALDG"),
-        "swizzles": sass.swizzles(kernel), "fences": ptx.count("fence.proxy.async"),
+        "swizzles": sorted(set(layouts.encodings(kernel.asm["ttgir"]).values())),
+        "copies": layouts.copies(kernel.asm["ttgir"]), "operands": layouts.operands(kernel.asm["ttgir"]),
+        "atomics": layouts.surroundings(ptx), "fences": ptx.count("fence.proxy.async"),
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from triton.runtime.driver import driver
 
-from gluon import sass
+from gluon import layouts, sass
 from pagewire.bench.pretend import NoDevice
 from pagewire.kernels import launch, prefill
 from pagewire.types import Modifiers
@@ -92,7 +92,9 @@ def facts(case: Case) -> dict:
         "registers": sass.registers(ptx), "shapes": sass.shapes(ptx),
         "boxes": code.count("UTMALDG"), "rows": len(re.findall(r"\bLDGSTS\S*\.128", code)),
         "fences": ptx.count("fence.proxy.async"),
-        "swizzles": sass.swizzles(kernel),
+        "swizzles": sorted(set(layouts.encodings(kernel.asm["ttgir"]).values())),
+        "copies": layouts.copies(kernel.asm["ttgir"]), "operands": layouts.operands(kernel.asm["ttgir"]),
+        "atomics": layouts.surroundings(ptx),
     }  # fmt: skip
 
 

@@ -66,11 +66,11 @@ def spills(texts: list[str]) -> int:
     return sum("STL" in text or "LDL" in text for text in texts)
 
 
-def order(texts: list[str]) -> list[str]:
+def order(texts: list[str], words: dict[str, str] = WORDS) -> list[str]:
     """What matters of them, each once."""
     found: list[str] = []
     for text in texts:
-        word = next((name for words, name in WORDS.items() if words in text), None)
+        word = next((name for part, name in words.items() if part in f" {text}"), None)
         if word is not None and (not found or found[-1] != word):
             found.append(word)
     return found
@@ -83,9 +83,3 @@ def registers(ptx: str) -> list[str]:
 
 def shapes(ptx: str) -> list[str]:
     return sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m64n\d+k16)", ptx)))
-
-
-def swizzles(kernel: Any) -> list[list[int]]:
-    """[bytes, bits of an element] of what lies in shared memory for the TMA unit and wgmma."""
-    found = re.findall(r"nvmma_shared<\{swizzlingByteWidth = (\d+),[^}]*elementBitWidth = (\d+)", kernel.asm["ttgir"])
-    return sorted([int(x) for x in of] for of in set(found))

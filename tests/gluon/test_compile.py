@@ -53,6 +53,19 @@ def compiled(script: str, *words: str) -> list[dict]:
 BYTES = {"float8_e4m3fn", "float8_e5m2", "int8"}
 
 
+def check_shared_memory(row: dict) -> None:
+    """Copies put boxes where products look for them, swizzled as these read; parts are written before they count."""
+    for copy in row["copies"]:
+        assert copy["told"] == copy["laid"] and tuple(copy["told"][2]) in map(tuple, row["swizzles"]), row["case"]
+        assert copy["row"] % 8 == 0 and copy["column"] == 0, row["case"]  # whole atoms of the swizzle
+    rows = {(copy["told"][0], copy["of_rows"]) for copy in row["copies"]}
+    for box, tile in rows:
+        at = {copy["row"] for copy in row["copies"] if (copy["told"][0], copy["of_rows"]) == (box, tile)}
+        assert at == set(range(0, tile, box)), row["case"]
+    assert row["operands"] == [[128, 16]], row["case"]
+    assert all(before.endswith("sync") and after.endswith("sync") for before, after in row["atomics"]), row["case"]
+
+
 def check_prefill(rows: list[dict]) -> None:
     for row in rows:
         width, page, *words = row["case"].split("-")
@@ -69,6 +82,8 @@ def check_prefill(rows: list[dict]) -> None:
         assert REGISTERS[by] <= set(row["registers"]), row
         assert [bool(row[what]) for what in ("boxes", "rows")] == [by == "boxes", by == "rows"], row
         assert row["fences"] > 0 and row["swizzles"] == [[128, 16]], row
+        assert len(row["atomics"]) == 2 * ("parts" in words), row  # of each consumer
+        check_shared_memory(row)
 
 
 def check_decode(rows: list[dict]) -> None:
@@ -89,9 +104,15 @@ def check_decode(rows: list[dict]) -> None:
                 row["loads"]["128"] >= row["keys"] * head_dim // 128 // 16 and row["loads"][str(8 * run)] >= values
             ), row
             assert row["stores"] <= max(4, rows_of_product // 4) + 4 * ("token" in words), row
-        assert {"24"} < set(row["registers"]) and row["boxes"] > 0 and row["fences"] > 0, row
+        assert (
+            {"56" if "token" in words else "24"} < set(row["registers"]) and row["boxes"] > 0 and row["fences"] > 0
+        ), row
         stored = [min(128, head_dim), 8] if of_bytes else [128, 16]
         assert row["swizzles"] == sorted([stored, *([[128, 16]] if of_bytes else [])]), row
+        handed = " ".join(row["handed"])  # P, from the softmax to the second product
+        assert "store fence barrier product" in handed, row
+        assert len(row["atomics"]) == 1 and row["copies"], row
+        check_shared_memory(row)
 
 
 @pytest.fixture(scope="module")
