@@ -46,7 +46,7 @@ class Spec(NamedTuple):
     REDO: bool  # prefill: only what another kernel has left over is computed
     SPLIT: bool  # split at multiples of split_size, so that no request's result depends on the rest of the batch
     STAGES: int = 0  # kernels/hopper/ only: tiles of K, and of V, in shared memory
-    PARTS: int = 1  # of it: programs that share the keys of a row tile, at most
+    PARTS: bool = False  # of it: programs may share the keys of a row tile
     BOXES: bool = False  # of it: pages are boxes of the TMA unit
     ALONE: Any = None  # the same in the smallest tiles, for rows of one token by themselves (`alone.py`)
 

@@ -11,7 +11,8 @@ struct alignas(64) TensorMap {  // CUtensorMap
 
 TensorMap encoded(const Driver& driver, const Launch& l, const Matrix& m, uint64_t address) {
     constexpr int kNoInterleave = 0;
-    constexpr int kSwizzle64B = 2, kSwizzle128B = 3;
+    constexpr int kSwizzle64B = 2;
+    constexpr int kSwizzle128B = 3;
     constexpr int kPromote128B = 2;
     constexpr int kZeros = 0;
     TensorMap map{};

@@ -41,7 +41,7 @@ class Results(NamedTuple):
     stride_head: Any
     lse: Any
     redo: Any  # fp32 [tiles, num_kv_heads, CONSUMERS]: whether a tile is to be computed again
-    partial_out: Any  # PARTS > 1: as merging.Partials, [tiles, num_kv_heads, PARTS, BLOCK_M] rows
+    partial_out: Any  # PARTS: as merging.Partials, [tiles, num_kv_heads, parts, BLOCK_M] rows
     partial_lse: Any
     arrived: Any  # [tiles, num_kv_heads, CONSUMERS]
     next: Any
@@ -95,7 +95,7 @@ def consume(
     acc = warpgroup_mma_wait(0, [acc]) * scales.value
     softmax = _by_acc(sums.softmax, spec)
     whole = True
-    if spec.PARTS > 1:
+    if spec.PARTS:
         whole, acc, softmax = _merge(acc, softmax, walk, rows, kv_head, results, part, num_parts, CONSUMER, spec)
     if whole:
         _store(acc, softmax, walk, rows, kv_head, call, rule, results, CONSUMER, spec)
@@ -174,7 +174,7 @@ def _merge(
     """With what other programs have of the same rows: (whether it is all of it, acc, Softmax)"""
     acc += gl.where(walk.exists, 0.0, float("nan"))  # to be computed again, and this part cannot say so alone
     tile = rows.tile * gl.num_programs(1) + kv_head
-    first = tile.to(gl.int64) * (spec.PARTS * spec.BLOCK_M) + CONSUMER * ROWS
+    first = tile.to(gl.int64) * (gl.num_programs(2) * spec.BLOCK_M) + CONSUMER * ROWS
     step: gl.constexpr = spec.BLOCK_M
     parts = Parts(num_parts, first + part * step, first, first + step, step, tile * CONSUMERS + CONSUMER)
     partials = Partials(results.partial_out, results.partial_lse, results.arrived, results.next)

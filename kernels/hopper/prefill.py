@@ -1,6 +1,6 @@
 """Attention of many rows per request on Hopper: two warpgroups multiply what others load.
 
-grid: [row tiles * PARTS, num_kv_heads]; a program computes 128 packed rows of a request over all keys they see, longest
+grid: [row tiles, num_kv_heads, parts]; a program computes 128 packed rows of a request over all keys they see, longest
 first, or, where tiles are fewer than processors, over a part of these keys: the last part to come merges (merging.py).
 Bound by the tensor cores: a tile of keys is 512 * BLOCK_N * D operations on 4 * BLOCK_N * D bytes, mostly from L2.
 
@@ -55,13 +55,13 @@ def _prefill_kernel(
     spec: gl.constexpr,
 ):
     kv_head = gl.program_id(1)
-    part = gl.program_id(0) % spec.PARTS
-    rows = find_rows(gl.program_id(0) // spec.PARTS, seq_lens, cu_seqlens_q, call, spec)
+    part = gl.program_id(2)
+    rows = find_rows(gl.program_id(0), seq_lens, cu_seqlens_q, call, spec)
     walk = walk_of(rows, rule, spec)
     num_parts = 1
-    if spec.PARTS > 1:
-        _clear_next(results, part, kv_head, call, spec)
-        num_parts, walk = part_of(walk, spec.PARTS, _FEWEST, part, spec)
+    if spec.PARTS:
+        _clear_next(results, part, kv_head, call)
+        num_parts, walk = part_of(walk, gl.num_programs(2), _FEWEST, part, spec)
     if (rows.seq_len >= 0) & (part < num_parts):
         table = page_table + rows.request.to(gl.int64) * number(call.stride_table)
         keys = Keys(table, number(call.num_pages), walk.first_key, walk.stop_key)
@@ -89,11 +89,11 @@ def _prefill_kernel(
 
 
 @gluon.jit
-def _clear_next(results, part, kv_head, call, spec: gl.constexpr):
+def _clear_next(results, part, kv_head, call):
     """One program of a tile's does, of all tiles that there can be."""
     if part == 0:
         partials = Partials(results.partial_out, results.partial_lse, results.arrived, results.next)
-        tile = (gl.program_id(0) // spec.PARTS) * gl.num_programs(1) + kv_head
+        tile = gl.program_id(0) * gl.num_programs(1) + kv_head
         for consumer in gl.static_range(CONSUMERS):
             clear_next(partials, tile * CONSUMERS + consumer, _COUNTER, call)
 

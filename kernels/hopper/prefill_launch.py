@@ -89,10 +89,10 @@ def prefill_of(
     given = {name: arguments[name] for name in kept} | _caches(t, arguments, config)
     given["results"] = Results._make((*arguments["out"], arguments["lse"], redo, *merging))
     given["spec"] = spec._replace(
-        BLOCK_N=config.BLOCK_N, STAGES=config.STAGES, PARTS=parts, BOXES=given["k_matrix"] is not None, ALONE=None
+        BLOCK_N=config.BLOCK_N, STAGES=config.STAGES, PARTS=parts > 1, BOXES=given["k_matrix"] is not None, ALONE=None
     )
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    launch = Launch(prefill._prefill_kernel, (most_tiles * parts, num_kv_heads, 1), given, options)
+    launch = Launch(prefill._prefill_kernel, (most_tiles, num_kv_heads, parts), given, options)
     return Prefill(launch, redo, scratch, most_tiles * num_kv_heads * FLAGS if parts > 1 else 0)
 
 

@@ -139,9 +139,9 @@ def walk_of(rows, rule, spec: gl.constexpr):
 
 
 @gluon.jit
-def part_of(walk, PARTS: gl.constexpr, FEWEST: gl.constexpr, index, spec: gl.constexpr):
+def part_of(walk, most_parts, FEWEST: gl.constexpr, index, spec: gl.constexpr):
     """(how many programs share the walk, with at least FEWEST tiles each; the index-th's part of it)"""
-    size = (walk.num + PARTS - 1) // PARTS
+    size = (walk.num + most_parts - 1) // most_parts
     size = gl.maximum(size, FEWEST)
     num_parts = (walk.num + size - 1) // size
     first = gl.minimum(index, num_parts - 1) * size

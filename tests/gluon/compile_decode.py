@@ -1,6 +1,7 @@
 """Compiles decode's Hopper kernel as its launcher launches it, for sm_90 without a GPU; one JSON line per case.
 
-Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=1: `compile_decode.py [ID ...]`.
+Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=1: `compile_decode.py [ID ...]` or
+`compile_decode.py shapes`.
 """
 
 from __future__ import annotations
@@ -49,20 +50,22 @@ CASES += [Case(d, 16, bf16, kv, scale="token") for d in (64, 128, 256) for kv in
 CASES += [Case(128, 16, fp16, torch.int8, 32, True, "token"), Case(128, 16, bf16, e4m3, 16, False, "token")]
 
 
-def planned(case: Case) -> launch.Launch:
+def planned(case: Case, num_requests: int = 64, num_pages: int = 64) -> launch.Launch:
     driver.set_active(NoDevice(90))
     launch.device_of = lambda device: launch.Device(90, 132)
     heads = NUM_KV_HEADS * case.group_size
-    q = torch.empty(64, heads, case.head_dim, dtype=case.dtype)
-    shape = (64, case.page_size, NUM_KV_HEADS, case.head_dim)
+    q = torch.empty(num_requests, heads, case.head_dim, dtype=case.dtype)
+    shape = (num_pages, case.page_size, NUM_KV_HEADS, case.head_dim)
     caches = [torch.empty(shape, dtype=case.kv_dtype or case.dtype) for _ in range(2)]
-    table, lens = torch.zeros(64, 64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    table, lens = (torch.zeros(n, dtype=torch.int32) for n in ((num_requests, 64), num_requests))
     scales = {"head": torch.ones(NUM_KV_HEADS), "token": torch.ones(shape[:3])}
     scale = None if case.kv_dtype is None else scales[case.scale]
     m = Modifiers(0.1, k_scale=scale, v_scale=scale)
     lse = None
     if case.modified:
-        m = m._replace(window_left=50, softcap=3.0, alibi_slopes=torch.ones(64, heads), sinks=torch.ones(heads))
+        m = m._replace(
+            window_left=50, softcap=3.0, alibi_slopes=torch.ones(num_requests, heads), sinks=torch.ones(heads)
+        )
         lse = torch.empty(q.shape[:2])
     tensors = launch.Tensors(q, *caches, table, lens, None, q, lse, m.sinks, m.alibi_slopes, scale, scale)
     (only,) = decode.plan(tensors, m, torch.zeros(1, dtype=torch.int64)).bound(*tensors)
@@ -91,7 +94,18 @@ def facts(case: Case) -> dict:
     }  # fmt: skip
 
 
+def compilations() -> int:
+    """For calls that differ in requests and pages alone."""
+    for num_requests, num_pages in ((64, 64), (1, 1), (3, 1000), (257, 33)):
+        of = planned(Case(128), num_requests, num_pages)
+        of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
+    return len(of.kernel.device_caches[90][0])
+
+
 def main() -> None:
+    if sys.argv[1:] == ["shapes"]:
+        print(json.dumps({"compilations": compilations()}))
+        return
     for case in CASES:
         if not sys.argv[1:] or case.id in sys.argv[1:]:
             print(json.dumps(facts(case)), flush=True)

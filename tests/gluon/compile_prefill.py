@@ -1,6 +1,7 @@
 """Compiles prefill's Hopper kernel as its launcher launches it, for sm_90 without a GPU; one JSON line per case.
 
-Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=1: `compile_prefill.py [ID ...]`.
+Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=1: `compile_prefill.py [ID ...]` or
+`compile_prefill.py shapes`.
 """
 
 from __future__ import annotations
@@ -98,7 +99,18 @@ def facts(case: Case) -> dict:
     }  # fmt: skip
 
 
+def compilations() -> int:
+    """For calls that differ in rows alone: one kernel, and one that shares keys out."""
+    for num_tokens in (4096, 300, 64, 77, 33):
+        of = planned(Case(128, num_tokens=num_tokens))
+        of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
+    return len(of.kernel.device_caches[90][0])
+
+
 def main() -> None:
+    if sys.argv[1:] == ["shapes"]:
+        print(json.dumps({"compilations": compilations()}))
+        return
     for case in CASES:
         if not sys.argv[1:] or case.id in sys.argv[1:]:
             print(json.dumps(facts(case)), flush=True)

@@ -149,6 +149,11 @@ def test_hot_loops_keep_their_budgets(prefills, decodes):
     instructions.check({row["case"]: row["length"] for row in decodes}, instructions.budgets("Hopper decode,"))
 
 
+def test_no_compilation_for_another_batch_or_length():
+    (decodes,), (prefills,) = (compiled(f"compile_{op}.py", "shapes") for op in ("decode", "prefill"))
+    assert (decodes["compilations"], prefills["compilations"]) == (1, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_prefill():
