@@ -185,6 +185,12 @@ def _prefill_kernel(
                     store_whole(lone_state, lone_rows, out, lse_rows, rule, alone)
 
 
+def all_short(t: Tensors, m: Modifiers, row_limit: int) -> bool:
+    """Whether max_q_len says that every request's rows are few: decode's work."""
+    group_size = t.q.shape[1] // t.k_cache.shape[2]
+    return m.max_q_len is not None and m.max_q_len * group_size <= row_limit
+
+
 def plan(t: Tensors, m: Modifiers, error_word: Tensor) -> Plan:
     """One launch for the long requests, two for the short ones; only the two if max_q_len says that all are short.
 
@@ -203,7 +209,7 @@ def _plan(t: Tensors, m: Modifiers, error_word: Tensor, *, may_be_hopper: bool) 
     device = launch.device_of(t.q.device)
     traits = launch.traits(t, device)
     row_limit = tuning.row_limit(traits)
-    if num_tokens == 0 or m.max_q_len is not None and m.max_q_len * group_size <= row_limit:
+    if num_tokens == 0 or all_short(t, m, row_limit):
         return decode.plan(t, m, error_word)
     config = tuning.prefill_config(traits)
     on_hopper = may_be_hopper and batch_size > 0 and hopper.why_no_prefill(t, m, device) is None

@@ -18,10 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.hopper.errors import record_error
 from pagewire.kernels.hopper.from_bytes import in_order, keys_operand, values_operand
+from pagewire.kernels.hopper.layouts import in_eights, in_fours, of_product
 from pagewire.kernels.hopper.merging import merge_in
 from pagewire.kernels.hopper.pages import last_bad_entry
-from pagewire.kernels.hopper.pieces import keys_of, parts_of, piece_of
-from pagewire.kernels.hopper.queries import fp16_power, inverse, layout_of, load_queries
+from pagewire.kernels.hopper.pieces import beginning, behind, keys_of, parts_of, piece_of
+from pagewire.kernels.hopper.powers import MOST_POWER, fp16_power, inverse
+from pagewire.kernels.hopper.queries import load_queries
 from pagewire.kernels.hopper.ring import release, stage_of, tile_of, wait_full
 from pagewire.kernels.hopper.rows_out import store_rows
 from pagewire.kernels.hopper.scales import scales_of
@@ -29,7 +31,6 @@ from pagewire.kernels.hopper.softmax import LOG2_E, Softmax, below_in_fp16, tanh
 from pagewire.kernels.hopper.words import barrier
 
 _PAGE = gl.constexpr(codes.DECODE_PAGE)
-_MOST_LIFT = gl.constexpr(2.0**115)
 
 
 class Tiles(NamedTuple):
@@ -45,15 +46,9 @@ class Tiles(NamedTuple):
 
 class Sums(NamedTuple):
     acc: Any  # fp32 [D, ROWS], times lift
-    lift: Any  # a power of two, so that fp16 holds weights times V's scales per token: attend._MOST_LIFT
+    lift: Any  # a power of two, so that fp16 holds weights times V's scales per token, as in attend.py
     maximum_log2: Any  # fp32 [ROWS]
     total: Any  # fp32 [BLOCK_N, ROWS], by place in the tile
-
-
-@gluon.constexpr_function
-def _by_rows(width: int) -> Any:
-    """[ROWS, D] in memory's order: 4 columns of fp32 a thread."""
-    return gl.BlockedLayout([1, 4], [max(1, 128 // width), min(32, width // 4)], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -62,15 +57,13 @@ def consume(tiles, q, k, v, share, line, call, rule, results, partials, spec: gl
     R: gl.constexpr = spec.BLOCK_M
     D: gl.constexpr = spec.BLOCK_D
     N: gl.constexpr = spec.BLOCK_N
-    layout: gl.constexpr = layout_of(R)
-    by_rows: gl.constexpr = _by_rows(D)
+    layout: gl.constexpr = of_product(R)
+    by_rows: gl.constexpr = in_fours(D)
     kv_head = line.kv_head
-    unit = share.first
-    request = share.request
-    request_unit = share.request_unit
+    at = beginning(share)
     done = 0
-    while unit < share.stop:
-        piece = piece_of(unit, request, request_unit, share, line, call, rule, spec)
+    while at.unit < share.stop:
+        piece = piece_of(at, share, line, call, rule, spec)
         scales = scales_of(k, v, piece.request, kv_head, rule, spec)
         terms = load_queries(tiles.q, q, scales, piece.request, kv_head, rule, spec)
         keys = keys_of(piece, line, call)
@@ -78,7 +71,7 @@ def consume(tiles, q, k, v, share, line, call, rule, results, partials, spec: gl
         record_error(call.error_word, _PAGE, piece.request, bad_entry, bad_entry >= 0)
         sums = Sums(
             gl.zeros([D, R], gl.float32, layout),
-            gl.full([], _MOST_LIFT, gl.float32),
+            gl.full([], MOST_POWER, gl.float32),
             gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, layout)),
             gl.zeros([N, R], gl.float32, layout),
         )
@@ -91,15 +84,13 @@ def consume(tiles, q, k, v, share, line, call, rule, results, partials, spec: gl
             value *= inverse(sums.lift)
         acc, softmax = _rows(sums.acc * value, sums, by_rows, spec)
         row = gl.arange(0, R, gl.SliceLayout(1, by_rows))
-        parts = parts_of(piece, unit, share, line, spec)
+        parts = parts_of(piece, at, share, line, spec)
         whole, acc, softmax = merge_in(acc, softmax, parts, row < spec.GROUP_SIZE, partials, by_rows)
         if whole:
             token = piece.request.to(gl.int64) + row * 0
             head = kv_head * spec.GROUP_SIZE + row
             store_rows(acc, softmax, token, head, row < spec.GROUP_SIZE, call, rule, results, by_rows, spec)
-        unit += piece.num_tiles
-        request += 1
-        request_unit += piece.num_units
+        at = behind(at, piece)
 
 
 @gluon.jit
@@ -108,7 +99,7 @@ def _add_tile(i, first, sums, tiles, keys, position, terms, some_are_bad, spec: 
     N: gl.constexpr = spec.BLOCK_N
     R: gl.constexpr = spec.BLOCK_M
     OPERAND: gl.constexpr = tiles.q.dtype
-    layout: gl.constexpr = layout_of(R)
+    layout: gl.constexpr = of_product(R)
     masked = some_are_bad | (first < keys.first) | (first + N > keys.stop)
 
     wait_full(tiles.k, i, True)
@@ -189,7 +180,7 @@ def _clear_unseen(tile, first, keys, spec: gl.constexpr):
     """0 instead of whatever nobody owns: it may be NaN, and 0 * NaN is NaN."""
     N: gl.constexpr = tile.shape[0]
     D: gl.constexpr = tile.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [max(1, 256 // D), min(32, D // 8)], [4, 1], [1, 0])
+    layout: gl.constexpr = in_eights(D)
     seen = _seen(first + gl.arange(0, N, gl.SliceLayout(1, layout)), keys, spec)
     x = tile.load(layout)
     tile.store(gl.where(seen[:, None], x, gl.zeros([N, D], tile.dtype, layout)))
@@ -199,7 +190,7 @@ def _clear_unseen(tile, first, keys, spec: gl.constexpr):
 def _without_empty_rows(scale, tile, layout: gl.constexpr, spec: gl.constexpr):
     """As attend._without_empty_rows: 0 for rows of zeros, whose scale is 1 and need not be near the others'."""
     D: gl.constexpr = tile.shape[1]
-    loaded: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D if D < 256 else 1, D // 8], [4, 1], [1, 0])
+    loaded: gl.constexpr = in_eights(D)
     if gl.max((scale == 1.0).to(gl.int32), 0) > 0:
         barrier()  # of those that cleared
         bits = tile.load(loaded).to(gl.int32)

@@ -16,12 +16,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from pagewire.kernels.hopper import FLAGS
+from pagewire.kernels.hopper.layouts import of_product
 from pagewire.kernels.hopper.merging import Partials, Parts, merge_in
 from pagewire.kernels.hopper.ring import release, tile_of, wait_full
 from pagewire.kernels.hopper.rows_out import store_rows
 from pagewire.kernels.hopper.softmax import Softmax, logits, terms_of, weights
 
-CONSUMERS = gl.constexpr(2)
+CONSUMERS = gl.constexpr(FLAGS)  # each says of its rows whether they are to be computed again
 ROWS = gl.constexpr(64)  # of a warpgroup: wgmma's
 
 
@@ -55,12 +57,6 @@ class Sums(NamedTuple):
     softmax: Any
 
 
-@gluon.constexpr_function
-def _layout(columns: int) -> Any:
-    """Of a product's result, a warpgroup's."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
 @gluon.jit
 def consume(
     tiles, walk, rows, scales, kv_head, call, rule, results, part, num_parts,
@@ -68,7 +64,7 @@ def consume(
 ):  # fmt: skip
     N: gl.constexpr = spec.BLOCK_N
     D: gl.constexpr = spec.BLOCK_DV
-    layout: gl.constexpr = _layout(N)
+    layout: gl.constexpr = of_product(N)
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     row = rows.first + CONSUMER * ROWS + gl.arange(0, ROWS, by_row)
     t = terms_of(rows, walk, row, kv_head, scales.logit_log2, rule, spec)
@@ -78,7 +74,7 @@ def consume(
     qk = warpgroup_mma_wait(0, [_q_k(tiles, 0, CONSUMER, spec)])
     release(tiles.k, 0)
     p, softmax, _rescale = _weights(qk, 0, empty, tiles, walk, t, True, spec)
-    sums = Sums(p, gl.zeros([ROWS, D], gl.float32, _layout(D)), softmax)
+    sums = Sums(p, gl.zeros([ROWS, D], gl.float32, of_product(D)), softmax)
     wait_full(tiles.k, 1, walk.num > 1)
 
     inner = walk.num_right + walk.num_inner
@@ -113,7 +109,7 @@ def _step(i, sums, tiles, walk, t, MASKED: gl.constexpr, CONSUMER: gl.constexpr,
     wait_full(tiles.k, i + 1, i + 1 < walk.num)  # here: see above
     acc = warpgroup_mma_wait(0, [acc])
     release(tiles.v, i - 1)
-    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, _layout(spec.BLOCK_DV)))[:, None]
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, of_product(spec.BLOCK_DV)))[:, None]
     return Sums(p, acc, softmax)
 
 
@@ -122,7 +118,7 @@ def _q_k(tiles, i, CONSUMER: gl.constexpr, spec: gl.constexpr):
     """Under way."""
     N: gl.constexpr = spec.BLOCK_N
     STRIPS: gl.constexpr = tiles.q.shape[0]
-    qk = gl.zeros([ROWS, N], gl.float32, _layout(N))
+    qk = gl.zeros([ROWS, N], gl.float32, of_product(N))
     for strip in gl.static_range(STRIPS):
         q = tiles.q.index(strip).slice(CONSUMER * ROWS, ROWS)
         k = tile_of(tiles.k, i, strip).permute([1, 0])
@@ -135,8 +131,8 @@ def _weights(qk, i, softmax, tiles, walk, t, MASKED: gl.constexpr, spec: gl.cons
     """(weights as the left operand, Softmax, rescale)"""
     N: gl.constexpr = spec.BLOCK_N
     DTYPE: gl.constexpr = tiles.q.dtype
-    columns: gl.constexpr = gl.SliceLayout(0, _layout(N))
-    operand: gl.constexpr = gl.DotOperandLayout(0, _layout(spec.BLOCK_DV), 2)
+    columns: gl.constexpr = gl.SliceLayout(0, of_product(N))
+    operand: gl.constexpr = gl.DotOperandLayout(0, of_product(spec.BLOCK_DV), 2)
     if spec.K_SCALE == "token":
         qk *= _scales(tiles.k_scales, i).load(columns)[None, :]
     key = (walk.last - i) * N + gl.arange(0, N, columns)
@@ -155,14 +151,14 @@ def _scales(scales, i):
 @gluon.jit
 def _by_acc(softmax, spec: gl.constexpr):
     """As acc has its rows."""
-    by_row: gl.constexpr = gl.SliceLayout(1, _layout(spec.BLOCK_DV))
+    by_row: gl.constexpr = gl.SliceLayout(1, of_product(spec.BLOCK_DV))
     return Softmax(gl.convert_layout(softmax.maximum_log2, by_row), gl.convert_layout(softmax.total, by_row))
 
 
 @gluon.jit
 def _rows_of(rows, kv_head, CONSUMER: gl.constexpr, spec: gl.constexpr):
     """(token in the request, head, whether there is such a row)"""
-    row = rows.first + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, _layout(spec.BLOCK_DV)))
+    row = rows.first + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, of_product(spec.BLOCK_DV)))
     token = row // spec.GROUP_SIZE
     return token, kv_head * spec.GROUP_SIZE + row % spec.GROUP_SIZE, token < rows.q_len
 
@@ -179,7 +175,7 @@ def _merge(
     parts = Parts(num_parts, first + part * step, first, first + step, step, tile * CONSUMERS + CONSUMER)
     partials = Partials(results.partial_out, results.partial_lse, results.arrived, results.next)
     _, _, exists = _rows_of(rows, kv_head, CONSUMER, spec)
-    return merge_in(acc, softmax, parts, exists, partials, _layout(spec.BLOCK_DV))
+    return merge_in(acc, softmax, parts, exists, partials, of_product(spec.BLOCK_DV))
 
 
 @gluon.jit
@@ -190,4 +186,4 @@ def _store(acc, softmax, walk, rows, kv_head, call, rule, results, CONSUMER: gl.
     redo = results.redo + (rows.tile * gl.num_programs(1) + kv_head) * CONSUMERS + CONSUMER
     gl.store(redo, gl.where(walk.exists, wrong, 1.0))
     token = (rows.row_start + token).to(gl.int64)
-    store_rows(acc, softmax, token, head, exists, call, rule, results, _layout(spec.BLOCK_DV), spec)
+    store_rows(acc, softmax, token, head, exists, call, rule, results, of_product(spec.BLOCK_DV), spec)

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from pagewire.kernels.hopper.ring import full_of, tile_of, wait_empty
+from pagewire.kernels.hopper.scales import per_token
 
 _SLICES = gl.constexpr(4)  # of a tile's rows
 
@@ -31,16 +32,8 @@ def _load_scales(cache, scales, i, keys, kv_head, walk, spec: gl.constexpr):
     """Beside K's tile i, with which they are handed over. There are places for twice as many tiles as for K's: what is
     overwritten is of a tile that was read to its end before the last one of its stage was given back.
     """
-    N: gl.constexpr = spec.BLOCK_N
     PLACES: gl.constexpr = scales.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    key = (walk.last - i) * N + gl.arange(0, N, layout)
-    seen = (key >= keys.first) & (key < keys.stop)
-    page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
-    at = page * cache.stride_scale_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_scale_token
-    of_head = cache.scale + kv_head.to(gl.int64) * cache.stride_scale_head
-    found = gl.load(of_head + at, mask=seen, other=1.0)
-    scales.index(i & (PLACES - 1)).store(found)
+    scales.index(i & (PLACES - 1)).store(per_token(cache, keys, walk.last - i, kv_head, spec))
 
 
 @gluon.jit

@@ -19,8 +19,9 @@ from pagewire.kernels.hopper.boxes import load_tile
 from pagewire.kernels.hopper.columns import Tiles, consume
 from pagewire.kernels.hopper.merging import clear_next
 from pagewire.kernels.hopper.pages import pages_of
-from pagewire.kernels.hopper.pieces import Line, keys_of, piece_of, share_of
+from pagewire.kernels.hopper.pieces import Line, beginning, behind, keys_of, piece_of, share_of
 from pagewire.kernels.hopper.ring import ring_of, stage_of, swizzled, wait_empty
+from pagewire.kernels.hopper.scales import per_token
 from pagewire.kernels.hopper.words import barrier
 
 _COUNTER = gl.constexpr(codes.DECODE_COUNTER)
@@ -91,12 +92,10 @@ def _produce(tiles, k, v, k_matrix, v_matrix, share, line, call, rule, spec: gl.
     ROWS: gl.constexpr = k_matrix.block_type.shape[0]
     K_SCALE: gl.constexpr = spec.K_SCALE
     V_SCALE: gl.constexpr = spec.V_SCALE
-    unit = share.first
-    request = share.request
-    request_unit = share.request_unit
+    at = beginning(share)
     i = 0
-    while unit < share.stop:
-        piece = piece_of(unit, request, request_unit, share, line, call, rule, spec)
+    while at.unit < share.stop:
+        piece = piece_of(at, share, line, call, rule, spec)
         keys = keys_of(piece, line, call)
         pages = pages_of(keys, piece.first_tile, N, ROWS, spec)
         k_scale = _scale_of(k, keys, piece.first_tile, line.kv_head, K_SCALE, spec)
@@ -118,22 +117,13 @@ def _produce(tiles, k, v, k_matrix, v_matrix, share, line, call, rule, spec: gl.
             k_scale = next_k_scale
             v_scale = next_v_scale
             i += 1
-        unit += piece.num_tiles
-        request += 1
-        request_unit += piece.num_units
+        at = behind(at, piece)
 
 
 @gluon.jit
 def _scale_of(cache, keys, tile, kv_head, KIND: gl.constexpr, spec: gl.constexpr):
     """Of each key of a tile, fp32 [BLOCK_N]; a tile ahead, as its page table is."""
-    found = 1.0
     if KIND == "token":
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        key = tile * spec.BLOCK_N + gl.arange(0, spec.BLOCK_N, layout)
-        seen = (key >= keys.first) & (key < keys.stop)
-        page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0)
-        exists = seen & (page >= 0) & (page < keys.num_pages)
-        at = page.to(gl.int64) * cache.stride_scale_page
-        at += (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_scale_token
-        found = gl.load(cache.scale + kv_head.to(gl.int64) * cache.stride_scale_head + at, mask=exists, other=1.0)
-    return found
+        return per_token(cache, keys, tile, kv_head, spec)
+    else:
+        return 1.0

@@ -35,6 +35,14 @@ class Share(NamedTuple):
     request_unit: Any  # the first of this request's
 
 
+class At(NamedTuple):
+    """Where a walk through a share is."""
+
+    unit: Any
+    request: Any
+    request_unit: Any  # the request's first
+
+
 class Piece(NamedTuple):
     """What a program has of a request."""
 
@@ -99,21 +107,31 @@ def _tiles(seq_len, rule, spec: gl.constexpr):
 
 
 @gluon.jit
-def piece_of(unit, request, request_unit, share, line, call, rule, spec: gl.constexpr):
-    """From `unit` on, in the request whose first unit is request_unit."""
+def beginning(share):
+    return At(share.first, share.request, share.request_unit)
+
+
+@gluon.jit
+def behind(at, piece):
+    return At(at.unit + piece.num_tiles, at.request + 1, at.request_unit + piece.num_units)
+
+
+@gluon.jit
+def piece_of(at, share, line, call, rule, spec: gl.constexpr):
+    """From there on, of the request there."""
     N: gl.constexpr = spec.BLOCK_N
-    request = gl.minimum(request, number(call.batch_size) - 1)
+    request = gl.minimum(at.request, number(call.batch_size) - 1)
     seq_len = gl.load(line.seq_lens + request.to(gl.int64) * number(call.stride_seq_lens))
     seq_len = gl.minimum(gl.maximum(seq_len, 0), number(call.max_pages) * spec.PAGE_SIZE)
     first, num = _tiles(seq_len, rule, spec)
-    skipped = unit - request_unit
-    taken = gl.maximum(gl.minimum(num - skipped, share.stop - unit), 1)
+    skipped = at.unit - at.request_unit
+    taken = gl.maximum(gl.minimum(num - skipped, share.stop - at.unit), 1)
     first_tile = first + skipped
     first_key = first_tile * N
     if spec.LEFT:
         first_key = gl.maximum(first_key, seq_len - 1 - rule.window_left)
     stop_key = gl.minimum((first_tile + taken) * N, seq_len)
-    return Piece(request, seq_len, first_tile, taken, first_key, stop_key, request_unit, num)
+    return Piece(request, seq_len, first_tile, taken, first_key, stop_key, at.request_unit, num)
 
 
 @gluon.jit
@@ -123,7 +141,7 @@ def keys_of(piece, line, call):
 
 
 @gluon.jit
-def parts_of(piece, unit, share, line, spec: gl.constexpr):
+def parts_of(piece, at, share, line, spec: gl.constexpr):
     """A program has two places: of the request that began before its share or with it, and of the one that goes on
     beyond it. A request is counted where its first unit lies, as only one begins in a share and goes on beyond it.
     """
@@ -131,8 +149,9 @@ def parts_of(piece, unit, share, line, spec: gl.constexpr):
     program = gl.program_id(1)
     first_program = piece.first_unit // share.size
     num = (piece.first_unit + piece.num_units - 1) // share.size - first_program + 1
+    num = gl.minimum(num, gl.num_programs(1) - first_program)  # of a length that changed: no place beyond the last
     places = line.kv_head.to(gl.int64) * (2 * gl.num_programs(1))
-    own = places + 2 * program + (unit != program * share.size).to(gl.int32)
+    own = places + 2 * program + (at.unit != program * share.size).to(gl.int32)
     first = places + 2 * first_program + (piece.first_unit != first_program * share.size).to(gl.int32)
     second = places + 2 * (first_program + 1)
     counter = line.kv_head * gl.num_programs(1) + first_program

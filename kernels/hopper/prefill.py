@@ -27,6 +27,7 @@ from pagewire.kernels.arguments import UNSPECIALISED
 from pagewire.kernels.hopper.boxes import produce_boxes
 from pagewire.kernels.hopper.consumer import CONSUMERS, Tiles, consume
 from pagewire.kernels.hopper.converted import produce_converted
+from pagewire.kernels.hopper.layouts import in_eights
 from pagewire.kernels.hopper.merging import Partials, clear_next
 from pagewire.kernels.hopper.pages import Keys, last_bad_entry
 from pagewire.kernels.hopper.ring import ring_of, swizzled
@@ -150,7 +151,7 @@ def _load_q(tile, q, sign, rows, kv_head, spec: gl.constexpr):
     STRIPS: gl.constexpr = tile.shape[0]
     M: gl.constexpr = tile.shape[1]
     D: gl.constexpr = tile.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D if D < 256 else 1, D // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = in_eights(D)
     row = rows.first + gl.arange(0, M, gl.SliceLayout(1, layout))
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     token = row // spec.GROUP_SIZE

@@ -9,6 +9,7 @@ from torch import bfloat16
 from pagewire.kernels.hopper import FLAGS, prefill
 from pagewire.kernels.hopper.consumer import Results
 from pagewire.kernels.hopper.matrices import boxes_of
+from pagewire.kernels.hopper.merging import Partials
 from pagewire.kernels.hopper.supported import unfit
 from pagewire.kernels.launch import ARRIVED, NEXT, PLACES, Device, Tensors
 from pagewire.kernels.place import Launch, Place
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from pagewire.types import Modifiers
 
 _VECTOR = 16  # elements: what Triton can tell of a number; as many bytes are copied at once
-
-
 _MOST_PARTS = 8  # of a row tile's keys
 
 
@@ -80,14 +79,14 @@ def prefill_of(
     parts = 1 if m.split_size is not None else max(1, min(parts, _MOST_PARTS))
     redo = Place(-len(scratch) - 1)
     scratch = (*scratch, most_tiles * num_kv_heads * FLAGS)
-    merging: tuple[Any, ...] = (None, None, None, None)
+    partials = Partials(None, None, None, None)
     if parts > 1:
         num_rows = most_tiles * num_kv_heads * parts * spec.BLOCK_M
-        merging = (Place(-len(scratch) - 1), Place(-len(scratch) - 2), ARRIVED, NEXT)
+        partials = Partials(Place(-len(scratch) - 1), Place(-len(scratch) - 2), ARRIVED, NEXT)
         scratch = (*scratch, num_rows * spec.BLOCK_DV, num_rows)
     kept = ("q", "page_table", "seq_lens", "cu_seqlens_q", "call", "rule")
     given = {name: arguments[name] for name in kept} | _caches(t, arguments, config)
-    given["results"] = Results._make((*arguments["out"], arguments["lse"], redo, *merging))
+    given["results"] = Results._make((*arguments["out"], arguments["lse"], redo, *partials))
     given["spec"] = spec._replace(
         BLOCK_N=config.BLOCK_N, STAGES=config.STAGES, PARTS=parts > 1, BOXES=given["k_matrix"] is not None, ALONE=None
     )

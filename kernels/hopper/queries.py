@@ -7,6 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from pagewire.kernels.hopper.from_bytes import reordered
+from pagewire.kernels.hopper.layouts import in_eights, of_product
+from pagewire.kernels.hopper.powers import fp16_power, inverse
 from pagewire.kernels.hopper.softmax import LOG2_E
 from pagewire.kernels.hopper.words import barrier
 
@@ -20,19 +22,13 @@ class Terms(NamedTuple):
     slope_log2: Any  # fp32 [ROWS]; ALIBI
 
 
-@gluon.constexpr_function
-def layout_of(rows: int) -> Any:
-    """Of both products' results."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, rows, 16])
-
-
 @gluon.jit
 def load_queries(tile, q, scales, request, kv_head, rule, spec: gl.constexpr):
     """A request's queries into shared memory, 0 beyond the group; their Terms."""
     R: gl.constexpr = spec.BLOCK_M
     D: gl.constexpr = spec.BLOCK_D
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [max(1, 256 // D), min(32, D // 8)], [4, 1], [1, 0])
-    by_column: gl.constexpr = gl.SliceLayout(0, layout_of(R))
+    layout: gl.constexpr = in_eights(D)
+    by_column: gl.constexpr = gl.SliceLayout(0, of_product(R))
     row = gl.arange(0, R, gl.SliceLayout(1, layout))
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     exists = row < spec.GROUP_SIZE
@@ -61,18 +57,3 @@ def load_queries(tile, q, scales, request, kv_head, rule, spec: gl.constexpr):
         rule.softcap, gl.convert_layout(unscale, by_column), gl.convert_layout(scale_log2, by_column),
         gl.convert_layout(slope_log2, by_column),
     )  # fmt: skip
-
-
-@gluon.jit
-def fp16_power(x, AXIS: gl.constexpr):
-    """As attend._fp16_power."""
-    size = gl.abs(x)
-    largest = gl.max(gl.where(size < float("inf"), size, 0.0), AXIS)
-    exponent = largest.to(gl.int32, bitcast=True) >> 23
-    return (gl.minimum(268 - exponent, 242) << 23).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def inverse(power):
-    """1 / power of a normal power of two."""
-    return ((254 << 23) - power.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from pagewire.kernels.hopper.layouts import in_eights
 from pagewire.kernels.hopper.ring import full_of, tile_of, wait_empty
 from pagewire.kernels.hopper.words import copy_rows
 
@@ -39,7 +40,7 @@ def _ask_for(cache, ring, i, keys, kv_head, walk, spec: gl.constexpr):
     N: gl.constexpr = ring.tiles.shape[1]
     D: gl.constexpr = ring.tiles.shape[2]
     STRIPS: gl.constexpr = ring.tiles.shape[0] // ring.full.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D if D < 256 else 1, D // 8], [gl.num_warps(), 1], [1, 0])
+    layout: gl.constexpr = in_eights(D)
     key = (walk.last - i) * N + gl.arange(0, N, gl.SliceLayout(1, layout))
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     seen = (key >= keys.first) & (key < keys.stop)

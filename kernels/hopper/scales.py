@@ -1,4 +1,4 @@
-"""Scales of an 8-bit cache as numbers and per head: where they enter."""
+"""Scales of a cache: of all of it or of a head, and where these enter; of a token and head."""
 
 from typing import Any, NamedTuple
 
@@ -36,3 +36,16 @@ def scales_of(k, v, request, kv_head, rule, spec: gl.constexpr):
 def _per_head(cache, request, kv_head):
     row = request.to(gl.int64) * cache.stride_scale_page
     return gl.load(cache.scale + row + kv_head.to(gl.int64) * cache.stride_scale_head)
+
+
+@gluon.jit
+def per_token(cache, keys, tile, kv_head, spec: gl.constexpr):
+    """Of each key of a tile, fp32 [BLOCK_N]; 1 of those that do not take part or have no page."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    key = tile * spec.BLOCK_N + gl.arange(0, spec.BLOCK_N, layout)
+    seen = (key >= keys.first) & (key < keys.stop)
+    page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0)
+    exists = seen & (page >= 0) & (page < keys.num_pages)
+    at = page.to(gl.int64) * cache.stride_scale_page
+    at += (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_scale_token
+    return gl.load(cache.scale + kv_head.to(gl.int64) * cache.stride_scale_head + at, mask=exists, other=1.0)

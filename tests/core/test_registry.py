@@ -162,6 +162,7 @@ def test_every_backend_reads_every_modifier(source, without):
         ("1", {"op": "decode", "group_size": 33}, "by the tl kernels: 33 query heads to a kv head: at most 32"),
         ("1", {"op": "prefill"}, "takes it, by kernels/hopper/"),
         ("1", {"op": "prefill", "head_dim": 80}, "takes it, by the tl kernels: head_dim 80, 80 of V"),
+        ("1", {"op": "prefill", "max_q_len": 4}, "takes it, by the tl kernels: rows in cu_seqlens_q"),
         ("1", {"op": "merge_state"}, "takes it\n"),
     ],
 )

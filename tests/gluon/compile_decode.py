@@ -6,16 +6,15 @@ Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import NamedTuple
 
 import torch
 from triton.runtime.driver import driver
 
-from gluon import layouts, sass
+from gluon import compiling, sass
 from pagewire.bench.pretend import NoDevice
 from pagewire.kernels import decode, launch
+from pagewire.kernels.place import Launch
 from pagewire.types import Modifiers
 
 bf16, fp16 = torch.bfloat16, torch.float16
@@ -50,7 +49,7 @@ CASES += [Case(d, 16, bf16, kv, scale="token") for d in (64, 128, 256) for kv in
 CASES += [Case(128, 16, fp16, torch.int8, 32, True, "token"), Case(128, 16, bf16, e4m3, 16, False, "token")]
 
 
-def planned(case: Case, num_requests: int = 64, num_pages: int = 64) -> launch.Launch:
+def planned(case: Case, num_requests: int = 64, num_pages: int = 64) -> Launch:
     driver.set_active(NoDevice(90))
     launch.device_of = lambda device: launch.Device(90, 132)
     heads = NUM_KV_HEADS * case.group_size
@@ -75,41 +74,23 @@ def planned(case: Case, num_requests: int = 64, num_pages: int = 64) -> launch.L
 
 def facts(case: Case) -> dict:
     of = planned(case)
-    kernel = of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
-    code, ptx = sass.of(kernel), kernel.asm["ptx"]
+    kernel = compiling.compiled(of)
+    code = sass.of(kernel)
     (loop,) = sass.loops(code)[:1]
-    return {
-        "case": case.id, "shared": kernel.metadata.shared, "threads": 32 * kernel.metadata.num_warps,
-        "maxnreg": of.options["maxnreg"], "stores": sum(" STS" in f" {text}" for text in loop),
+    return compiling.facts(kernel, code) | {
+        "case": case.id, "threads": 32 * kernel.metadata.num_warps, "maxnreg": of.options["maxnreg"],
         "programs": -(-of.grid[0] * of.grid[1] // 132),  # of a processor
         "keys": of.arguments["spec"].BLOCK_N, "length": len(loop), "order": sass.order(loop),
-        "handed": sass.order(loop, HANDED),
-        "spills": sass.spills(loop),
-        "products": sum("HGMMA" in text for text in loop),
+        "handed": sass.order(loop, HANDED), "spills": sass.spills(loop),
+        "products": sum("HGMMA" in text for text in loop), "stores": sum(" STS" in f" {text}" for text in loop),
         "loads": {f"{8 * size}": sum(word in text for text in loop) for size, word in WIDTHS.items()},
-        "registers": sass.registers(ptx), "shapes": sass.shapes(ptx), "boxes": code.count("UTMALDG"),
-        "swizzles": sorted(set(layouts.encodings(kernel.asm["ttgir"]).values())),
-        "copies": layouts.copies(kernel.asm["ttgir"]), "operands": layouts.operands(kernel.asm["ttgir"]),
-        "atomics": layouts.surroundings(ptx), "fences": ptx.count("fence.proxy.async"),
     }  # fmt: skip
 
 
-def compilations() -> int:
-    """For calls that differ in requests and pages alone."""
-    for num_requests, num_pages in ((64, 64), (1, 1), (3, 1000), (257, 33)):
-        of = planned(Case(128), num_requests, num_pages)
-        of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
-    return len(of.kernel.device_caches[90][0])
-
-
-def main() -> None:
-    if sys.argv[1:] == ["shapes"]:
-        print(json.dumps({"compilations": compilations()}))
-        return
-    for case in CASES:
-        if not sys.argv[1:] or case.id in sys.argv[1:]:
-            print(json.dumps(facts(case)), flush=True)
+def others() -> list[Launch]:
+    """They differ in requests and pages alone."""
+    return [planned(Case(128), *sizes) for sizes in ((64, 64), (1, 1), (3, 1000), (257, 33))]
 
 
 if __name__ == "__main__":
-    main()
+    compiling.main(CASES, facts, others)

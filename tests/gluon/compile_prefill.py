@@ -6,17 +6,16 @@ Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from typing import NamedTuple
 
 import torch
 from triton.runtime.driver import driver
 
-from gluon import layouts, sass
+from gluon import compiling, sass
 from pagewire.bench.pretend import NoDevice
 from pagewire.kernels import launch, prefill
+from pagewire.kernels.place import Launch
 from pagewire.types import Modifiers
 
 bf16, fp16 = torch.bfloat16, torch.float16
@@ -50,7 +49,7 @@ CASES += [Case(d, 16, bf16, False, torch.float8_e4m3fn, "token") for d in (64, 1
 CASES += [Case(128, 16, bf16, False, torch.int8, "head"), Case(128, 16, bf16, True, torch.int8, "token", 64)]
 
 
-def planned(case: Case) -> launch.Launch:
+def planned(case: Case) -> Launch:
     driver.set_active(NoDevice(90))
     launch.device_of = lambda device: launch.Device(90, 132)
     q = torch.empty(case.num_tokens, 32, case.head_dim, dtype=case.dtype)
@@ -84,37 +83,19 @@ def loops(code: str, num_products: int) -> list[list[str]]:
 
 def facts(case: Case) -> dict:
     of = planned(case)
-    kernel = of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
-    code, ptx, spec = sass.of(kernel), kernel.asm["ptx"], of.arguments["spec"]
-    found = loops(code, case.head_dim // 16 + spec.BLOCK_N // 16)
-    return {
-        "case": case.id, "shared": kernel.metadata.shared,
+    kernel = compiling.compiled(of)
+    code = sass.of(kernel)
+    found = loops(code, case.head_dim // 16 + of.arguments["spec"].BLOCK_N // 16)
+    return compiling.facts(kernel, code) | {
+        "case": case.id, "rows": len(re.findall(r"\bLDGSTS\S*\.128", code)),
         "loops": [{"length": len(texts), "order": sass.order(texts), "spills": sass.spills(texts)} for texts in found],
-        "registers": sass.registers(ptx), "shapes": sass.shapes(ptx),
-        "boxes": code.count("UTMALDG"), "rows": len(re.findall(r"\bLDGSTS\S*\.128", code)),
-        "fences": ptx.count("fence.proxy.async"),
-        "swizzles": sorted(set(layouts.encodings(kernel.asm["ttgir"]).values())),
-        "copies": layouts.copies(kernel.asm["ttgir"]), "operands": layouts.operands(kernel.asm["ttgir"]),
-        "atomics": layouts.surroundings(ptx),
     }  # fmt: skip
 
 
-def compilations() -> int:
-    """For calls that differ in rows alone: one kernel, and one that shares keys out."""
-    for num_tokens in (4096, 300, 64, 77, 33):
-        of = planned(Case(128, num_tokens=num_tokens))
-        of.kernel.warmup(**of.arguments, grid=of.grid, **of.options)
-    return len(of.kernel.device_caches[90][0])
-
-
-def main() -> None:
-    if sys.argv[1:] == ["shapes"]:
-        print(json.dumps({"compilations": compilations()}))
-        return
-    for case in CASES:
-        if not sys.argv[1:] or case.id in sys.argv[1:]:
-            print(json.dumps(facts(case)), flush=True)
+def others() -> list[Launch]:
+    """They differ in rows alone: one kernel, and one that shares keys out."""
+    return [planned(Case(128, num_tokens=n)) for n in (4096, 300, 64, 77, 33)]
 
 
 if __name__ == "__main__":
-    main()
+    compiling.main(CASES, facts, others)

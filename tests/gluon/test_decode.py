@@ -11,6 +11,7 @@ import cases  # noqa: E402
 import pagewire as pw  # noqa: E402
 import tolerance  # noqa: E402
 from cases import Attention, bf16, e4m3, e5m2, fp16, int8  # noqa: E402
+from gluon.decode_faults import FAULTS, OF_BYTES, OF_TOKENS  # noqa: E402
 from gluon.simulated import imported, on_hopper  # noqa: E402
 from ops import test_token_scales as scales  # noqa: E402
 from pagewire import memo  # noqa: E402
@@ -223,64 +224,6 @@ def test_what_it_does_not_take_goes_to_the_other_kernels(name, kernel, monkeypat
 # ------------------------------------------------------------------------------------------- faults to be found
 
 
-_MMA_V = "    acc = warpgroup_mma(v, tiles.p.permute([1, 0]), sums.acc * rescale[None, :])\n"
-_FENCE, _BARRIER = "    fence_async_shared()\n", "    barrier()\n"
-FAULTS = {
-    "nobody says that K was read": ("columns", "    release(tiles.k, i)\n", ""),
-    "nobody says that V was read": ("columns", "    release(tiles.v, i)\n", ""),
-    "K is read before it is there": ("columns", "    wait_full(tiles.k, i, True)\n", ""),
-    "V is read before it is there": ("columns", "    wait_full(tiles.v, i, True)\n", ""),
-    "V is given back while it is read": ("columns", _MMA_V, f"    release(tiles.v, i)\n{_MMA_V}    i += 1\n"),
-    "P is not fenced": ("columns", _FENCE, ""),
-    "P is not waited for": ("columns", _BARRIER, ""),
-    "Q is not fenced": ("queries", _FENCE, ""),
-    "Q is not waited for": ("queries", _FENCE + _BARRIER, _FENCE),
-    "the sums are not rescaled": ("columns", "sums.acc * rescale[None, :]", "sums.acc"),
-    "nor is the total": ("columns", "sums.total * rescale[None, :]", "sums.total"),
-    "what nobody owns is multiplied": ("columns", "_clear_unseen(tile_of(tiles.v, i), first, keys, spec)", "pass"),
-    "the mask is off by one": ("columns", "(key < keys.stop)", "(key < keys.stop - 1)"),
-    "the left mask is off by one": ("columns", "(key >= keys.first)", "(key > keys.first)"),
-    "the last tile is not masked": ("columns", "(first + N > keys.stop)", "(first > keys.stop)"),
-    "the first tile is not masked": ("columns", "(first < keys.first)", "(first < 0)"),
-    "a tile is missing": ("pieces", "gl.maximum((seq_len + spec.BLOCK_N - 1)", "gl.maximum((seq_len + 1)"),
-    "a request without keys has no tile": ("pieces", "// spec.BLOCK_N - first, 1)", "// spec.BLOCK_N - first, 0)"),
-    "a share begins a request late": ("pieces", "_plus) <= first)", "_plus) < first)"),
-    "a share has no end": ("pieces", "gl.minimum(first + size, total)", "first + size"),
-    "every program begins at the first unit": ("pieces", "gl.program_id(1) * size", "gl.program_id(1) * 0"),
-    "pieces lie in one place": ("pieces", "(unit != program * share.size)", "(unit != unit)"),
-    "pieces are looked for elsewhere": ("merging", "gl.where(n == 0, parts.first,", "gl.where(n < 0, parts.first,"),
-    "each program counts for itself": ("pieces", "(1) + first_program\n", "(1) + program\n"),
-    "the last but one merges": ("merging", "before == parts.num - 1", "before == parts.num - 2"),
-    "a count is not set back": ("merging", "            gl.store(count, 0)\n", ""),
-    "a piece too few is merged": ("merging", "(n < parts.num)", "(n < parts.num - 1)"),
-    "the first sums are not rescaled": ("merging", "        acc = acc * rescale[:, None]\n", ""),
-    "the next tile's pages come at once": ("decode", "            pages = next_pages\n", ""),
-    "the ring begins anew with each request": ("decode", "        unit +=", "        i = 0\n        unit +="),
-    "all boxes go to one place": ("boxes", ".slice(j * ROWS, ROWS)", ".slice(0, ROWS)"),
-    "pages are read past their end": ("pages", "& (entry < stop_entry)", ""),
-}  # fmt: skip
-OF_BYTES = {
-    "Q's columns keep their order": ("queries", "reordered(values * power[:, None])", "values * power[:, None]"),
-    "V's columns keep theirs": ("columns", "        acc = in_order(acc)\n", "        pass\n"),
-    "Q's power stays": ("queries", "            scale_log2 *= unscale\n", "            pass\n"),
-    "V's scale is forgotten": ("columns", "value = scales.value", "value = 1.0"),
-    "the scales are another head's": ("scales", "kv_head.to(gl.int64)", "0"),
-    "bytes are expected as halves": ("boxes", "N * D * BYTES)", "N * D * 2)"),
-}
-
-
-OF_TOKENS = {
-    "K's scales are V's": ("columns", "tiles.k_scales.index", "tiles.v_scales.index"),
-    "scales are the next stage's": ("columns", "stage_of(tiles.k, i)", "stage_of(tiles.k, i + 1)"),
-    "scales are overwritten too early": ("decode", "                wait_empty(tiles.k, i)\n", ""),
-    "scales are not waited for": ("decode", "                barrier()  # they", "                # they"),
-    "the next scales come at once": ("decode", "            v_scale = next_v_scale\n", ""),
-    "scales are of another page": ("decode", "cache.stride_scale_page", "0"),
-    "the lift stays": ("columns", "            value *= inverse(sums.lift)\n", "            pass\n"),
-    "sums keep the lift before": ("columns", "        rescale *= lift * inverse(sums.lift)\n", ""),
-    "Q's power stays": ("columns", "qk * terms.unscale[None, :]", "qk"),
-    "a row of zeros counts": ("columns", "(some == 0)", "(some < 0)"),
-}
 FAULT_CASES = {  # and processors
     Attention((0, 500, 70, 900), dtype=bf16, head_dim=128, window=(600, 0)): 3,
     Attention((130, 130, 130), dtype=bf16, window=(10, 0), note="few keys"): 3,

@@ -107,9 +107,12 @@ def test_an_empty_row_beside_others(amax, kv_dtype, backend, device):
 
 @pytest.mark.parametrize("scale", [float("inf"), float("nan")])
 @pytest.mark.parametrize("q_lens", [None, (5,), (30,)], ids=["decode", "short", "prefill"])
-def test_a_scale_that_is_not_finite_counts_however_light_its_key_is(q_lens, scale, backend, device):
+@pytest.mark.parametrize("kv_dtype", [e4m3, int8], ids=cases.SHORT.get)
+def test_a_scale_that_is_not_finite_counts_however_light_its_key_is(kv_dtype, q_lens, scale, backend, device):
     """Where a row sees the key: its weight may be 0, and 0 times infinity is no number."""
-    case = Attention((40,), q_lens, dtype=bf16, kv_dtype=int8, scale="token_head", alibi=1, head_dim=64, heads=(2, 1))
+    case = Attention(
+        (40,), q_lens, dtype=bf16, kv_dtype=kv_dtype, scale="token_head", alibi=1, head_dim=64, heads=(2, 1)
+    )
     call = cases.build(case, device, backend=backend)
     call.kwargs["alibi_slopes"].fill_(100.0)
     page = int(call.args[3][0, 0])

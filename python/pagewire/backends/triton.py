@@ -59,8 +59,9 @@ def kernels_of(problem: Problem) -> str:
     )
     table, lens = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 1), (1,)))
     tensors = Tensors(q, k, v, table, lens, rows, q[..., : problem.head_dim_v], None, None, None, None, None)
-    why_not = hopper.why_no_decode if rows is None else hopper.why_no_prefill
-    why = why_not(tensors, Modifiers(1.0), device)
+    m = Modifiers(1.0, max_q_len=problem.max_q_len)
+    short = rows is None or _prefill.all_short(tensors, m, tuning.row_limit(launch.traits(tensors, device)))
+    why = (hopper.why_no_decode if short else hopper.why_no_prefill)(tensors, m, device)
     return ", by kernels/hopper/" if why is None else f", by the tl kernels: {why}"
 
 
