@@ -48,6 +48,8 @@ class Spec(NamedTuple):
     STAGES: int = 0  # kernels/hopper/ only: tiles of K, and of V, in shared memory
     PARTS: bool = False  # of it: programs may share the keys of a row tile
     BOXES: bool = False  # of it: pages are boxes of the TMA unit
+    KV_HEADS: int = 0  # of it
+    TURNS: bool = False  # of it: prefill's consumers take turns, its programs take what comes next; not measured yet
     ALONE: Any = None  # the same in the smallest tiles, for rows of one token by themselves (`alone.py`)
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _PAGE = tl.constexpr(codes.PREFILL_PAGE)
 _FLAGS = tl.constexpr(hopper.FLAGS)
+_GLANCE = tl.constexpr(64)  # tiles
 
 
 @triton.jit
@@ -92,10 +93,22 @@ def _find_tile(tile, batch, spec: tl.constexpr):
 
 
 @triton.jit
-def _is_flagged(flags):
+def _is_flagged(flags, mask):
     found = 0.0
     for i in tl.static_range(_FLAGS):
-        found += tl.load(flags + i)
+        found += tl.load(flags + i, mask=mask, other=0.0)
+    return found > 0
+
+
+@triton.jit
+def _some_left_over(redo, num_tiles, most_tiles, kv_head):
+    """Whether one of the tiles is that this program has: all at a glance, as it nearly never is."""
+    found = 0
+    step = tl.num_programs(0)
+    for first in range(0, most_tiles, step * _GLANCE):
+        tile = num_tiles - 1 - first - tl.program_id(0) - step * tl.arange(0, _GLANCE)
+        flags = redo + (tile * tl.num_programs(1) + kv_head) * _FLAGS
+        found += tl.sum(_is_flagged(flags, tile >= 0).to(tl.int32))
     return found > 0
 
 
@@ -117,18 +130,34 @@ def _prefill_kernel(
     """grid: [num_tokens * group_size // BLOCK_M + batch_size + 1, num_kv_heads]; a program computes one
     row tile, a block of BLOCK_M packed rows of one request, over all keys its rows see. Bound by the
     tensor cores. Long requests' tiles come in reverse, so that under causal the heavy ones start first;
-    then those of the rows that no request owns, left empty.
+    then those of the rows that no request owns, left empty. REDO: [fewer, num_kv_heads], each of many tiles.
     """
     batch = batch_of(seq_lens, cu_seqlens_q, call, spec)
-    lse_rows = Heads(lse, number(call.stride_lse_token), number(call.stride_lse_head))
+    kv_head = tl.program_id(1)
+    records = (kv_head == 0) & (tl.program_id(0) == 0)
+    num_tiles, owned_rows = _count_tiles(batch, records, spec)
+    rows = (q, k, v, Heads(lse, number(call.stride_lse_token), number(call.stride_lse_head)), out)
+    if spec.REDO:
+        most_tiles = batch.num_tokens * spec.GROUP_SIZE // spec.BLOCK_M + batch.size + 1
+        if _some_left_over(redo, num_tiles, most_tiles, kv_head) | (owned_rows < batch.num_tokens):
+            for first in range(0, most_tiles, tl.num_programs(0)):
+                tile = num_tiles - 1 - first - tl.program_id(0)
+                flags = redo + (tile * tl.num_programs(1) + kv_head) * _FLAGS
+                if (tile < 0) | _is_flagged(flags, tile >= 0):
+                    _compute(tile, owned_rows, rows, page_table, batch, call, rule, spec)
+    else:
+        _compute(num_tiles - 1 - tl.program_id(0), owned_rows, rows, page_table, batch, call, rule, spec)
+
+
+@triton.jit
+def _compute(tile, owned_rows, rows, page_table, batch, call, rule, spec: tl.constexpr):
+    """A row tile, or, where it is negative, one of the rows from `owned_rows` on."""
+    q, k, v, lse_rows, out = rows
     BLOCK_M: tl.constexpr = spec.BLOCK_M
     K_SCALE: tl.constexpr = spec.K_SCALE
     V_SCALE: tl.constexpr = spec.V_SCALE
     alone: tl.constexpr = spec.ALONE
     kv_head = tl.program_id(1)
-    records = (kv_head == 0) & (tl.program_id(0) == 0)
-    num_tiles, owned_rows = _count_tiles(batch, records, spec)
-    tile = num_tiles - 1 - tl.program_id(0)
     if tile >= 0:
         request, request_tile, row_start, row_stop = _find_tile(tile, batch, spec)
         q_len = row_stop - row_start
@@ -141,11 +170,7 @@ def _prefill_kernel(
         q_len = batch.num_tokens - owned_rows
         seq_len = 0
         tile_m = -1 - tile
-    left_over = True
-    if spec.REDO:
-        if tile >= 0:
-            left_over = _is_flagged(redo + (tile * tl.num_programs(1) + kv_head) * _FLAGS)
-    if left_over & (tile_m * BLOCK_M < q_len * spec.GROUP_SIZE):
+    if tile_m * BLOCK_M < q_len * spec.GROUP_SIZE:
         token, head, row_ok = tile_rows(tile_m, q_len, kv_head, spec)
         first_token = tile_m * BLOCK_M // spec.GROUP_SIZE
         last_token = tl.minimum((tile_m * BLOCK_M + BLOCK_M - 1) // spec.GROUP_SIZE, q_len - 1)
@@ -192,7 +217,8 @@ def all_short(t: Tensors, m: Modifiers, row_limit: int) -> bool:
 
 
 def plan(t: Tensors, m: Modifiers, error_word: Tensor) -> Plan:
-    """One launch for the long requests, two for the short ones; only the two if max_q_len says that all are short.
+    """One launch for the long requests, two for the short ones; only the two if max_q_len says that all are short, only
+    the one for a request that is alone.
 
     On Hopper two launches for the long ones, of which the second computes what the first has left over.
     """
@@ -211,6 +237,8 @@ def _plan(t: Tensors, m: Modifiers, error_word: Tensor, *, may_be_hopper: bool) 
     row_limit = tuning.row_limit(traits)
     if num_tokens == 0 or all_short(t, m, row_limit):
         return decode.plan(t, m, error_word)
+    if batch_size == 1 and num_tokens * group_size > row_limit and m.split_size is None:
+        row_limit = 0  # nearly always it is long: it is not asked whether it is not
     config = tuning.prefill_config(traits)
     on_hopper = may_be_hopper and batch_size > 0 and hopper.why_no_prefill(t, m, device) is None
     if on_hopper:  # both kernels count tiles alike
@@ -218,8 +246,9 @@ def _plan(t: Tensors, m: Modifiers, error_word: Tensor, *, may_be_hopper: bool) 
     spec = launch.attention_spec(t, m, config, device.arch, row_limit=row_limit, redo=on_hopper)
     arguments = launch.attention_arguments(t, m, error_word, spec)
     most_tiles = num_tokens * group_size // spec.BLOCK_M + batch_size + 1
-    grid = (most_tiles, num_kv_heads, 1)
-    short, scratch = decode.launches_of(t, m, error_word, row_limit) if batch_size else ([], ())
+    programs = min(most_tiles, -(-device.num_processors // num_kv_heads)) if on_hopper else most_tiles
+    grid = (programs, num_kv_heads, 1)
+    short, scratch = decode.launches_of(t, m, error_word, row_limit) if batch_size and row_limit else ([], ())
     arguments["redo"] = None
     long = Launch(_prefill_kernel, grid, arguments, launch.options(config))
     if not on_hopper:

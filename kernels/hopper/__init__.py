@@ -1,6 +1,6 @@
 """Kernels for Hopper in Gluon: wgmma, the TMA unit and warps with roles of their own, said in Python.
 
-Asked for by PAGEWIRE_HOPPER=1 until a GPU has measured them. Gluon is imported only then.
+Taken on sm_90 where they fit, unless PAGEWIRE_HOPPER is 0. Gluon is imported only then.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
 SWITCH = "PAGEWIRE_HOPPER"
 BLOCK_M = 128  # packed rows of a prefill's program: two warpgroups'
+MOST_PARTS = 8  # of a row tile's keys
 FLAGS = 2  # of a tile and kv head: whether it is left over, each warpgroup's
-_OFF = f"{SWITCH} is not 1: it has not been measured"
+_OFF = f"{SWITCH} is 0"
 
 
 def _is_on() -> bool:
-    return os.environ.get(SWITCH) == "1"
+    return os.environ.get(SWITCH) != "0"
+
+
+def is_ahead() -> bool:
+    """Whether what no GPU has measured yet is asked for too."""
+    return os.environ.get(SWITCH) == "2"
 
 
 def why_no_prefill(t: Tensors, m: Modifiers, device: Device) -> str | None:

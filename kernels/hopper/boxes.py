@@ -10,9 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from pagewire.kernels.hopper.numbers import number
 from pagewire.kernels.hopper.pages import pages_of
 from pagewire.kernels.hopper.ring import bytes_of, full_of, tile_of, wait_empty
-from pagewire.kernels.hopper.row_tiles import number
 from pagewire.kernels.hopper.words import load_box
 
 
@@ -51,13 +51,13 @@ def load_tile(boxes, matrix, ring, i, pages, tile, kv_head, spec: gl.constexpr):
 
 
 @gluon.jit
-def produce_boxes(k, v, k_matrix, v_matrix, tiles, keys, kv_head, walk, spec: gl.constexpr):
-    """k, v: Boxes. A partition of one warp: K and V of the walk's tiles, as stages become free."""
+def produce_boxes(k, v, k_matrix, v_matrix, tiles, keys, kv_head, walk, done, spec: gl.constexpr):
+    """k, v: Boxes. One warp: K and V of the walk's tiles, as stages become free. done: tiles of the items before."""
     N: gl.constexpr = spec.BLOCK_N
     ROWS: gl.constexpr = k_matrix.block_type.shape[0]
     pages = pages_of(keys, walk.last, N, ROWS, spec)
     for i in range(walk.num):
         next_pages = pages_of(keys, gl.maximum(walk.last - i - 1, 0), N, ROWS, spec)
-        load_tile(k, k_matrix, tiles.k, i, pages, walk.last - i, kv_head, spec)
-        load_tile(v, v_matrix, tiles.v, i, pages, walk.last - i, kv_head, spec)
+        load_tile(k, k_matrix, tiles.k, done + i, pages, walk.last - i, kv_head, spec)
+        load_tile(v, v_matrix, tiles.v, done + i, pages, walk.last - i, kv_head, spec)
         pages = next_pages

@@ -16,29 +16,30 @@ _SLICES = gl.constexpr(4)  # of a tile's rows
 
 
 @gluon.jit
-def produce_converted(k, v, tiles, keys, kv_head, walk, spec: gl.constexpr):
-    """k, v: Cache. A partition of four warps."""
-    for i in range(walk.num):
+def produce_converted(k, v, tiles, keys, kv_head, walk, done, spec: gl.constexpr):
+    """k, v: Cache. Four warps. done: tiles of the items before."""
+    for i in range(done, done + walk.num):
+        tile = walk.last + done - i
         if spec.K_SCALE == "token":
-            _load_scales(k, tiles.k_scales, i, keys, kv_head, walk, spec)
+            _load_scales(k, tiles.k_scales, i, keys, kv_head, tile, spec)
         if spec.V_SCALE == "token":
-            _load_scales(v, tiles.v_scales, i, keys, kv_head, walk, spec)
-        _convert_tile(k, tiles.k, i, keys, kv_head, walk, spec)
-        _convert_tile(v, tiles.v, i, keys, kv_head, walk, spec)
+            _load_scales(v, tiles.v_scales, i, keys, kv_head, tile, spec)
+        _convert_tile(k, tiles.k, i, keys, kv_head, tile, spec)
+        _convert_tile(v, tiles.v, i, keys, kv_head, tile, spec)
 
 
 @gluon.jit
-def _load_scales(cache, scales, i, keys, kv_head, walk, spec: gl.constexpr):
+def _load_scales(cache, scales, i, keys, kv_head, tile, spec: gl.constexpr):
     """Beside K's tile i, with which they are handed over. There are places for twice as many tiles as for K's: what is
     overwritten is of a tile that was read to its end before the last one of its stage was given back.
     """
     PLACES: gl.constexpr = scales.shape[0]
-    scales.index(i & (PLACES - 1)).store(per_token(cache, keys, walk.last - i, kv_head, spec))
+    scales.index(i & (PLACES - 1)).store(per_token(cache, keys, tile, kv_head, spec))
 
 
 @gluon.jit
-def _convert_tile(cache, ring, i, keys, kv_head, walk, spec: gl.constexpr):
-    """Keys that nobody sees are zeros."""
+def _convert_tile(cache, ring, i, keys, kv_head, tile, spec: gl.constexpr):
+    """A tile as the ring's i-th. Keys that nobody sees, and of pages that do not exist, are zeros."""
     D: gl.constexpr = ring.tiles.shape[2]
     STRIPS: gl.constexpr = ring.tiles.shape[0] // ring.full.shape[0]
     ROWS: gl.constexpr = ring.tiles.shape[1] // _SLICES
@@ -47,10 +48,11 @@ def _convert_tile(cache, ring, i, keys, kv_head, walk, spec: gl.constexpr):
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     ptr = cache.ptr + kv_head.to(gl.int64) * cache.stride_head
     for n in gl.static_range(_SLICES):
-        key = (walk.last - i) * ring.tiles.shape[1] + n * ROWS + row
+        key = tile * ring.tiles.shape[1] + n * ROWS + row
         seen = (key >= keys.first) & (key < keys.stop)
-        page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
-        at = page * cache.stride_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_token
+        page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0)
+        seen = seen & (page >= 0) & (page < keys.num_pages)
+        at = page.to(gl.int64) * cache.stride_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_token
         for strip in gl.static_range(STRIPS):
             from_there = ptr + at[:, None] + (strip * D + dim)[None, :]
             stored = gl.load(from_there, mask=seen[:, None] & (dim >= 0)[None, :], other=0)

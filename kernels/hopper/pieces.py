@@ -13,8 +13,8 @@ from triton.experimental.gluon import language as gl
 from pagewire.kernels import error_codes as codes
 from pagewire.kernels.hopper.errors import record_error
 from pagewire.kernels.hopper.merging import Parts
+from pagewire.kernels.hopper.numbers import number
 from pagewire.kernels.hopper.pages import Keys
-from pagewire.kernels.hopper.row_tiles import number
 
 _SEQ_LEN = gl.constexpr(codes.DECODE_SEQ_LEN)
 

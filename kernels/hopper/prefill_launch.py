@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import bfloat16
 
-from pagewire.kernels.hopper import FLAGS, prefill
+from pagewire.kernels import hopper
+from pagewire.kernels.hopper import FLAGS, MOST_PARTS, prefill
 from pagewire.kernels.hopper.consumer import Results
 from pagewire.kernels.hopper.matrices import boxes_of
 from pagewire.kernels.hopper.merging import Partials
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from pagewire.types import Modifiers
 
 _VECTOR = 16  # elements: what Triton can tell of a number; as many bytes are copied at once
-_MOST_PARTS = 8  # of a row tile's keys
 
 
 class Config(NamedTuple):
@@ -76,11 +76,15 @@ def prefill_of(
     # more than ROW_LIMIT rows has each of the requests that are prefill's
     most_tiles = max(1, rows // spec.BLOCK_M + min(t.page_table.shape[0], rows // (spec.ROW_LIMIT + 1)))
     parts = device.num_processors // (max(1, rows // spec.BLOCK_M) * num_kv_heads)
-    parts = 1 if m.split_size is not None else max(1, min(parts, _MOST_PARTS))
+    parts = 1 if m.split_size is not None else max(1, min(parts, MOST_PARTS))
     redo = Place(-len(scratch) - 1)
     scratch = (*scratch, most_tiles * num_kv_heads * FLAGS)
+    turns, num_counters = hopper.is_ahead(), 0
     partials = Partials(None, None, None, None)
+    if turns:
+        partials, num_counters = Partials(None, None, ARRIVED, NEXT), MOST_PARTS
     if parts > 1:
+        num_counters = MOST_PARTS + most_tiles * num_kv_heads * FLAGS
         num_rows = most_tiles * num_kv_heads * parts * spec.BLOCK_M
         partials = Partials(Place(-len(scratch) - 1), Place(-len(scratch) - 2), ARRIVED, NEXT)
         scratch = (*scratch, num_rows * spec.BLOCK_DV, num_rows)
@@ -88,11 +92,18 @@ def prefill_of(
     given = {name: arguments[name] for name in kept} | _caches(t, arguments, config)
     given["results"] = Results._make((*arguments["out"], arguments["lse"], redo, *partials))
     given["spec"] = spec._replace(
-        BLOCK_N=config.BLOCK_N, STAGES=config.STAGES, PARTS=parts > 1, BOXES=given["k_matrix"] is not None, ALONE=None
+        BLOCK_N=config.BLOCK_N,
+        STAGES=config.STAGES,
+        PARTS=parts > 1,
+        BOXES=given["k_matrix"] is not None,
+        KV_HEADS=num_kv_heads,
+        TURNS=turns,
+        ALONE=None,
     )
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    launch = Launch(prefill._prefill_kernel, (most_tiles, num_kv_heads, parts), given, options)
-    return Prefill(launch, redo, scratch, most_tiles * num_kv_heads * FLAGS if parts > 1 else 0)
+    programs = min(most_tiles * num_kv_heads, device.num_processors)
+    launch = Launch(prefill._prefill_kernel, (programs, 1, parts), given, options)
+    return Prefill(launch, redo, scratch, num_counters)
 
 
 def _caches(t: Tensors, arguments: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -1,9 +1,32 @@
-"""Which block of packed rows a program has, and which tiles of keys it sees: as `kernels/prefill.py` and `spans.py`."""
+"""Which blocks of packed rows a program has, and which tiles of keys these see: as `kernels/prefill.py` and `spans.py`.
+
+Blocks of all requests and kv heads stand in a line, a request's heaviest first, all heads of a block side by side. A
+program has one of every num_programs(0), there and back (0 1 2, 2 1 0, 0 1 2): so none has the heavy ones only. With
+TURNS, which suits requests of different lengths better, one that is done takes the next.
+"""
 
 from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from pagewire.kernels.hopper.numbers import number
+from pagewire.kernels.hopper.pages import Keys
+
+
+class Batch(NamedTuple):
+    page_table: Any  # pointers
+    seq_lens: Any
+    cu_seqlens_q: Any
+
+
+class Item(NamedTuple):
+    """What a program computes at a time."""
+
+    kv_head: Any
+    rows: Any  # Rows
+    walk: Any  # Walk
+    num_parts: Any  # programs that share its keys; this one has part program_id(2) of them
 
 
 class Rows(NamedTuple):
@@ -26,70 +49,72 @@ class Walk(NamedTuple):
     num: Any
     first_key: Any
     stop_key: Any
-    exists: Any  # whether all of its pages do
 
 
 @gluon.jit
-def number(x):
-    """Of a Varying (arguments.py)."""
-    return (x >> 32).to(gl.int32)
+def most_items(call, spec: gl.constexpr):
+    """That there can be: of every request that is long a block may be begun."""
+    rows = number(call.num_tokens) * spec.GROUP_SIZE
+    tiles = rows // spec.BLOCK_M + gl.minimum(number(call.batch_size), rows // (spec.ROW_LIMIT + 1))
+    return gl.maximum(tiles, 1) * spec.KV_HEADS
+
+
+@gluon.jit
+def item_of(index, batch, call, rule, FEWEST: gl.constexpr, spec: gl.constexpr):
+    """(the line's index-th, how many there are); `rows.seq_len` is -1 if there are not so many."""
+    rows, num_tiles = find_rows(index // spec.KV_HEADS, batch.seq_lens, batch.cu_seqlens_q, call, spec)
+    walk = walk_of(rows, rule, spec)
+    num_parts = 1
+    if spec.PARTS:
+        num_parts, walk = part_of(walk, gl.num_programs(2), FEWEST, gl.program_id(2), spec)
+    return Item(index % spec.KV_HEADS, rows, walk, num_parts), num_tiles * spec.KV_HEADS
+
+
+@gluon.jit
+def keys_of(item, batch, call):
+    table = batch.page_table + item.rows.request.to(gl.int64) * number(call.stride_table)
+    return Keys(table, number(call.num_pages), item.walk.first_key, item.walk.stop_key)
 
 
 @gluon.jit
 def find_rows(index, seq_lens, cu_seqlens_q, call, spec: gl.constexpr):
-    """Rows of the tile that is `index` tiles before the last: under causal the heaviest come first."""
-    tile = _count_tiles(cu_seqlens_q, call, spec) - 1 - index
-    request, first_tile, row_start, row_stop = _find(tile, cu_seqlens_q, call, spec)
-    q_len = row_stop - row_start
-    seq_len = -1
-    if tile >= 0:
-        found = gl.load(seq_lens + request.to(gl.int64) * number(call.stride_seq_lens))
-        found = gl.minimum(gl.maximum(found, 0), number(call.max_pages) * spec.PAGE_SIZE)
-        seq_len = gl.where(q_len > number(call.max_q_len), 0, found)
-    return Rows(request, row_start, q_len, seq_len, tile, gl.maximum(tile - first_tile, 0) * spec.BLOCK_M)
-
-
-@gluon.jit
-def _count_tiles(cu_seqlens_q, call, spec: gl.constexpr):
-    total = 0
-    first_row = 0
-    for chunk in range(0, number(call.batch_size), spec.BLOCK_B):
-        _, _, stop, tiles = _chunk(chunk, first_row, cu_seqlens_q, call, spec)
-        total += gl.sum(tiles, 0)
-        first_row = gl.max(stop, 0)
-    return total
-
-
-@gluon.jit
-def _find(tile, cu_seqlens_q, call, spec: gl.constexpr):
-    """(request, its first tile, its rows' start and stop)."""
+    """(rows of the index-th tile, how many there are): request after request, under causal the heavy ones first."""
     request = 0
     first_tile = 0
     row_start = 0
     row_stop = 0
+    seq_len = 0
+    num = 0
     before = 0
     first_row = 0
     for chunk in range(0, number(call.batch_size), spec.BLOCK_B):
-        index, start, stop, tiles = _chunk(chunk, first_row, cu_seqlens_q, call, spec)
+        which, start, stop, found, tiles = _chunk(chunk, first_row, seq_lens, cu_seqlens_q, call, spec)
         reached = before + gl.associative_scan(tiles, 0, _plus)
-        passed = (reached <= tile) & (index < number(call.batch_size))
-        ours = (reached > tile) & (reached - tiles <= tile)
+        passed = (reached <= index) & (which < number(call.batch_size))
+        ours = (reached > index) & (reached - tiles <= index)
         request += gl.sum(passed.to(gl.int32), 0)
         first_tile += gl.sum(gl.where(passed, tiles, 0), 0)
         row_start += gl.sum(gl.where(ours, start, 0), 0)
         row_stop += gl.sum(gl.where(ours, stop, 0), 0)
+        seq_len += gl.sum(gl.where(ours, found, 0), 0)
+        num += gl.sum(gl.where(ours, tiles, 0), 0)
         before += gl.sum(tiles, 0)
         first_row = gl.max(stop, 0)
-    return request, first_tile, row_start, row_stop
+    q_len = row_stop - row_start
+    seq_len = gl.where(q_len > number(call.max_q_len), 0, seq_len)
+    tile = gl.maximum(num - 1 - (index - first_tile), 0)
+    seq_len = gl.where(num > 0, seq_len, -1)
+    return Rows(request, row_start, q_len, seq_len, first_tile + tile, tile * spec.BLOCK_M), before
 
 
 @gluon.jit
-def _chunk(chunk, first_row, cu_seqlens_q, call, spec: gl.constexpr):
-    """Of BLOCK_B consecutive requests: (index, rows' start, stop, row tiles), clamped as `spans.load_rows` has it."""
+def _chunk(chunk, first_row, seq_lens, cu_seqlens_q, call, spec: gl.constexpr):
+    """Of BLOCK_B consecutive requests: (index, rows' start, stop, length, row tiles), clamped as `spans` has it."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     request = chunk + gl.arange(0, spec.BLOCK_B, layout)
     mask = request < number(call.batch_size)
     num_tokens = number(call.num_tokens)
+    found = gl.load(seq_lens + request.to(gl.int64) * number(call.stride_seq_lens), mask=mask, other=0)
     stop = gl.load(cu_seqlens_q + request + 1, mask=mask, other=0)
     stop = gl.associative_scan(gl.minimum(gl.maximum(stop, 0), num_tokens), 0, _larger)
     stop = gl.maximum(stop, first_row)
@@ -98,7 +123,8 @@ def _chunk(chunk, first_row, cu_seqlens_q, call, spec: gl.constexpr):
     start = gl.where(mask, gl.maximum(start, first_row), stop)
     packed = (stop - start) * spec.GROUP_SIZE
     tiles = gl.where(packed > spec.ROW_LIMIT, (packed + spec.BLOCK_M - 1) // spec.BLOCK_M, 0)
-    return request, start, stop, tiles
+    seq_len = gl.minimum(gl.maximum(found, 0), number(call.max_pages) * spec.PAGE_SIZE)
+    return request, start, stop, seq_len, tiles
 
 
 @gluon.jit
@@ -135,7 +161,7 @@ def walk_of(rows, rule, spec: gl.constexpr):
     num_inner = gl.maximum(stop_inner_tile - inner_tile, 0)
     num = stop_tile - first_tile
     num_right = gl.where(num_inner > 0, stop_tile - stop_inner_tile, num)
-    return Walk(stop_tile - 1, num_right, num_inner, num, first, stop, True)
+    return Walk(stop_tile - 1, num_right, num_inner, num, first, stop)
 
 
 @gluon.jit
@@ -151,13 +177,4 @@ def part_of(walk, most_parts, FEWEST: gl.constexpr, index, spec: gl.constexpr):
     inner = gl.minimum(gl.maximum(walk.num_right + walk.num_inner - first, num_right), num)
     first_key = gl.maximum(walk.first_key, (last + 1 - num) * spec.BLOCK_N)
     stop_key = gl.minimum(walk.stop_key, (last + 1) * spec.BLOCK_N)
-    return num_parts, Walk(last, num_right, inner - num_right, num, first_key, stop_key, walk.exists)
-
-
-@gluon.jit
-def nothing(walk, exists):
-    """The walk, or, where its pages do not exist, one tile of no keys: partitions have something to hand each other."""
-    return Walk(
-        gl.where(exists, walk.last, 0), gl.where(exists, walk.num_right, 1), gl.where(exists, walk.num_inner, 0),
-        gl.where(exists, walk.num, 1), gl.where(exists, walk.first_key, 0), gl.where(exists, walk.stop_key, 0), exists,
-    )  # fmt: skip
+    return num_parts, Walk(last, num_right, inner - num_right, num, first_key, stop_key)

@@ -16,36 +16,37 @@ from pagewire.kernels.hopper.words import copy_rows
 
 
 @gluon.jit
-def produce_rows(k, v, tiles, keys, kv_head, walk, spec: gl.constexpr):
-    """k, v: Cache. A partition of four warps."""
-    _ask_for(k, tiles.k, 0, keys, kv_head, walk, spec)
+def produce_rows(k, v, tiles, keys, kv_head, walk, done, spec: gl.constexpr):
+    """k, v: Cache. Four warps. done: tiles of the items before."""
+    _ask_for(k, tiles.k, done, keys, kv_head, walk.last, spec)
     for i in range(walk.num):
         if i + 1 < walk.num:
-            _ask_for(k, tiles.k, i + 1, keys, kv_head, walk, spec)
+            _ask_for(k, tiles.k, done + i + 1, keys, kv_head, walk.last - i - 1, spec)
         else:
             async_copy.commit_group()  # of nothing, in its place
         if i == 0:
-            _hand_over(tiles.k, 0, 1)
+            _hand_over(tiles.k, done, 1)
         else:
-            _hand_over(tiles.v, i - 1, 1)
-        _ask_for(v, tiles.v, i, keys, kv_head, walk, spec)
+            _hand_over(tiles.v, done + i - 1, 1)
+        _ask_for(v, tiles.v, done + i, keys, kv_head, walk.last - i, spec)
         if i + 1 < walk.num:
-            _hand_over(tiles.k, i + 1, 1)
-    _hand_over(tiles.v, walk.num - 1, 0)
+            _hand_over(tiles.k, done + i + 1, 1)
+    _hand_over(tiles.v, done + walk.num - 1, 0)
 
 
 @gluon.jit
-def _ask_for(cache, ring, i, keys, kv_head, walk, spec: gl.constexpr):
-    """Keys that nobody sees are zeros."""
+def _ask_for(cache, ring, i, keys, kv_head, tile, spec: gl.constexpr):
+    """A tile as the ring's i-th. Keys that nobody sees, and of pages that do not exist, are zeros."""
     N: gl.constexpr = ring.tiles.shape[1]
     D: gl.constexpr = ring.tiles.shape[2]
     STRIPS: gl.constexpr = ring.tiles.shape[0] // ring.full.shape[0]
     layout: gl.constexpr = in_eights(D)
-    key = (walk.last - i) * N + gl.arange(0, N, gl.SliceLayout(1, layout))
+    key = tile * N + gl.arange(0, N, gl.SliceLayout(1, layout))
     dim = gl.arange(0, D, gl.SliceLayout(0, layout))
     seen = (key >= keys.first) & (key < keys.stop)
-    page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0).to(gl.int64)
-    at = page * cache.stride_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_token
+    page = gl.load(keys.table + key // spec.PAGE_SIZE, mask=seen, other=0)
+    seen = seen & (page >= 0) & (page < keys.num_pages)
+    at = page.to(gl.int64) * cache.stride_page + (key % spec.PAGE_SIZE).to(gl.int64) * cache.stride_token
     ptr = cache.ptr + kv_head.to(gl.int64) * cache.stride_head
     wait_empty(ring, i)
     for strip in gl.static_range(STRIPS):

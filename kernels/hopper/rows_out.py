@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from pagewire.kernels.hopper.row_tiles import number
+from pagewire.kernels.hopper.numbers import number
 from pagewire.kernels.hopper.softmax import LN_2, LOG2_E, with_sinks
 
 
@@ -21,7 +21,7 @@ def finish(acc, softmax):
     """(out, lse_log2) of rows; 0 and -inf of those that saw no key. As common.finish."""
     divisor = gl.where(softmax.total == 0.0, 1.0, softmax.total)
     lse_log2 = gl.where(softmax.total == 0.0, float("-inf"), softmax.maximum_log2 + gl.log2(divisor))
-    return acc / divisor[:, None], lse_log2
+    return acc * (1.0 / divisor)[:, None], lse_log2  # at least about 1: so many divisions are another epilogue
 
 
 @gluon.jit

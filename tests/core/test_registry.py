@@ -156,7 +156,7 @@ def test_every_backend_reads_every_modifier(source, without):
 @pytest.mark.parametrize(
     "switch, asked, said",
     [
-        ("0", {"op": "decode"}, "takes it, by the tl kernels: PAGEWIRE_HOPPER is not 1: it has not been measured"),
+        ("0", {"op": "decode"}, "takes it, by the tl kernels: PAGEWIRE_HOPPER is 0"),
         ("1", {"op": "decode"}, "takes it, by kernels/hopper/"),
         ("1", {"op": "decode", "page_size": 3}, "takes it, by the tl kernels: k_cache with pages of 3"),
         ("1", {"op": "decode", "group_size": 33}, "by the tl kernels: 33 query heads to a kv head: at most 32"),

@@ -6,6 +6,7 @@ Run as a script, in a process without TRITON_INTERPRET and with PAGEWIRE_HOPPER=
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
 
@@ -29,13 +30,14 @@ class Case(NamedTuple):
     kv_dtype: torch.dtype | None = None  # of the cache; None: dtype
     scale: str = "value"  # of a kv_dtype: value, head or token
     num_tokens: int = 4096  # few: several programs share the keys of a row tile
+    turns: bool = False  # PAGEWIRE_HOPPER=2
 
     @property
     def id(self) -> str:
         words = [f"D{self.head_dim}", f"P{self.page_size}", str(self.dtype).removeprefix("torch.")]
         stored = [] if self.kv_dtype is None else [str(self.kv_dtype).removeprefix("torch.")]
         words += ["modified"] * self.modified + stored + [self.scale] * (self.scale != "value")
-        return "-".join(words + ["parts"] * (self.num_tokens < 512))
+        return "-".join(words + ["parts"] * (self.num_tokens < 512) + ["turns"] * self.turns)
 
 
 CASES = [Case(d) for d in (64, 128, 256)] + [Case(128, 64), Case(128, 8), Case(128, 16, fp16)]
@@ -46,11 +48,13 @@ CASES += [Case(d, 16, bf16, True) for d in (64, 128, 256)]
 CASES += [Case(d, 16, bf16, num_tokens=64) for d in (64, 128, 256)] + [Case(128, 3, bf16, True, num_tokens=64)]
 CASES += [Case(192), Case(192, 3), Case(192, 16, fp16, True), Case(192, 16, bf16, kv_dtype=torch.float8_e4m3fn)]
 CASES += [Case(d, 16, bf16, False, torch.float8_e4m3fn, "token") for d in (64, 128, 192)]
+CASES += [Case(128, turns=True), Case(128, 3, num_tokens=64, turns=True), Case(256, turns=True)]
 CASES += [Case(128, 16, bf16, False, torch.int8, "head"), Case(128, 16, bf16, True, torch.int8, "token", 64)]
 
 
 def planned(case: Case) -> Launch:
     driver.set_active(NoDevice(90))
+    os.environ["PAGEWIRE_HOPPER"] = "2" if case.turns else "1"
     launch.device_of = lambda device: launch.Device(90, 132)
     q = torch.empty(case.num_tokens, 32, case.head_dim, dtype=case.dtype)
     widths, stored = (case.head_dim, min(case.head_dim, 128) if case.head_dim == 192 else case.head_dim), case.kv_dtype

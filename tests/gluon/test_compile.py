@@ -21,6 +21,7 @@ QUICK_PREFILL = (
     "D128-P1-bfloat16",
     "D128-P16-bfloat16-float8_e4m3fn",
     "D192-P16-bfloat16",
+    "D128-P16-bfloat16-turns",
     "D128-P16-bfloat16-float8_e4m3fn-token",
     "D128-P16-bfloat16-parts",
 )

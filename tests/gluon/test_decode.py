@@ -192,7 +192,7 @@ def test_lengths_that_change_while_it_runs_end_all_the_same(kernel):
 
 
 REFUSED = {
-    "off": (Attention((100,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is not 1"),
+    "off": (Attention((100,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is 0"),
     "fp32": (Attention((100,)), {}, "torch.float32 over torch.float32"),
     "scales": (
         Attention((100,), dtype=bf16, kv_dtype=bf16, scale="token_head"),

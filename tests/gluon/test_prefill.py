@@ -11,7 +11,7 @@ import cases  # noqa: E402
 import pagewire as pw  # noqa: E402
 import tolerance  # noqa: E402
 from cases import Attention, bf16, e4m3, e5m2, fp16, int8  # noqa: E402
-from gluon.prefill_faults import FAULTS, OF_BYTES, OF_PARTS, OF_ROWS, OF_STRIPS, OF_TOKENS  # noqa: E402
+from gluon.prefill_faults import FAULTS, OF_BYTES, OF_ITEMS, OF_PARTS, OF_ROWS, OF_STRIPS, OF_TOKENS, OF_TURNS  # noqa: E402
 from gluon.simulated import imported, on_hopper  # noqa: E402
 from pagewire import memo  # noqa: E402
 from pagewire.kernels import counters, hopper, launch  # noqa: E402
@@ -114,6 +114,31 @@ IN_PARTS = [  # rows that several programs share
 
 
 @pytest.fixture
+def few(monkeypatch):
+    """A device of two processors: a program has many items."""
+    monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(0, 2))
+
+
+MANY_ITEMS = [
+    Attention((500, 300, 130), (250, 100, 130), dtype=bf16, heads=(6, 3), note="with other keys each"),
+    Attention((300, 0, 77, 65), (17, 0, 30, 65), dtype=bf16, padding_rows=5, window=(40, 0)),
+    Attention((300, 90), (190, 90), dtype=bf16, kv_dtype=e4m3, scale="token_head", head_dim=128),
+    Attention((300, 90), (190, 90), dtype=fp16, head_dim=192, head_dim_v=128, page_size=3),
+]
+
+
+@pytest.mark.parametrize("switch", ["1", "2"])
+@pytest.mark.parametrize("case", MANY_ITEMS, ids=lambda case: case.id)
+def test_many_items(case, switch, kernel, few, monkeypatch):
+    monkeypatch.setenv("PAGEWIRE_HOPPER", switch)
+    call = finite(cases.build(case))
+    for _ in range(2):  # in both halves of the counters
+        tolerance.check(call, *call.run("triton"))
+        assert kernel.spec.TURNS == (switch == "2") and left_over(kernel) == 0
+    assert not any(half.any() for halves in counters._halves.values() for half in halves)
+
+
+@pytest.fixture
 def parts(monkeypatch):
     """A device with more processors than tiles."""
     monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(0, 16))
@@ -149,8 +174,10 @@ def test_one_part_leaves_the_rows_to_the_other_kernel(what, kernel, parts):
         tolerance.check(call, *call.run("triton"))
 
 
+@pytest.mark.parametrize("switch", ["1", "2"])
 @pytest.mark.parametrize("seed", range(1000, 6000, 1000))
-def test_any_interleaving_gives_the_same_bits(seed, kernel):
+def test_any_interleaving_gives_the_same_bits(seed, switch, kernel, few, monkeypatch):
+    monkeypatch.setenv("PAGEWIRE_HOPPER", switch)
     call = finite(cases.build(Attention((300, 40), (90, 40), dtype=bf16, head_dim=128, window=(150, 0))))
     expected = call.run("triton")
     kernel.seed = seed
@@ -211,7 +238,7 @@ def test_a_cache_off_its_boundary_goes_to_the_other_kernel(kernel):
 
 
 REFUSED = {
-    "off": (Attention((100,), (40,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is not 1"),
+    "off": (Attention((100,), (40,), dtype=bf16), {"PAGEWIRE_HOPPER": "0"}, "PAGEWIRE_HOPPER is 0"),
     "fp32": (Attention((100,), (40,)), {}, "torch.float32 over torch.float32"),
     "fp16": (Attention((100,), (40,), dtype=fp16, kv_dtype=e4m3, scale="token_head"), {}, "bf16 over 8 bits"),
     "16 bits": (Attention((100,), (40,), dtype=bf16, kv_dtype=bf16, scale="token_head"), {}, "bf16 over 8 bits"),
@@ -314,6 +341,21 @@ def test_a_fault_of_what_is_hard_is_found(name, kernel, parts):
     call = finite(cases.build(HARD[name]))
     with pytest.raises(AssertionError):
         for _ in range(2):
+            tolerance.check(call, *call.run("triton"))
+            assert left_over(kernel) == 0
+            assert not any(half.any() for halves in counters._halves.values() for half in halves)
+
+
+@pytest.mark.parametrize("name", [*OF_ITEMS, *OF_TURNS])
+def test_a_fault_between_items_is_found(name, kernel, few, monkeypatch):
+    file, before, after = (OF_ITEMS | OF_TURNS)[name]
+    monkeypatch.setenv("PAGEWIRE_HOPPER", "2" if name in OF_TURNS else "1")
+    kernel.function = imported("prefill", (f"{file}.py", before, after))._prefill_kernel
+    # few tiles an item: who loads could be some items ahead
+    call = finite(cases.build(Attention((400, 60, 60, 60, 60), (90, 40, 40, 40, 40), dtype=bf16, heads=(4, 2))))
+    with pytest.raises(AssertionError):
+        for seed in (100, 200):
+            kernel.seed = seed
             tolerance.check(call, *call.run("triton"))
             assert left_over(kernel) == 0
             assert not any(half.any() for halves in counters._halves.values() for half in halves)

@@ -262,7 +262,7 @@ def _pairwise(op: Any) -> Any:
 
 
 def _atomic_add(at: Pointer, value: int, sem: str, scope: str) -> Value:
-    assert sem == "acq_rel" and scope == "gpu"
+    assert sem in ("acq_rel", "relaxed") and scope == "gpu"
     before = at.load(None, 0)
     at.store(before + value, None)
     return before

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def launches(
     case: Case, batch_size: int = 3, num_tokens: int | None = None, num_pages: int = 8, max_pages: int = 8
 ) -> list[Launch]:
     driver.set_active(NoDevice(case.arch))
+    os.environ["PAGEWIRE_HOPPER"] = "0"
     tuning.decode_config = lambda *of: _decode_config(*of)._replace(dependent_merge=case.dependent)
     launch.device_of = lambda device: launch.Device(case.arch, 132)
     ragged = case.op == "prefill" or case.modified

@@ -17,7 +17,7 @@ PREFILL = ["_prefill_kernel", "_decode_kernel", "_combine_kernel"]
 KERNELS = {
     "decode": PREFILL[1:], "prefill": PREFILL[1:], "prefill, long": PREFILL, "append_kv": ["_copy_kernel"],
     "append_kv e4m3": ["_convert_kernel"], "merge_state": ["_merge_two_kernel"], "merge_states": ["_merge_kernel"],
-    "pack_kv": ["_copy_kernel"], "unpack_kv": ["_copy_kernel"], "Hopper": ["_prefill_kernel", *PREFILL],
+    "pack_kv": ["_copy_kernel"], "unpack_kv": ["_copy_kernel"], "Hopper": 2 * PREFILL[:1],
     "Hopper decode": ["_decode_kernel"],
 }  # fmt: skip
 

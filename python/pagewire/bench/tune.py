@@ -8,6 +8,7 @@ library never does this by itself: its table is data.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
@@ -25,7 +26,7 @@ from pagewire.bench.cold_memory import ColdMemory
 from pagewire.bench.standby import Compiler
 from pagewire.bench.timing import Clock, interleave
 from pagewire.bench.work import Contender, DoesNotFit
-from pagewire.kernels import tuning
+from pagewire.kernels import hopper, tuning
 from pagewire.kernels.tuning import KernelConfig, Key
 from pagewire.registry import backends
 
@@ -156,13 +157,19 @@ def search(
 
 @contextmanager
 def row(target: Target, config: KernelConfig) -> Iterator[None]:
-    """The table with another row, for as long as the block runs."""
+    """The table with another row, for as long as the block runs, and the kernels that it is for."""
     before = target.table[target.key], tuning.variant
+    switch = os.environ.get(hopper.SWITCH)
+    os.environ[hopper.SWITCH] = "0"
     _use(target, config, (target.key, config))
     try:
         yield
     finally:
         _use(target, *before)
+        if switch is None:
+            del os.environ[hopper.SWITCH]
+        else:
+            os.environ[hopper.SWITCH] = switch
 
 
 def _use(target: Target, config: KernelConfig, variant: Hashable) -> None:
