@@ -1,5 +1,6 @@
 """P and D stepped by hand: exact moments, injected failures, and that nobody else notices."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -191,10 +192,10 @@ def test_packing_that_raises_fails_its_request_only(pair: Stepped, patch: pytest
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pack = pair.p._packing.pack
 
-    def broken(pages, layer, start, stop, out):
-        if layer == 1 and "a" in pair.p._requests and pages == pair.p._requests["a"].pages:
+    def broken(pages, layers, tokens, out):
+        if layers[0] == 1 and "a" in pair.p._requests and pages == pair.p._requests["a"].pages:
             raise RuntimeError("no pack")
-        return pack(pages, layer, start, stop, out)
+        return pack(pages, layers, tokens, out)
 
     patch.setattr(pair.p._packing, "pack", broken)
     pair.until_ended("a")
@@ -212,7 +213,7 @@ def test_a_corrupt_payload_fails_its_request_only(pair: Stepped, patch: pytest.M
 
     def corrupt(push):
         push_one(push)
-        if push.request_id == "a" and push.layer == 2:
+        if push.request_id == "a" and push.layers == (2, 3):
             pair.arena.staging_slot(push.staging_slot)[5] ^= 1
 
     patch.setattr(pair.p, "_push_one", corrupt)
@@ -229,8 +230,8 @@ def test_kv_that_differs_is_found_by_digest(pair: Stepped, patch: pytest.MonkeyP
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     unpack = pair.d._packing.unpack
 
-    def misplaced(chunk, pages, buffer):
-        unpack(chunk, pages[::-1] if chunk.request_id == "a" else pages, buffer)
+    def misplaced(chunk, pages, staging):
+        return unpack(chunk, pages[::-1] if chunk.request_id == "a" else pages, staging)
 
     patch.setattr(pair.d._packing, "unpack", misplaced)
     pair.until_ended("a")
@@ -277,10 +278,24 @@ def test_more_than_fits_waits_its_turn(pair: Stepped) -> None:
 
 
 def test_prefill_that_never_comes_runs_into_the_deadline(model: str) -> None:
-    pair = Stepped(config_of(model, handoff_timeout_ms=1, prefill_chunk=1))
+    pair = Stepped(config_of(model, handoff_timeout_ms=1))
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
-    pair.until_ended("a")
-    assert "did not arrive within 1 ms" in pair.ends["a"][0].message
+    pair.turn_d()
+    time.sleep(0.002)
+    pair.turn_d()
+    assert "nothing came from P within 1 ms" in pair.ends["a"][0].message
+    pair.until(pair.pages_free)
+
+
+def test_chunks_that_nobody_takes_run_into_the_deadline(model: str) -> None:
+    pair = Stepped(config_of(model, handoff_timeout_ms=50))
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.turn_d()
+    while "a" not in pair.p._requests or pair.p.step():  # more chunks than slots
+        pair.turn_p()
+    time.sleep(0.051)
+    pair.turn_p()
+    assert "nothing moved between P and D within 50 ms" in pair.ends["a"][0].message
     pair.until(pair.pages_free)
 
 
@@ -297,24 +312,29 @@ def test_bfloat16_on_the_wire_of_a_float32_cache(model: str, patch: pytest.Monke
     assert pair.reported("kv_verify", "a")[0].args["equal"] == 1
 
 
-def test_bytes_that_are_no_frame_change_nothing(pair: Stepped) -> None:
-    """Noise, a frame of another sender, and one only D sends, between the chunks of a request."""
-    from pagewire.serve.channel import Channel, Codec
-    from pagewire.transfer.frames import Ack, Commit, encode
+def test_a_frame_that_is_not_the_peers_to_send_changes_nothing(pair: Stepped) -> None:
+    """One of another reservation and one only D sends, between the chunks of a request."""
+    from pagewire.transfer.frames import Ack, Commit
 
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.until(lambda: "a" in pair.p._requests)
-    raw = Channel(pair.peer_of_p._sock, Codec(bytes, bytes), name="raw")
-    for frame in (
-        b"", b"PWKV" + b"\xff" * 90, encode(Ack("a", 1)),
-        encode(Commit("a", 99, b"?" * 16, 5, tuple(prompt_of(PROMPT_LEN)), ())),
-    ):  # fmt: skip
-        raw.send(frame)
+    for frame in (Ack("a", 1), Commit("a", 99, b"?" * 16, 5, b"h" * 32, ())):
+        pair.peer_of_p.send(frame)
     pair.until_ended("a")
     assert pair.ends["a"] == [Finished("a", "length", MAX_TOKENS)]
     check()
-    pair.until(lambda: len(pair.named("refused")) == 4)
+    pair.until(lambda: len(pair.named("refused")) == 2)
     reasons = [str(event.args["reason"]) for event in pair.named("refused")]
-    for reason, word in zip(reasons, ("frame of 0 bytes", "version", "Ack", "not receiving"), strict=True):
+    for reason, word in zip(reasons, ("Ack", "not receiving"), strict=True):
         assert word in reason
+
+
+@pytest.mark.parametrize("noise", [b"", b"PWKV" + b"\xff" * 90])
+def test_bytes_that_are_no_frame_end_the_connection(pair: Stepped, noise: bytes) -> None:
+    from pagewire.serve.channel import Channel, Codec
+    from pagewire.transfer.codec import ConnectionLost
+
+    Channel(pair.peer_of_p._sock, Codec(bytes, bytes), name="raw").send(noise)
+    with pytest.raises(ConnectionLost, match="frame 0 cannot be read"):
+        pair.turn_d()

@@ -183,13 +183,13 @@ class Stepped(FrontEnd):
         from pagewire.serve.worker.decode import DecodeWorker
         from pagewire.serve.worker.engine import Engine
         from pagewire.serve.worker.prefill import PrefillWorker
-        from pagewire.serve.worker.process import FRAME_CODEC
+        from pagewire.serve.worker.process import frame_codec
         from pagewire.transfer.packing import Packing
         from pagewire.transfer.shm import Arena
 
         to_p, to_d = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.peer_of_d = Channel(to_p, FRAME_CODEC, name="P")
-        self.peer_of_p = Channel(to_d, FRAME_CODEC, name="D")
+        self.peer_of_d = Channel(to_p, frame_codec(), name="P")
+        self.peer_of_p = Channel(to_d, frame_codec(), name="D")
         p_engine, d_engine = Engine(config), Engine(config)
         packings = [Packing(engine.cache, b"f" * 32) for engine in (p_engine, d_engine)]
         self.arena = Arena.create(*packings[1].staging(config.staging_bytes, config.prefill_chunk))

@@ -1,8 +1,8 @@
 """Both ends of the handoff under every interleaving: nothing leaks, nothing is accepted that should not be.
 
-The two machines are joined by two queues. Rules deliver, delay, cancel, fail, replay and let time pass
-in any order; at the end of each run the rest is played out fairly, and every request must have been
-answered.
+The two machines are joined by two queues. Rules deliver, delay, cancel, fail, replay, lose frames and
+whole connections, make new ones, and let time pass in any order; at the end of each run the rest is
+played out fairly, and every request must have been answered.
 """
 
 from collections import Counter, deque
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pagewire.allocator import PageAllocator
-from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
+from pagewire.transfer.codec import ConnectionLost, FrameCodec
+from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Frame, Reserve
 from pagewire.transfer.handoff import (
     Begin,
     Cancelled,
@@ -25,6 +26,7 @@ from pagewire.transfer.handoff import (
     Send,
     Start,
     Unpack,
+    prompt_sha256,
 )
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
@@ -33,8 +35,8 @@ from transfer.wires import small_wire
 PAGE_SIZE = 4
 D_PAGES, P_PAGES = 9, 6
 NUM_STAGING_SLOTS = 2
-WIRE = small_wire()
-STAGING_SLOT_BYTES = WIRE.packed_bytes(1, WIRE.num_kv_heads, 3)
+WIRE = small_wire(num_layers=3)
+STAGING_SLOT_BYTES = WIRE.packed_bytes(1, WIRE.num_kv_heads, 4)  # or two layers of 2 tokens, or all of one
 TIMEOUT_MS = 1000
 
 
@@ -45,12 +47,11 @@ class Handoff(RuleBasedStateMachine):
         self.capabilities = 0
         self.d_pages, self.p_pages = PageAllocator(D_PAGES), PageAllocator(P_PAGES)
         self.receiver = Receiver(
-            self.d_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, vocab_size=100, max_waiting=3,
+            self.d_pages, PAGE_SIZE, WIRE, vocab_size=100, max_waiting=3,
             timeout_ms=TIMEOUT_MS, now_ms=lambda: self.now_ms, new_capability=self.new_capability,
         )  # fmt: skip
-        self.sender = Sender(self.p_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, STAGING_SLOT_BYTES)
-        self.to_d: deque = deque()
-        self.to_p: deque = deque()
+        self.linked = False
+        self.local: set[str] = set()
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.max_tokens: dict[str, int] = {}
         self.d_submits: deque[str] = deque()  # sent by the front, not delivered yet
@@ -63,8 +64,64 @@ class Handoff(RuleBasedStateMachine):
         self.sent_chunks: list[Chunk] = []
         self.ended_at_d: Counter = Counter()
         self.ended_at_p: Counter = Counter()
+        self.frame_is_missing = False  # from this connection, and nobody knows yet
         self.honest = True  # until the peer repeats or forges a chunk
-        self.answered: Counter = Counter()  # what the front heard: RequestFailed, Cancelled, finished
+        self.answered: Counter = Counter()  # what the front heard: RequestFailed, Cancelled, finished, or saw lost
+        self.link()
+
+    # ------------------------------------------------------------------ the connection
+
+    @precondition(lambda self: not self.linked)
+    @rule()
+    def link(self) -> None:
+        self.linked = True
+        self.frame_is_missing = False
+        self.to_d: deque[bytes] = deque()
+        self.to_p: deque[bytes] = deque()
+        self.p_codec, self.d_codec = FrameCodec(), FrameCodec()
+        self.sender = Sender(
+            self.p_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, STAGING_SLOT_BYTES, now_ms=lambda: self.now_ms
+        )
+        self.d(self.receiver.link(NUM_STAGING_SLOTS))
+
+    @precondition(lambda self: self.linked)
+    @rule()
+    def lose(self) -> None:
+        """Both sides notice; the front answers for what they drop, and sends nothing to P that has ended: the ABORT
+        that would have told P may be gone.
+        """
+        self.linked = False
+        self.to_d.clear()
+        self.to_p.clear()
+        waits_for_d = {i.request_id for i in self.receiver._live.values() if i.phase is not Phase.RUNNING} - self.local
+        actions = self.receiver.lost()
+        dropped = {action.request_id for action in actions if isinstance(action, Dropped)}
+        assert dropped == waits_for_d
+        self.d(actions)
+        at_p = set(self.sender.request_ids())
+        actions = self.sender.lost()
+        assert {action.request_id for action in actions} == at_p
+        assert self.p_pages.num_free == P_PAGES
+        self.p(actions)
+        self.front_drops(dropped | at_p)
+
+    def front_drops(self, request_ids: set[str]) -> None:
+        self.answered.update(request_ids)
+        self.p_submits = deque(i for i in self.p_submits if i not in self.answered)
+
+    @precondition(lambda self: self.to_d or self.to_p)
+    @rule(number=st.integers(0, 99))
+    def a_frame_is_lost(self, number: int) -> None:
+        frames = self.to_d if number % 2 and self.to_d or not self.to_p else self.to_p
+        del frames[number % len(frames)]
+        self.frame_is_missing = True
+
+    def received(self, codec: FrameCodec, frames: deque) -> Frame | None:
+        try:
+            return codec.decode(frames.popleft())
+        except ConnectionLost:
+            self.lose()
+            return None
 
     def new_capability(self) -> bytes:
         self.capabilities += 1
@@ -76,7 +133,12 @@ class Handoff(RuleBasedStateMachine):
         for action in actions:
             match action:
                 case Send(frame):
-                    self.to_p.append(frame)
+                    assert self.linked and getattr(frame, "request_id", None) not in self.local
+                    self.to_p.append(self.d_codec.encode(frame))
+                case Begin(request_id, pages):
+                    assert request_id in self.local
+                    assert len(pages) * PAGE_SIZE >= len(self.prompts[request_id]) + self.max_tokens[request_id]
+                    self.running.append(request_id)
                 case Unpack(chunk, pages):
                     prompt = self.prompts[chunk.request_id]
                     assert 0 <= chunk.token_start < chunk.token_stop <= len(prompt)
@@ -84,7 +146,7 @@ class Handoff(RuleBasedStateMachine):
                     self.unpacking.append(action)
                 case Start(request_id, _, commit):
                     assert self.arrived[commit.generation] == self.every_cell(request_id)
-                    assert commit.token_ids == self.prompts[request_id]
+                    assert commit.prompt_sha256 == prompt_sha256(self.prompts[request_id])
                     self.running.append(request_id)
                 case RequestFailed(request_id) | Cancelled(request_id):
                     self.answered[request_id] += 1
@@ -96,7 +158,7 @@ class Handoff(RuleBasedStateMachine):
         for action in actions:
             match action:
                 case Send(frame):
-                    self.to_d.append(frame)
+                    self.to_d.append(self.p_codec.encode(frame))
                 case Begin(request_id, pages):
                     assert len(pages) * PAGE_SIZE >= len(self.prompts[request_id])
                     self.prefilling[request_id] = 0
@@ -126,12 +188,15 @@ class Handoff(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ the front
 
-    @rule(prompt_len=st.integers(1, 14), max_tokens=st.integers(1, 14))
-    def submit(self, prompt_len: int, max_tokens: int) -> None:
+    @rule(prompt_len=st.integers(1, 14), max_tokens=st.integers(1, 14), local=st.sampled_from([False, False, True]))
+    def submit(self, prompt_len: int, max_tokens: int, local: bool) -> None:
         request_id = f"r{len(self.prompts)}"
         self.prompts[request_id] = tuple(range(prompt_len))
         self.max_tokens[request_id] = max_tokens
         self.d_submits.append(request_id)
+        if local:
+            self.local.add(request_id)
+            return
         self.p_submits.append(request_id)
 
     @precondition(lambda self: self.d_submits)
@@ -140,9 +205,13 @@ class Handoff(RuleBasedStateMachine):
         request_id = self.d_submits.popleft()
         prompt = self.prompts[request_id]
         num_tokens = len(prompt) + self.max_tokens[request_id]
-        self.d(self.receiver.submit(request_id, prompt, num_tokens))
+        actions = self.receiver.submit(request_id, prompt, num_tokens, local=request_id in self.local)
+        if not self.linked and request_id not in self.local:
+            assert actions == [Dropped(request_id)]
+            self.front_drops({request_id})
+        self.d(actions)
 
-    @precondition(lambda self: self.p_submits)
+    @precondition(lambda self: self.p_submits and self.linked)
     @rule(problem=st.sampled_from([None, None, None, "not here"]))
     def submit_reaches_p(self, problem: str | None) -> None:
         request_id = self.p_submits.popleft()
@@ -199,32 +268,33 @@ class Handoff(RuleBasedStateMachine):
     def push(self, packing_fails: bool = False) -> None:
         send = self.sender.next_send()
         if isinstance(send, Send):
-            self.to_d.append(send.frame)
+            self.p([send])
         elif isinstance(send, Push) and packing_fails:
             self.p(self.sender.not_pushed(send, "pack raised"))
         elif isinstance(send, Push):
-            assert send.stop - send.start <= 3
-            num_bytes = WIRE.packed_bytes(1, WIRE.num_kv_heads, send.stop - send.start)
+            (layer, next_layer), (start, stop) = send.layers, send.tokens
+            num_bytes = WIRE.packed_bytes(next_layer - layer, WIRE.num_kv_heads, stop - start)
+            assert num_bytes <= STAGING_SLOT_BYTES
             chunk = self.sender.chunk_frame(send, num_bytes, 0)
             self.sent_chunks.append(chunk)
-            self.to_d.append(chunk)
+            self.p([Send(chunk)])
 
     @precondition(lambda self: self.to_p)
     @rule()
     def frame_reaches_p(self) -> None:
-        frame = self.to_p.popleft()
-        handle = {Reserve: self.sender.reserve, Credit: self.sender.credit,
-                  Ack: self.sender.ack, Abort: self.sender.abort}[type(frame)]  # fmt: skip
-        self.p(handle(frame))
+        if frame := self.received(self.p_codec, self.to_p):
+            handle = {Reserve: self.sender.reserve, Credit: self.sender.credit,
+                      Ack: self.sender.ack, Abort: self.sender.abort}[type(frame)]  # fmt: skip
+            self.p(handle(frame))
 
     # ------------------------------------------------------------------ D works
 
     @precondition(lambda self: self.to_d)
     @rule()
     def frame_reaches_d(self) -> None:
-        frame = self.to_d.popleft()
-        handle = {Chunk: self.receiver.chunk, Commit: self.receiver.commit, Abort: self.receiver.abort}[type(frame)]
-        self.d(handle(frame))
+        if frame := self.received(self.d_codec, self.to_d):
+            receiver = self.receiver
+            self.d({Chunk: receiver.chunk, Commit: receiver.commit, Abort: receiver.abort}[type(frame)](frame))
 
     @precondition(lambda self: self.unpacking)
     @rule(number=st.integers(0, 99), problem=st.sampled_from([None, None, None, "checksum"]))
@@ -252,6 +322,7 @@ class Handoff(RuleBasedStateMachine):
     def time_passes(self, ms: int) -> None:
         self.now_ms += ms
         self.d(self.receiver.tick())
+        self.p(self.sender.tick())
 
     # ------------------------------------------------------------------ progress
 
@@ -261,7 +332,8 @@ class Handoff(RuleBasedStateMachine):
             move
             for possible, move in (
                 (self.d_submits, self.submit_reaches_d),
-                (self.p_submits, lambda: self.submit_reaches_p(problem=None)),
+                (not self.linked, self.link),
+                (self.p_submits and self.linked, lambda: self.submit_reaches_p(problem=None)),
                 (self.to_p, self.frame_reaches_p),
                 (self.to_d, self.frame_reaches_d),
                 (self.prefilling, lambda: self.forward(len(self.to_d), 5)),
@@ -273,7 +345,7 @@ class Handoff(RuleBasedStateMachine):
         ]
 
     def can_push(self) -> bool:
-        return bool(self.sender._commits or (self.sender._pushes and self.sender._credits))
+        return bool(self.sender._commits or (self.sender._unpushed._full and self.sender._credits))
 
     @rule(choices=st.lists(st.integers(0, 7), min_size=5, max_size=40))
     def play(self, choices: list[int]) -> None:
@@ -285,7 +357,7 @@ class Handoff(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ a peer that misbehaves
 
-    @precondition(lambda self: self.sent_chunks)
+    @precondition(lambda self: self.sent_chunks and self.linked)
     @rule(number=st.integers(0, 99))
     def old_chunk_again(self, number: int) -> None:
         """Taken only with exact coverage, so at most it fails its own request."""
@@ -317,7 +389,8 @@ class Handoff(RuleBasedStateMachine):
         change=st.sampled_from(
             [
                 {"token_start": 15, "token_stop": 16},
-                {"layer_start": 2, "layer_stop": 3},
+                {"layer_start": 3, "layer_stop": 4},
+                {"layer_stop": 4, "payload_bytes": WIRE.packed_bytes(4, 2, 1)},
                 {"head_start": 1, "head_stop": 3},
                 {"payload_bytes": 1},
                 {"head_dim": 5},
@@ -342,8 +415,11 @@ class Handoff(RuleBasedStateMachine):
     def chunk_in_a_staging_slot_being_read(self, number: int) -> None:
         self.honest = False
         incoming = self.granted()[number % len(self.granted())]
-        chunk = self.chunk_for(incoming, min(self.receiver._unpacking))
+        chunk = self.chunk_for(incoming, min(self.being_read()))
         assert [type(action) for action in self.receiver.chunk(chunk)] == [Refused]
+
+    def being_read(self) -> set[int]:
+        return {slot for (_, slot), i in self.receiver._unpacking.items() if i.link == self.receiver._link}
 
     def chunk_for(self, incoming, staging_slot: int) -> Chunk:
         """The first token of layer 0, as its sender would have said it."""
@@ -356,21 +432,17 @@ class Handoff(RuleBasedStateMachine):
         )  # fmt: skip
 
     @precondition(lambda self: self.granted())
-    @rule(number=st.integers(0, 99), change=st.sampled_from([{}, {"token_ids": (99,)}, {"first_token": 100}]))
+    @rule(number=st.integers(0, 99), change=st.sampled_from([{}, {"prompt_sha256": b"h" * 32}, {"first_token": 100}]))
     def forged_commit(self, number: int, change: dict) -> None:
         """`Start` is only for exact coverage of the very prompt: checked where it is carried out."""
         incoming = self.granted()[number % len(self.granted())]
         commit = Commit(
-            incoming.request_id, incoming.generation, incoming.capability, 7, self.prompts[incoming.request_id], ()
-        )
+            incoming.request_id, incoming.generation, incoming.capability, 7,
+            prompt_sha256(self.prompts[incoming.request_id]), (),
+        )  # fmt: skip
         actions = self.receiver.commit(replace(commit, **change))
         assert not (change and any(isinstance(action, Start) for action in actions))
         self.d(actions)
-
-    @precondition(lambda self: any(isinstance(frame, Commit) for frame in self.to_d))
-    @rule()
-    def commit_is_lost(self) -> None:
-        self.to_d.remove(next(frame for frame in self.to_d if isinstance(frame, Commit)))
 
     # ------------------------------------------------------------------ what must always hold
 
@@ -390,13 +462,16 @@ class Handoff(RuleBasedStateMachine):
 
     @invariant()
     def staging_slots_are_conserved(self) -> None:
+        if not self.linked:
+            assert not self.receiver._granted_staging
+            return
         every = set(range(NUM_STAGING_SLOTS))
-        assert self.receiver._granted_staging | set(self.receiver._unpacking) == every
-        assert self.receiver._granted_staging.isdisjoint(self.receiver._unpacking)
+        assert self.receiver._granted_staging | self.being_read() == every
+        assert self.receiver._granted_staging.isdisjoint(self.being_read())
         assert set(self.sender._credits) | self.sender._sent_staging == every
         assert self.sender._sent_staging.isdisjoint(self.sender._credits)
         if self.honest:  # P never writes into a staging slot that D reads
-            assert set(self.sender._credits).isdisjoint(self.receiver._unpacking)
+            assert set(self.sender._credits).isdisjoint(self.being_read())
 
     @invariant()
     def a_side_ends_a_request_once(self) -> None:
@@ -409,14 +484,16 @@ class Handoff(RuleBasedStateMachine):
             if moves := self.moves():
                 moves[step % len(moves)]()
             elif self.receiver._live or self.sender._live:
-                self.time_passes(TIMEOUT_MS)  # whose COMMIT was lost
+                self.time_passes(TIMEOUT_MS)  # a frame was lost, or P's Submit with its connection
+                if self.frame_is_missing and not self.moves():
+                    self.lose()  # no later frame shows the gap
             else:
                 break
             self.pages_are_conserved()
             self.staging_slots_are_conserved()
         assert not self.receiver._live and not self.sender._live
         assert self.d_pages.num_free == D_PAGES and self.p_pages.num_free == P_PAGES
-        assert len(self.sender._credits) == NUM_STAGING_SLOTS
+        assert self.frame_is_missing or len(self.sender._credits) == NUM_STAGING_SLOTS
         assert set(self.answered) == set(self.prompts)
 
 

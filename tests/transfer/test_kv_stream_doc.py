@@ -7,6 +7,7 @@ import pytest
 
 from pagewire.transfer import frames
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Hello, Reserve
+from pagewire.transfer.handoff import prompt_sha256
 
 DOC = (Path(__file__).parents[2] / "docs" / "kv-stream.md").read_text()
 VECTORS = {
@@ -22,7 +23,7 @@ VALUES: dict[str, frames.Frame] = {
         token_start=128, token_stop=256, dtype="bfloat16", scale_kind="none",
         checksum_kind="crc32c", checksum=0xDEADBEEF, payload_bytes=98304, slot=5,
     ),
-    "COMMIT": Commit("cmpl-1-0", 7, b"c" * 16, 42, (1, 2, 49151), ()),
+    "COMMIT": Commit("cmpl-1-0", 7, b"c" * 16, 42, prompt_sha256((1, 2, 49151)), ()),
     "ACK": Ack("r", 1),
     "CREDIT": Credit(3),
     "ABORT": Abort("r", 0, "too late"),
@@ -31,8 +32,9 @@ VALUES: dict[str, frames.Frame] = {
 
 @pytest.mark.parametrize("name", VALUES)
 def test_vector(name: str) -> None:
-    assert frames.encode(VALUES[name]) == VECTORS[name]
-    assert frames.decode(VECTORS[name]) == VALUES[name]
+    sequence = list(VALUES).index(name)
+    assert frames.encode(VALUES[name], sequence) == VECTORS[name]
+    assert frames.decode(VECTORS[name]) == (VALUES[name], sequence)
 
 
 @pytest.mark.parametrize("cls", frames._LAYOUTS, ids=lambda cls: cls.__name__)

@@ -3,14 +3,15 @@
 Everything is little-endian. A frame is
 
     prefix   magic "PWKV", version u16, min_version u16, kind u16, num_tlvs u16, features u32,
-             frame_bytes u32
+             frame_bytes u32, sequence u32
     body     the kind's fixed fields, in the order of `_LAYOUTS`
     TLVs     num_tlvs times: tag u16, reserved u16, length u32, value; unknown tags are skipped
     crc      CRC32C of everything before it, u32
 
-A reader refuses a frame whose min_version is above its own version or whose feature bits it does
-not know. Every length is bounded before it is believed: `decode` returns values within their bounds
-or raises FrameError.
+`sequence` counts a sender's frames on one connection, from 0, modulo 2^32; see `codec`. A reader
+refuses a frame whose min_version is above its own version or whose feature bits it does not know.
+Every length is bounded before it is believed: `decode` returns values within their bounds or raises
+FrameError. Whatever fits its bounds fits MAX_FRAME_BYTES.
 """
 
 import struct
@@ -21,10 +22,10 @@ from typing import Any, NamedTuple
 import google_crc32c
 
 MAGIC = b"PWKV"
-VERSION = 1
+VERSION = 2  # 1, without sequence numbers, was never released
 KNOWN_FEATURES = 0
 
-MAX_FRAME_BYTES = 4 << 20
+MAX_FRAME_BYTES = 256 << 10  # a COMMIT with a digest for each of MAX_LAYERS takes half of it
 MAX_TLVS = 32
 MAX_REQUEST_ID_BYTES = 128
 MAX_REASON_BYTES = 1024
@@ -34,6 +35,7 @@ MAX_HEAD_DIM = 4096
 MAX_TOKENS = 1 << 24
 MAX_STAGING_SLOTS = 1 << 16
 MAX_PAYLOAD_BYTES = 1 << 31
+MAX_DEADLINE_MS = (1 << 32) - 1
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 SCALE_KINDS = ("none", "tensor", "head", "token_head")
@@ -47,7 +49,8 @@ class FrameError(ValueError):
     """These bytes are not a frame we can act on; nothing was changed."""
 
 
-def crc32c(data: bytes) -> int:
+def crc32c(data: Any) -> int:
+    """Of bytes or a contiguous numpy array."""
     checksum: int = google_crc32c.value(data)
     return checksum
 
@@ -91,7 +94,7 @@ class Reserve:
     capability: bytes  # 16, random; every later frame about this reservation repeats it
     num_cached: int
     num_tokens: int  # of the prompt
-    deadline_ms: int  # remaining, from now to the COMMIT
+    deadline_ms: int  # how long either side waits without progress of the other
 
     def __post_init__(self) -> None:
         _expect(0 <= self.num_cached < self.num_tokens <= MAX_TOKENS, "num_cached, num_tokens")
@@ -139,14 +142,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Commit:
-    """Everything was pushed: KV of the prompt `token_ids`, which `first_token` followed."""
+    """Everything was pushed: KV of the prompt with this hash, which `first_token` followed."""
 
     request_id: str
     generation: int
     capability: bytes
     first_token: int
-    token_ids: tuple[int, ...]
+    prompt_sha256: bytes  # 32, of the token ids, u32 each
     digests: tuple[bytes, ...]  # SHA-256 per layer of the packed prompt, or ()
+
+    def __post_init__(self) -> None:
+        _expect(len(self.digests) <= MAX_LAYERS, f"{len(self.digests)} digests, at most {MAX_LAYERS}")
+        _expect(all(len(digest) == 32 for digest in self.digests), "digests are not SHA-256")
 
 
 @dataclass(frozen=True)
@@ -212,17 +219,7 @@ def _text(max_bytes: int) -> tuple[Callable[[str], bytes], Callable[[bytes], str
     return to_bytes, from_bytes
 
 
-def _tokens_to_bytes(token_ids: tuple[int, ...]) -> bytes:
-    return struct.pack(f"<{len(token_ids)}I", *token_ids)
-
-
-def _tokens_from_bytes(data: bytes) -> tuple[int, ...]:
-    _expect(len(data) % 4 == 0, "token_ids are not u32")
-    return struct.unpack(f"<{len(data) // 4}I", data)
-
-
 def _digests_from_bytes(data: bytes) -> tuple[bytes, ...]:
-    _expect(len(data) % 32 == 0 and len(data) <= 32 * MAX_LAYERS, "digests are not SHA-256")
     return tuple(data[i : i + 32] for i in range(0, len(data), 32))
 
 
@@ -231,9 +228,8 @@ _KEY16, _HASH32 = _Field("16s"), _Field("32s")
 _DTYPE, _SCALE_KIND = _Field("B", DTYPES), _Field("B", SCALE_KINDS)
 _CHECKSUM_KIND = _Field("B", CHECKSUM_KINDS)
 _REQUEST_ID = _Tlv(1, *_text(MAX_REQUEST_ID_BYTES))
-_TOKEN_IDS = _Tlv(2, _tokens_to_bytes, _tokens_from_bytes)
-_DIGESTS = _Tlv(3, b"".join, _digests_from_bytes)
-_REASON = _Tlv(4, *_text(MAX_REASON_BYTES))
+_DIGESTS = _Tlv(2, b"".join, _digests_from_bytes)
+_REASON = _Tlv(3, *_text(MAX_REASON_BYTES))
 
 _LAYOUTS: dict[type[Frame], _Layout] = {
     Hello: _Layout(1, dict(
@@ -250,8 +246,8 @@ _LAYOUTS: dict[type[Frame], _Layout] = {
         token_start=_U32, token_stop=_U32, dtype=_DTYPE, scale_kind=_SCALE_KIND,
         checksum_kind=_CHECKSUM_KIND, checksum=_U32, payload_bytes=_U64, slot=_U32,
     ), dict(request_id=_REQUEST_ID)),
-    Commit: _Layout(4, dict(generation=_U64, capability=_KEY16, first_token=_U32),
-                    dict(request_id=_REQUEST_ID, token_ids=_TOKEN_IDS, digests=_DIGESTS)),
+    Commit: _Layout(4, dict(generation=_U64, capability=_KEY16, first_token=_U32, prompt_sha256=_HASH32),
+                    dict(request_id=_REQUEST_ID, digests=_DIGESTS)),
     Ack: _Layout(5, dict(generation=_U64), dict(request_id=_REQUEST_ID)),
     Credit: _Layout(6, dict(slot=_U32), {}),
     Abort: _Layout(7, dict(generation=_U64), dict(request_id=_REQUEST_ID, reason=_REASON)),
@@ -260,14 +256,14 @@ _BY_KIND = {layout.kind: cls for cls, layout in _LAYOUTS.items()}
 _FIXED = {
     cls: struct.Struct("<" + "".join(field.code for field in layout.fixed.values())) for cls, layout in _LAYOUTS.items()
 }
-_PREFIX = struct.Struct("<4sHHHHII")
+_PREFIX = struct.Struct("<4sHHHHIII")
 _TLV_HEAD = struct.Struct("<HHI")
 _CRC = struct.Struct("<I")
 assert all({*w.fixed, *w.tlvs} == {f.name for f in fields(c)} for c, w in _LAYOUTS.items())
 
 
-def encode(frame: Frame) -> bytes:
-    """Raises FrameError when the frame is larger than a reader accepts."""
+def encode(frame: Frame, sequence: int) -> bytes:
+    """Raises FrameError when a text is longer than a reader accepts."""
     layout = _LAYOUTS[type(frame)]
     values = []
     for name, field in layout.fixed.items():
@@ -278,18 +274,18 @@ def encode(frame: Frame) -> bytes:
         data = tlv.to_bytes(getattr(frame, name))
         parts.append(_TLV_HEAD.pack(tlv.tag, 0, len(data)) + data)
     frame_bytes = _PREFIX.size + sum(map(len, parts)) + _CRC.size
-    _expect(frame_bytes <= MAX_FRAME_BYTES, f"frame of {frame_bytes} bytes")
-    prefix = _PREFIX.pack(MAGIC, VERSION, VERSION, layout.kind, len(layout.tlvs), KNOWN_FEATURES, frame_bytes)
+    assert frame_bytes <= MAX_FRAME_BYTES, frame_bytes
+    prefix = _PREFIX.pack(MAGIC, VERSION, VERSION, layout.kind, len(layout.tlvs), KNOWN_FEATURES, frame_bytes, sequence)
     data = b"".join((prefix, *parts))
     return data + _CRC.pack(crc32c(data))
 
 
-def decode(data: bytes) -> Frame:
-    """The frame in exactly these bytes. Raises FrameError naming what is wrong."""
+def decode(data: bytes) -> tuple[Frame, int]:
+    """The frame in exactly these bytes, and its sequence. Raises FrameError naming what is wrong."""
     _expect(_PREFIX.size + _CRC.size <= len(data) <= MAX_FRAME_BYTES, f"frame of {len(data)} bytes")
-    magic, _, min_version, kind, num_tlvs, features, frame_bytes = _PREFIX.unpack_from(data)
+    magic, version, min_version, kind, num_tlvs, features, frame_bytes, sequence = _PREFIX.unpack_from(data)
     _expect(magic == MAGIC, f"magic: expected {MAGIC!r}, got {magic!r}")
-    _expect(min_version <= VERSION, f"version: expected at most {VERSION}, needs {min_version}")
+    _expect(version >= VERSION >= min_version, f"version: expected {VERSION}, got {version} that needs {min_version}")
     _expect(features & ~KNOWN_FEATURES == 0, f"features: unknown bits {features:#x}")
     _expect(frame_bytes == len(data), f"frame_bytes: says {frame_bytes}, got {len(data)}")
     _expect(num_tlvs <= MAX_TLVS, f"num_tlvs: expected at most {MAX_TLVS}, got {num_tlvs}")
@@ -300,7 +296,7 @@ def decode(data: bytes) -> Frame:
         raise FrameError(f"kind: expected one of {sorted(_BY_KIND)}, got {kind}")
     values, at = _decode_fixed(cls, data, _PREFIX.size, end)
     values |= _decode_tlvs(cls, data, at, end, num_tlvs)
-    return cls(**values)
+    return cls(**values), sequence
 
 
 def _decode_fixed(cls: type[Frame], data: bytes, at: int, end: int) -> tuple[dict[str, Any], int]:

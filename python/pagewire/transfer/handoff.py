@@ -5,17 +5,22 @@ they return is to be carried out in order. There are no sockets, tensors or cloc
 interleaving can be tested.
 
     Receiver   waiting --pages free--> receiving --COMMIT covers all--> running --release--> gone
+               waiting --pages free, local--> running
     Sender     waiting --RESERVE, pages free--> prefilling --last forward--> draining --ACK--> gone
 
 Both may cancel or fail a request in any state; all it holds is then released, once. Whoever ends a
-request answers to the front and sends ABORT to the other, which releases in silence.
+request answers to the front and sends ABORT to the other, which releases in silence. When the connection is
+lost, each drops what needs the other, and nobody answers; a Sender serves one connection, a Receiver
+many, one after the other.
 """
 
+import hashlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from pagewire.transfer.frames import Abort, Chunk, Commit, Frame, Hello
+from pagewire.transfer.frames import Abort, Chunk, Commit, Frame, Hello, Range
 
 NO_GENERATION = 0  # of an ABORT before any RESERVE
 
@@ -50,6 +55,11 @@ def _show(value: object) -> str:
     return value.hex()[:16] if isinstance(value, bytes) else str(value)
 
 
+def prompt_sha256(token_ids: tuple[int, ...]) -> bytes:
+    """Of the ids, a little-endian u32 each."""
+    return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
+
+
 @dataclass(frozen=True)
 class Send:
     frame: Frame
@@ -72,7 +82,7 @@ class Cancelled:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The other side ended the request and answers for it; everything it held here is released."""
+    """Not ours to answer for: the other side ended the request or is gone; all it held here is released."""
 
     request_id: str
 
@@ -86,7 +96,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Unpack:
-    """Verify the chunk's checksum, move its payload into `pages`, then call `unpacked`."""
+    """`Packing.unpack` the chunk into `pages`, then call `unpacked`."""
 
     chunk: Chunk
     pages: list[int]
@@ -103,7 +113,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Begin:
-    """D has granted and `pages` are ours: prefill."""
+    """`pages` are ours and whoever takes part has agreed: prefill."""
 
     request_id: str
     pages: list[int]
@@ -111,13 +121,12 @@ class Begin:
 
 @dataclass(frozen=True)
 class Push:
-    """Pack a layer of tokens [start, stop) from `pages` into the staging slot, then send `chunk_frame`."""
+    """Pack layers x tokens from `pages` into the staging slot, then send `chunk_frame`."""
 
     request_id: str
     pages: list[int]
-    layer: int
-    start: int
-    stop: int
+    layers: Range
+    tokens: Range
     staging_slot: int
 
 
@@ -127,7 +136,7 @@ Action = Send | RequestFailed | Cancelled | Dropped | Refused | Unpack | Start |
 class Phase(Enum):
     WAITING = 1
     RECEIVING = 2  # receiver: granted, chunks come
-    RUNNING = 3  # receiver: committed, decoding
+    RUNNING = 3  # receiver: committed or local, D's alone
     PREFILLING = 4  # sender: pages owned, forwards run
     DRAINING = 5  # sender: computed, pages leased to the transfer
     GONE = 6

@@ -1,10 +1,12 @@
 """P's side of the handoff, a pure state machine; see `handoff`."""
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
+from pagewire.transfer.grouping import Grouping
 from pagewire.transfer.handoff import (
     NO_GENERATION,
     Action,
@@ -18,6 +20,7 @@ from pagewire.transfer.handoff import (
     Send,
     Wire,
     abort_frame,
+    prompt_sha256,
 )
 
 MAX_REMEMBERED = 4096  # request ids of which only one side has heard
@@ -44,16 +47,23 @@ class _Outgoing:
     token_ids: tuple[int, ...]
     phase: Phase = Phase.WAITING
     reserve: Reserve | None = None
+    granted_ms: int = 0
     pages: list[int] = field(default_factory=list)
-    num_unpushed: int = 0  # entries of the push queue
     commit: Commit | None = None
 
 
 class Sender:
-    """P's side. It holds no more requests than D queues or admits: D aborts what it refuses."""
+    """P's side of one connection. It holds no more requests than D queues or admits: D aborts what it refuses."""
 
     def __init__(
-        self, allocator: PageAllocator, page_size: int, wire: Wire, num_staging_slots: int, staging_slot_bytes: int
+        self,
+        allocator: PageAllocator,
+        page_size: int,
+        wire: Wire,
+        num_staging_slots: int,
+        staging_slot_bytes: int,
+        *,
+        now_ms: Callable[[], int],
     ) -> None:
         """Raises ValueError when a staging slot cannot hold one token of one layer."""
         token_bytes = wire.packed_bytes(1, wire.num_kv_heads, 1)
@@ -64,8 +74,9 @@ class Sender:
         self._allocator = allocator
         self._page_size = page_size
         self._wire = wire
-        self._tokens_per_chunk = staging_slot_bytes // token_bytes
-        self._credits = deque(range(num_staging_slots))
+        self._now_ms = now_ms
+        self._progress_ms = now_ms()  # when a layer was last computed, a frame sent, a slot or a request given back
+        self._credits = list(range(num_staging_slots))  # a stack: the slot used last is still in a cache
         self._sent_staging: set[int] = set()
         self._live: dict[str, _Outgoing] = {}
         self._granted: deque[_Outgoing] = deque()  # waiting for pages of ours
@@ -73,7 +84,10 @@ class Sender:
         # each entry is consumed by what it waits for:
         self._ungranted = _Remembered()  # ended here; D's RESERVE or refusal is still on its way
         self._refused = _Remembered()  # refused by D; the front's Submit is still on its way
-        self._pushes: deque[tuple[_Outgoing, int, int, int]] = deque()  # layer, start, stop
+        self._unpushed: Grouping[_Outgoing] = Grouping(
+            wire.num_layers, staging_slot_bytes // token_bytes, staging_slot_bytes,
+            lambda layers, tokens: wire.packed_bytes(layers, wire.num_kv_heads, tokens),
+        )  # fmt: skip
         self._commits: deque[_Outgoing] = deque()
 
     @property
@@ -110,6 +124,7 @@ class Sender:
         if outgoing.reserve is not None:
             return [Refused(f"RESERVE for {request_id}, which has one")]
         outgoing.reserve = reserve
+        outgoing.granted_ms = self._now_ms()
         if reserve.num_tokens != len(outgoing.token_ids):
             return self.fail(
                 request_id, f"RESERVE: expected {len(outgoing.token_ids)} tokens, got {reserve.num_tokens}"
@@ -121,10 +136,8 @@ class Sender:
         """Tokens [start, stop) of the layer are in our cache; `next_send` says when they leave."""
         outgoing = self._live[request_id]
         assert outgoing.reserve is not None
-        start = max(start, outgoing.reserve.num_cached)
-        for at in range(start, stop, self._tokens_per_chunk):
-            self._pushes.append((outgoing, layer, at, min(at + self._tokens_per_chunk, stop)))
-            outgoing.num_unpushed += 1
+        self._progress_ms = self._now_ms()
+        self._unpushed.add(outgoing, layer, max(start, outgoing.reserve.num_cached), stop)
 
     def prefilled(self, request_id: str, first_token: int, digests: tuple[bytes, ...] = ()) -> list[Action]:
         """The last forward is over: only the transfer needs the pages now."""
@@ -134,9 +147,11 @@ class Sender:
         self._allocator.free(outgoing.pages, to="leased")
         reserve = outgoing.reserve
         outgoing.commit = Commit(
-            request_id, reserve.generation, reserve.capability, first_token, outgoing.token_ids, digests
-        )
-        if outgoing.num_unpushed == 0:
+            request_id, reserve.generation, reserve.capability, first_token,
+            prompt_sha256(outgoing.token_ids), digests,
+        )  # fmt: skip
+        self._progress_ms = self._now_ms()
+        if not self._unpushed.holds(outgoing):
             self._commits.append(outgoing)
         return []
 
@@ -145,16 +160,18 @@ class Sender:
         if self._commits:
             outgoing = self._commits.popleft()
             assert outgoing.commit is not None
+            self._progress_ms = self._now_ms()
             return Send(outgoing.commit)
-        if not self._pushes or not self._credits:
+        group = self._unpushed.take(idle=not self._sent_staging) if self._credits else None
+        if group is None:
             return None
-        outgoing, layer, start, stop = self._pushes.popleft()
-        outgoing.num_unpushed -= 1
-        if outgoing.num_unpushed == 0 and outgoing.phase is Phase.DRAINING:
+        outgoing = group.owner
+        if outgoing.phase is Phase.DRAINING and not self._unpushed.holds(outgoing):
             self._commits.append(outgoing)
-        staging_slot = self._credits.popleft()
+        staging_slot = self._credits.pop()
         self._sent_staging.add(staging_slot)
-        return Push(outgoing.request_id, outgoing.pages, layer, start, stop, staging_slot)
+        self._progress_ms = self._now_ms()
+        return Push(outgoing.request_id, outgoing.pages, group.layers, group.tokens, staging_slot)
 
     def chunk_frame(self, push: Push, payload_bytes: int, checksum: int) -> Chunk:
         reserve = self._live[push.request_id].reserve
@@ -163,9 +180,9 @@ class Sender:
         return Chunk(
             request_id=push.request_id, generation=reserve.generation,
             capability=reserve.capability, fingerprint=wire.fingerprint, group=0,
-            layer_start=push.layer, layer_stop=push.layer + 1, head_start=0,
+            layer_start=push.layers[0], layer_stop=push.layers[1], head_start=0,
             head_stop=wire.num_kv_heads, head_dim=wire.head_dim, head_dim_v=wire.head_dim_v,
-            token_start=push.start, token_stop=push.stop, dtype=wire.dtype,
+            token_start=push.tokens[0], token_stop=push.tokens[1], dtype=wire.dtype,
             scale_kind=wire.scale_kind, checksum_kind="crc32c", checksum=checksum,
             payload_bytes=payload_bytes, slot=push.staging_slot,
         )  # fmt: skip
@@ -177,6 +194,7 @@ class Sender:
     def credit(self, credit: Credit) -> list[Action]:
         if credit.slot not in self._sent_staging:
             return [Refused(f"CREDIT for staging slot {credit.slot}, which holds no chunk of ours")]
+        self._progress_ms = self._now_ms()
         self._sent_staging.remove(credit.slot)
         self._credits.append(credit.slot)
         return []
@@ -187,6 +205,7 @@ class Sender:
             return []
         if outgoing.reserve.generation != ack.generation or outgoing.phase is not Phase.DRAINING:
             return [Refused(f"ACK for {ack.request_id}, which was not committed")]
+        self._progress_ms = self._now_ms()
         return [Dropped(ack.request_id), *self._end(outgoing)]
 
     def abort(self, abort: Abort) -> list[Action]:
@@ -215,6 +234,30 @@ class Sender:
     def fail(self, request_id: str, message: str) -> list[Action]:
         return self._give_up(request_id, RequestFailed(request_id, message), message)
 
+    def tick(self) -> list[Action]:
+        """Fails what was granted when neither that nor any progress is within its `deadline_ms`."""
+        now_ms = self._now_ms()
+        late = [
+            (outgoing.request_id, outgoing.reserve.deadline_ms)
+            for outgoing in self._live.values()
+            if outgoing.reserve is not None
+            and max(outgoing.granted_ms, self._progress_ms) + outgoing.reserve.deadline_ms <= now_ms
+        ]
+        return [
+            action
+            for request_id, deadline_ms in late
+            for action in self.fail(
+                request_id, f"the KV did not leave: nothing moved between P and D within {deadline_ms} ms"
+            )
+        ]
+
+    def lost(self) -> list[Action]:
+        """D is gone, and with it all that was for it; this Sender is not used again."""
+        dropped = list(self._live.values())
+        for outgoing in dropped:
+            self._free(outgoing)
+        return [Dropped(outgoing.request_id) for outgoing in dropped]
+
     def _give_up(self, request_id: str, answer: Action | None, reason: str) -> list[Action]:
         outgoing = self._live.get(request_id)
         if outgoing is None:
@@ -227,18 +270,21 @@ class Sender:
         return actions + self._end(outgoing)
 
     def _end(self, outgoing: _Outgoing) -> list[Action]:
+        self._free(outgoing)
+        return self._admit()
+
+    def _free(self, outgoing: _Outgoing) -> None:
         del self._live[outgoing.request_id]
         if outgoing in self._granted:
             self._granted.remove(outgoing)
         if outgoing in self._commits:
             self._commits.remove(outgoing)
-        self._pushes = deque(entry for entry in self._pushes if entry[0] is not outgoing)
+        self._unpushed.drop(outgoing)
         if outgoing.phase is Phase.DRAINING:
             self._allocator.end_lease(outgoing.pages)
         else:
             self._allocator.free(outgoing.pages)
         outgoing.phase = Phase.GONE
-        return self._admit()
 
     def _admit(self) -> list[Action]:
         actions: list[Action] = []

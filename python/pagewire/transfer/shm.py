@@ -44,8 +44,3 @@ class Arena:
     def staging_slot(self, index: int) -> Tensor:
         """uint8 [staging_slot_bytes], a view."""
         return self._bytes[index * self.staging_slot_bytes : (index + 1) * self.staging_slot_bytes]
-
-    def read(self, index: int, num_bytes: int) -> bytes:
-        """A copy of the staging slot's first bytes."""
-        start = index * self.staging_slot_bytes
-        return self._memory[start : start + num_bytes]

@@ -12,7 +12,7 @@ from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.frames import Abort, Chunk, Commit, Frame
 from pagewire.transfer.handoff import Action, Cancelled, Dropped, Refused, RequestFailed, Send, Start, Unpack
-from pagewire.transfer.packing import Packing, checksum_problem
+from pagewire.transfer.packing import Packing
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.shm import Arena
 
@@ -28,12 +28,13 @@ class DecodeWorker(Worker):
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._decoding = Decoding(self)
         self._receiver = Receiver(
-            engine.allocator, engine.config.page_size, packing.wire, arena.num_staging_slots,
+            engine.allocator, engine.config.page_size, packing.wire,
             vocab_size=engine.model.config.vocab_size, max_waiting=engine.config.max_waiting,
             timeout_ms=engine.config.handoff_timeout_ms,
             now_ms=lambda: int(time.monotonic() * 1000),
             new_capability=lambda: secrets.token_bytes(16),
         )  # fmt: skip
+        self._receiver.link(arena.num_staging_slots)
 
     def submit(self, submit: Submit) -> None:
         self._submits.setdefault(submit.request_id, (submit, now_us()))
@@ -80,16 +81,17 @@ class DecodeWorker(Worker):
     def _unpack(self, chunk: Chunk, pages: list[int]) -> str | None:
         """Returns why the payload is not in the pages."""
         start_us = now_us()
-        if chunk.payload_bytes > self._arena.staging_slot_bytes:
-            return f"CHUNK: {chunk.payload_bytes} bytes in a slot of {self._arena.staging_slot_bytes}"
-        problem = checksum_problem(chunk, self._arena.read(chunk.slot, chunk.payload_bytes))
+        try:
+            problem = self._packing.unpack(chunk, pages, self._arena.staging_slot(chunk.slot))
+        except Exception as error:
+            problem = describe(error)
         if problem:
             return problem
-        try:
-            self._packing.unpack(chunk, pages, self._arena.staging_slot(chunk.slot))
-        except Exception as error:
-            return describe(error)
-        args = {"layer": chunk.layer_start, "bytes": chunk.payload_bytes}
+        args = {
+            "layer": chunk.layer_start,
+            "layers": chunk.layer_stop - chunk.layer_start,
+            "bytes": chunk.payload_bytes,
+        }
         self.timeline.add("unpack", start_us, None, chunk.request_id, **args)
         return None
 
@@ -103,7 +105,7 @@ class DecodeWorker(Worker):
 
     def _same_digests(self, request_id: str, pages: list[int], commit: Commit) -> bool:
         start_us = now_us()
-        ours = self._packing.digests(pages, len(commit.token_ids))
+        ours = self._packing.digests(pages, len(self._submits[request_id][0].token_ids))
         p_sha256, d_sha256 = (hashlib.sha256(b"".join(digests)).hexdigest() for digests in (commit.digests, ours))
         equal = p_sha256 == d_sha256
         self.timeline.add(

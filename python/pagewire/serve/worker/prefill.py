@@ -8,7 +8,8 @@ from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.steps import Prefilling, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Ending, Worker
-from pagewire.transfer.frames import Abort, Ack, Credit, Frame, Reserve, crc32c
+from pagewire.transfer.codec import ConnectionLost
+from pagewire.transfer.frames import Abort, Ack, Credit, Frame, Reserve
 from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Push, Refused, RequestFailed, Send
 from pagewire.transfer.packing import Packing
 from pagewire.transfer.sender import Sender
@@ -25,8 +26,9 @@ class PrefillWorker(Worker):
         self._packing = packing
         self._arena = arena
         self._sender = Sender(
-            engine.allocator, engine.config.page_size, packing.wire, arena.num_staging_slots, arena.staging_slot_bytes
-        )
+            engine.allocator, engine.config.page_size, packing.wire, arena.num_staging_slots,
+            arena.staging_slot_bytes, now_ms=lambda: now_us() // 1000,
+        )  # fmt: skip
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._requests: dict[str, RequestState] = {}  # that own pages, the unacknowledged included
         self._prefilling = Prefilling(self)
@@ -62,6 +64,7 @@ class PrefillWorker(Worker):
     def step(self) -> bool:
         while self._frames:
             self.on_peer(self._frames.popleft())
+        self._do(self._sender.tick())
         if not self._prefilling.requests:
             return False
         for request, ending in self._prefilling.step(self._on_layer):
@@ -80,13 +83,20 @@ class PrefillWorker(Worker):
             if chunk.request.id in self._requests:
                 self._sender.layer_ready(chunk.request.id, layer, chunk.start, chunk.stop)
         self._peer.flush()
-        for frame in self._peer.poll():
+        for frame in self._poll():
             # what begins or ends a request waits until no forward touches its pages
             if isinstance(frame, Credit | Ack):
                 self.on_peer(frame)
             else:
                 self._frames.append(frame)
         self._push()
+
+    def _poll(self) -> list[Frame]:
+        """In the middle of a forward, which may raise what it likes but must not hide the end of the peer."""
+        try:
+            return self._peer.poll()
+        except ConnectionLost as lost:
+            raise ChannelClosed(f"{self._peer.name}: {lost}", self._peer) from lost
 
     def _computed(self, request: RequestState, ending: Ending | None) -> None:
         match ending:
@@ -115,14 +125,21 @@ class PrefillWorker(Worker):
     def _push_one(self, push: Push) -> None:
         start_us = now_us()
         out = self._arena.staging_slot(push.staging_slot)
-        num_bytes = self._packing.pack(push.pages, push.layer, push.start, push.stop, out)
-        checksum = crc32c(self._arena.read(push.staging_slot, num_bytes))
+        num_bytes, checksum = self._packing.pack(push.pages, push.layers, push.tokens, out)
         self._peer.send(self._sender.chunk_frame(push, num_bytes, checksum))
         request = self._requests[push.request_id]
         request.pushed_us = request.pushed_us or start_us
         request.pushed_bytes += num_bytes
         request.pack_us += now_us() - start_us
-        self.timeline.add("push", start_us, None, request.id, layer=push.layer, bytes=num_bytes)
+        self.timeline.add(
+            "push",
+            start_us,
+            None,
+            request.id,
+            layer=push.layers[0],
+            layers=push.layers[1] - push.layers[0],
+            bytes=num_bytes,
+        )
 
     def _acked(self, request: RequestState | None) -> None:
         if request is None or not request.computed_us:

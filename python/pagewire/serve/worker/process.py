@@ -16,7 +16,8 @@ from pagewire.serve.channel import WORKER_CODEC, Channel, ChannelClosed, Codec, 
 from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
 from pagewire.serve.messages import Shutdown
 from pagewire.transfer import frames
-from pagewire.transfer.handoff import HELLO_FIELDS, Refused, Wire
+from pagewire.transfer.codec import ConnectionLost, FrameCodec
+from pagewire.transfer.handoff import HELLO_FIELDS, Wire
 
 if TYPE_CHECKING:
     from pagewire.serve.worker.worker import Worker
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except ChannelClosed as closed:
         _say(f"{args.role}: {closed}")
         return EXIT_PEER_LOST
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ConnectionLost) as error:
         _say(f"{args.role}: {error}")
         return EXIT_BAD_CONFIG
     return serve(worker, front, peer)
@@ -54,8 +55,8 @@ def serve(worker: "Worker", front: Channel, peer: Channel | None) -> int:
             wait(channels, timeout_s)
         front.drain(LAST_WORD_S)
         return 0
-    except ChannelClosed as closed:
-        if closed.channel is front or _stop_intended(front):
+    except (ChannelClosed, ConnectionLost) as closed:
+        if getattr(closed, "channel", peer) is front or _stop_intended(front):
             _say(f"{worker.role}: the front closed, exiting")
             return 0
         with contextlib.suppress(ChannelClosed):
@@ -119,7 +120,7 @@ def _start(args: argparse.Namespace) -> tuple["Worker", Channel, Channel | None]
 
     peer = Channel(
         _unix_socket(args.peer_fd, "--peer-fd"),
-        FRAME_CODEC,
+        frame_codec(),
         name="D" if args.role == "prefill" else "P",
         accept_fds=args.role == "prefill",
     )
@@ -160,8 +161,6 @@ def _hello(role: str, wire: Wire, num_staging_slots: int, staging_slot_bytes: in
 
 
 def _expect_hello(frame: object, role: str, wire: Wire) -> frames.Hello:
-    if isinstance(frame, Refused):
-        raise ValueError(f"HELLO: {frame.reason}")
     if not isinstance(frame, frames.Hello) or frame.role != role:
         raise ValueError(f"HELLO: expected one from {role}, got {frame}")
     if problem := wire.mismatch(frame, HELLO_FIELDS):
@@ -169,14 +168,10 @@ def _expect_hello(frame: object, role: str, wire: Wire) -> frames.Hello:
     return frame
 
 
-def _decode_frame(data: bytes) -> frames.Frame | Refused:
-    try:
-        return frames.decode(data)
-    except frames.FrameError as error:
-        return Refused(f"frame: {error}")
-
-
-FRAME_CODEC = Codec(frames.encode, _decode_frame)
+def frame_codec() -> Codec:
+    """For one end of one connection."""
+    codec = FrameCodec()
+    return Codec(codec.encode, codec.decode)
 
 
 def _unix_socket(fd: int, option: str) -> socket.socket:
