@@ -203,7 +203,9 @@ class D(Side):
 
 
 def p_process(args: argparse.Namespace, frames: socket.socket, pieces: socket.socket, pipe: Connection) -> None:
-    P(args, frames, pieces, pipe).serve(Arena(*pipe.recv()))
+    p = P(args, frames, pieces, pipe)
+    _, (fd,), _, _ = socket.recv_fds(pieces, 1, 1)
+    p.serve(Arena(fd, *pipe.recv()))
 
 
 def measure(d: D, num_tokens: int, num_rounds: int) -> str:
@@ -231,14 +233,16 @@ def main() -> None:
     args = parser.parse_args()
     (frames, p_frames), (pieces, p_pieces) = (socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
     pipe, p_pipe = multiprocessing.Pipe()
-    context = multiprocessing.get_context("fork")  # the arena's descriptor is inherited
+    process = multiprocessing.get_context("fork").Process
+    child = process(target=p_process, args=(args, p_frames, p_pieces, p_pipe), daemon=True)
+    child.start()  # before there is memory that both would have, to be copied when D writes it
     d = D(args, frames, pieces, pipe)
     arena = d.begin()
-    child = context.Process(target=p_process, args=(args, p_frames, p_pieces, p_pipe), daemon=True)
-    child.start()
-    pipe.send((arena.fd, arena.num_staging_slots, arena.staging_slot_bytes))
-    print(f"{args.layers} layers, {args.heads} heads of {args.head_dim}, {args.dtype}, pages of {args.page_size}; "
-          f"{arena.num_staging_slots} staging slots of {arena.staging_slot_bytes} bytes; {args.rounds} rounds")  # fmt: skip
+    slots = arena.num_staging_slots, arena.staging_slot_bytes
+    socket.send_fds(pieces, [b"!"], [arena.fd])
+    pipe.send(slots)
+    print(f"{args.layers} layers, {args.heads} heads of {args.head_dim}, {args.dtype}, pages of {args.page_size}")
+    print(f"{slots[0]} staging slots of {slots[1]} bytes, {args.rounds} rounds")
     print("tokens chunks       MB   ms ours    ms raw % of raw")
     for num_tokens in args.prompts:
         print(measure(d, num_tokens, args.rounds), flush=True)

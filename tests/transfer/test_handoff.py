@@ -110,6 +110,21 @@ def test_commit_before_the_last_chunk_fails_the_request() -> None:
     assert pair.all_free()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"prompt_sha256": prompt_sha256((5, 4, 3, 2, 1, 0))}, "hash"), ({"first_token": 50}, "first token 50")],
+)
+def test_a_commit_of_something_else_fails_the_request(change: dict, words: str) -> None:
+    pair = Pair()
+    pair.begin("a")
+    pair.compute("a")
+    for _ in range(3):
+        pair.deliver(pair.next_chunk())
+    failed, _ = pair.d.commit(replace(pair.p.next_send().frame, **change))
+    assert isinstance(failed, RequestFailed) and words in failed.message
+    assert pair.d_pages.num_free == 4
+
+
 def test_no_credit_no_chunk() -> None:
     pair = Pair()
     pair.begin("a")

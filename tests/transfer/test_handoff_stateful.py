@@ -79,6 +79,7 @@ class Handoff(RuleBasedStateMachine):
         self.to_d: deque[bytes] = deque()
         self.to_p: deque[bytes] = deque()
         self.p_codec, self.d_codec = FrameCodec(), FrameCodec()
+        self.sent_to: dict[FrameCodec, list[bytes]] = {self.p_codec: [], self.d_codec: []}
         self.sender = Sender(
             self.p_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, STAGING_SLOT_BYTES, now_ms=lambda: self.now_ms
         )
@@ -116,12 +117,26 @@ class Handoff(RuleBasedStateMachine):
         del frames[number % len(frames)]
         self.frame_is_missing = True
 
+    @precondition(lambda self: self.unpacking and self.linked)
+    @rule()
+    def another_peer_comes_while_payloads_of_the_last_one_are_unpacked(self) -> None:
+        self.lose()
+        self.link()
+
     def received(self, codec: FrameCodec, frames: deque) -> Frame | None:
+        """None: a frame before this one is missing."""
+        data = frames.popleft()
         try:
-            return codec.decode(frames.popleft())
+            frame = codec.decode(data)
         except ConnectionLost:
             self.lose()
             return None
+        assert data == self.sent_to[codec].pop(0)
+        return frame
+
+    def send(self, frame: Frame, codec: FrameCodec, to: FrameCodec, frames: deque) -> None:
+        frames.append(codec.encode(frame))
+        self.sent_to[to].append(frames[-1])
 
     def new_capability(self) -> bytes:
         self.capabilities += 1
@@ -134,7 +149,7 @@ class Handoff(RuleBasedStateMachine):
             match action:
                 case Send(frame):
                     assert self.linked and getattr(frame, "request_id", None) not in self.local
-                    self.to_p.append(self.d_codec.encode(frame))
+                    self.send(frame, self.d_codec, self.p_codec, self.to_p)
                 case Begin(request_id, pages):
                     assert request_id in self.local
                     assert len(pages) * PAGE_SIZE >= len(self.prompts[request_id]) + self.max_tokens[request_id]
@@ -158,7 +173,7 @@ class Handoff(RuleBasedStateMachine):
         for action in actions:
             match action:
                 case Send(frame):
-                    self.to_d.append(self.p_codec.encode(frame))
+                    self.send(frame, self.p_codec, self.d_codec, self.to_d)
                 case Begin(request_id, pages):
                     assert len(pages) * PAGE_SIZE >= len(self.prompts[request_id])
                     self.prefilling[request_id] = 0
@@ -167,6 +182,8 @@ class Handoff(RuleBasedStateMachine):
                     self.end_at_p(request_id)
                 case Dropped(request_id):
                     self.end_at_p(request_id)
+                case Refused(reason):
+                    assert not (self.honest and "CREDIT" in reason), reason
 
     def end_at_d(self, request_id: str) -> None:
         self.ended_at_d[request_id] += 1

@@ -23,7 +23,9 @@ class Packing:
         self._cache = cache
         self._dtype = wire_dtype or cache.geometry.dtype
         one = self._one = pw.packed_shape(cache, 1, dtype=self._dtype)
-        self._private = torch.empty(0, dtype=torch.uint8)
+        # what `unpack` reads into, and as what chunk; pages of memory that nobody touches are none
+        self._private = torch.empty(max(MAX_CHUNK_BYTES, one.num_bytes), dtype=torch.uint8)
+        self._payload = functools.lru_cache(64)(lambda *block: pw.PackedKV.wrap(self._private, self._shape(*block)))
         self._shape = functools.lru_cache(256)(self._new_shape)
         self._slots = functools.lru_cache(64)(self._new_slots)
         self.wire = Wire(
@@ -44,18 +46,17 @@ class Packing:
         """
         if chunk.checksum_kind != "crc32c":
             return f"CHUNK: checksum_kind: expected crc32c, got {chunk.checksum_kind}"
-        if chunk.payload_bytes > len(staging):
+        packed = self._payload(*(stop - start for start, stop in chunk.block))
+        if chunk.payload_bytes != packed.num_bytes or packed.num_bytes > len(staging):
             return (
-                f"CHUNK: payload_bytes: expected at most the staging slot's {len(staging)}, got {chunk.payload_bytes}"
+                f"CHUNK: payload_bytes: expected {packed.num_bytes}, at most the staging slot's {len(staging)}, "
+                f"got {chunk.payload_bytes}"
             )
-        if len(self._private) < len(staging):
-            self._private = torch.empty_like(staging)
-        payload = self._private[: chunk.payload_bytes].copy_(staging[: chunk.payload_bytes])
-        found = crc32c(payload.numpy())
+        packed.buffer.copy_(staging[: packed.num_bytes])
+        found = crc32c(packed.buffer.numpy())
         if found != chunk.checksum:
             return f"CHUNK: payload CRC32C: expected {chunk.checksum:#010x}, got {found:#010x}"
         layers, heads, tokens = chunk.block
-        packed = pw.PackedKV.wrap(payload, self._shape(*(stop - start for start, stop in chunk.block)))
         pw.unpack_kv(packed, self._cache, self._slots(tuple(pages), *tokens), layers=layers, heads=heads)
         return None
 
