@@ -162,7 +162,7 @@ def test_a_peer_of_another_model_is_refused(model: Path, change: dict, sentence:
     )
     packing = Packing(cache, b"f" * 32)
     ours, theirs = (
-        Channel(sock, process.FRAME_CODEC, name="peer")
+        Channel(sock, process.frame_codec(), name="peer")
         for sock in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     )
     theirs.send(dataclasses.replace(process._hello("prefill", packing.wire, 0, 0), **change))

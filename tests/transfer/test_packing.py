@@ -84,7 +84,7 @@ def test_a_payload_that_is_not_what_was_packed_changes_nothing() -> None:
     assert "CRC32C: expected 0x" in d.unpack(chunk, D_PAGES, staging)
     for change, words in (
         ({"checksum_kind": "none"}, "got none"),
-        ({"payload_bytes": 16385}, "slot's 16384, got 16385"),
+        ({"payload_bytes": 16385}, "slot of 16384, got 16385"),
     ):
         assert words in d.unpack(dataclasses.replace(chunk, **change), D_PAGES, staging)
     assert torch.equal(rows(d, D_PAGES, (0, 14)), before)

@@ -1,8 +1,9 @@
 """Which layers of which tokens of a request leave together, as one chunk."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, TypeVar
 
 from pagewire.transfer.frames import Range
@@ -61,11 +62,7 @@ class Grouping(Generic[Owner]):
         self._full = deque(group for group in self._full if group.owner is not owner)
 
     def holds(self, owner: Owner) -> bool:
-        return any(group.owner is owner for group in self)
-
-    def __iter__(self) -> Iterator[Group[Owner]]:
-        yield from self._full
-        yield from self._open.values()
+        return any(group.owner is owner for group in chain(self._full, self._open.values()))
 
     def _bytes(self, group: Group[Owner], more: int = 0) -> int:
         start, stop = group.tokens

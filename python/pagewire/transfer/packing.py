@@ -47,11 +47,9 @@ class Packing:
         if chunk.checksum_kind != "crc32c":
             return f"CHUNK: checksum_kind: expected crc32c, got {chunk.checksum_kind}"
         packed = self._payload(*(stop - start for start, stop in chunk.block))
-        if chunk.payload_bytes != packed.num_bytes or packed.num_bytes > len(staging):
-            return (
-                f"CHUNK: payload_bytes: expected {packed.num_bytes}, at most the staging slot's {len(staging)}, "
-                f"got {chunk.payload_bytes}"
-            )
+        if not chunk.payload_bytes == packed.num_bytes <= len(staging):
+            expected = f"{packed.num_bytes} in a staging slot of {len(staging)}"
+            return f"CHUNK: payload_bytes: expected {expected}, got {chunk.payload_bytes}"
         packed.buffer.copy_(staging[: packed.num_bytes])
         found = crc32c(packed.buffer.numpy())
         if found != chunk.checksum:

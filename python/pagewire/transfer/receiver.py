@@ -106,14 +106,9 @@ class Receiver:
         return [*(Dropped(incoming.request_id) for incoming in dropped), *self._admit()]
 
     def submit(
-        self,
-        request_id: str,
-        token_ids: tuple[int, ...],
-        num_tokens: int,
-        problem: str | None = None,
-        *,
-        local: bool = False,
-    ) -> list[Action]:
+        self, request_id: str, token_ids: tuple[int, ...], num_tokens: int, problem: str | None = None,
+        *, local: bool = False,
+    ) -> list[Action]:  # fmt: skip
         """`num_tokens`: prompt and output together, all reserved before P may push.
         `problem`: why the request cannot run here, as the caller found.
         `local`: D prefills it itself, and no peer hears of it.

@@ -56,15 +56,9 @@ class Sender:
     """P's side of one connection. It holds no more requests than D queues or admits: D aborts what it refuses."""
 
     def __init__(
-        self,
-        allocator: PageAllocator,
-        page_size: int,
-        wire: Wire,
-        num_staging_slots: int,
-        staging_slot_bytes: int,
-        *,
-        now_ms: Callable[[], int],
-    ) -> None:
+        self, allocator: PageAllocator, page_size: int, wire: Wire, num_staging_slots: int, staging_slot_bytes: int,
+        *, now_ms: Callable[[], int],
+    ) -> None:  # fmt: skip
         """Raises ValueError when a staging slot cannot hold one token of one layer."""
         token_bytes = wire.packed_bytes(1, wire.num_kv_heads, 1)
         if staging_slot_bytes < token_bytes:
@@ -150,7 +144,6 @@ class Sender:
             request_id, reserve.generation, reserve.capability, first_token,
             prompt_sha256(outgoing.token_ids), digests,
         )  # fmt: skip
-        self._progress_ms = self._now_ms()
         if not self._unpushed.holds(outgoing):
             self._commits.append(outgoing)
         return []
@@ -236,20 +229,15 @@ class Sender:
 
     def tick(self) -> list[Action]:
         """Fails what was granted when neither that nor any progress is within its `deadline_ms`."""
-        now_ms = self._now_ms()
-        late = [
-            (outgoing.request_id, outgoing.reserve.deadline_ms)
-            for outgoing in self._live.values()
-            if outgoing.reserve is not None
-            and max(outgoing.granted_ms, self._progress_ms) + outgoing.reserve.deadline_ms <= now_ms
-        ]
-        return [
-            action
-            for request_id, deadline_ms in late
-            for action in self.fail(
-                request_id, f"the KV did not leave: nothing moved between P and D within {deadline_ms} ms"
-            )
-        ]
+        actions: list[Action] = []
+        for outgoing in list(self._live.values()):
+            idle_ms = self._now_ms() - max(outgoing.granted_ms, self._progress_ms)
+            if outgoing.reserve and idle_ms >= outgoing.reserve.deadline_ms:
+                message = (
+                    f"the KV did not leave: nothing moved between P and D within {outgoing.reserve.deadline_ms} ms"
+                )
+                actions += self.fail(outgoing.request_id, message)
+        return actions
 
     def lost(self) -> list[Action]:
         """D is gone, and with it all that was for it; this Sender is not used again."""

@@ -87,11 +87,7 @@ class DecodeWorker(Worker):
             problem = describe(error)
         if problem:
             return problem
-        args = {
-            "layer": chunk.layer_start,
-            "layers": chunk.layer_stop - chunk.layer_start,
-            "bytes": chunk.payload_bytes,
-        }
+        args = {"layer": chunk.layer_start, "bytes": chunk.payload_bytes}
         self.timeline.add("unpack", start_us, None, chunk.request_id, **args)
         return None
 

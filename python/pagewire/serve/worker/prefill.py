@@ -26,8 +26,8 @@ class PrefillWorker(Worker):
         self._packing = packing
         self._arena = arena
         self._sender = Sender(
-            engine.allocator, engine.config.page_size, packing.wire, arena.num_staging_slots,
-            arena.staging_slot_bytes, now_ms=lambda: now_us() // 1000,
+            engine.allocator, engine.config.page_size, packing.wire, arena.num_staging_slots, arena.staging_slot_bytes,
+            now_ms=lambda: now_us() // 1000,
         )  # fmt: skip
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._requests: dict[str, RequestState] = {}  # that own pages, the unacknowledged included
@@ -131,15 +131,7 @@ class PrefillWorker(Worker):
         request.pushed_us = request.pushed_us or start_us
         request.pushed_bytes += num_bytes
         request.pack_us += now_us() - start_us
-        self.timeline.add(
-            "push",
-            start_us,
-            None,
-            request.id,
-            layer=push.layers[0],
-            layers=push.layers[1] - push.layers[0],
-            bytes=num_bytes,
-        )
+        self.timeline.add("push", start_us, None, request.id, layer=push.layers[0], bytes=num_bytes)
 
     def _acked(self, request: RequestState | None) -> None:
         if request is None or not request.computed_us:
