@@ -184,18 +184,28 @@ def percentile_ms(seconds: list[float], percent: float) -> str:
 
 
 def table(title: str, this: Run) -> None:
-    head = ("request", "prompt", "output", "TTFT ms", "ITL p50", "ITL p99", "KV bytes", "transfer ms", "exposed ms")
+    head = (
+        "request",
+        "prompt",
+        "output",
+        "TTFT ms",
+        "ITL p50",
+        "ITL p99",
+        "KV bytes",
+        "transfer ms",
+        "late ms",
+        "join ms",
+    )
     rows = []
     for answer in this.answers:
         gaps = [after - before for before, after in zip(answer.times, answer.times[1:], strict=False)]
-        total, exposed = this.event(answer, "transfer_total"), this.event(answer, "exposed")
+        total, late, join = (this.event(answer, name) for name in ("transfer_total", "transfer_late", "join_wait"))
         name = answer.question if len(answer.question) <= 30 else answer.question[:27] + "..."
         rows.append((
             name, str(answer.usage["prompt_tokens"]), str(answer.usage["completion_tokens"]),
             f"{(answer.times[0] - answer.start) * 1e3:.0f}", percentile_ms(gaps, 50), percentile_ms(gaps, 99),
             f"{total['args']['bytes']:,}" if total else "-",
-            f"{total['duration_us'] / 1e3:.1f}" if total else "-",
-            f"{exposed['duration_us'] / 1e3:.1f}" if exposed else "-",
+            *(f"{span['duration_us'] / 1e3:.1f}" if span else "-" for span in (total, late, join)),
         ))  # fmt: skip
     print(title)
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
@@ -272,7 +282,7 @@ def main() -> None:
         table("one process (--colocated)", one)
         print(
             "TTFT: to the first text; ITL: between two texts, ms. Transfer: from P's first push to D's ack, beside "
-            "the prefill;\nexposed: what of it comes after P's last forward.\n"
+            "the prefill;\nlate: from P's last forward until all was pushed; join: from there to the ack.\n"
         )
         print(check_kv(two))
         print(check_logits(two, one))

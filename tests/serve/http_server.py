@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# what `python -m pagewire` does, with another worker
-WITH_FAKE = (
-    "import sys; from pagewire.serve.front import supervisor; from pagewire.__main__ import main;"
-    f"supervisor.WORKER_COMMAND = (sys.executable, {str(Path(__file__).with_name('fake_worker.py'))!r});"
-    "supervisor.BACKOFF_S = 0.01; sys.exit(main())"
+# what `python -m pagewire` does, but that the tests' many kills do not have it wait longer and longer
+QUICK = (
+    "import sys; from pagewire.serve.front import process, supervisor; from pagewire.__main__ import main;"
+    "supervisor.BACKOFF_S = 0.01; supervisor.MAX_BACKOFF_S = 0.2; {patch}sys.exit(main())"
 )
+FAKE = f"process.WORKER_COMMAND = (sys.executable, {str(Path(__file__).with_name('fake_worker.py'))!r});"
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -30,7 +30,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(*args: str, fake: bool = False) -> list[str]:
-    return [sys.executable, *(["-c", WITH_FAKE] if fake else ["-m", "pagewire"]), "serve", *args]
+    return [sys.executable, "-c", QUICK.format(patch=FAKE if fake else ""), "serve", *args]
 
 
 class Server:

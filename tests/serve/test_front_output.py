@@ -140,3 +140,58 @@ def test_stop_text_equals_a_search_of_the_whole(text, stops, cuts):
             return
     assert all(stop not in text for stop in stops)
     assert sent + matcher.finish() == text
+
+
+def test_an_attempt_goes_on_where_the_one_before_was_lost():
+    """What was emitted is the next prompt's end; nothing is emitted twice, and Finished counts what is left."""
+    output, sink, _ = make()
+    output.on_token(1, 66)
+    output.on_token(0, 65, joined=False)
+    output.on_token(3, 68)  # its predecessor is lost
+    assert not output.restart()
+    attempt = output.attempt
+    assert (attempt.token_ids, attempt.max_tokens, attempt.request_id) == ([1, 65, 66], 14, "r.2")
+    assert output.submit.token_ids == [1] and output.num_losses == 0
+    output.on_token(0, 67, joined=False)
+    output.on_token(1, 68)
+    output.on_finished("stop", 2)
+    assert text_of(drain(sink)) == "ABCD" and output.num_tokens == 4 and output.outcome == "stop"
+
+
+def test_nothing_is_left_to_compute_when_only_finished_is_missing():
+    output, sink, _ = make()
+    for index in range(16):
+        output.on_token(index, 65)
+    assert output.restart() and output.outcome == "length"
+    assert drain(sink)[-1] == Delta(0, "", "length")
+
+
+def test_a_stop_string_across_attempts():
+    output, sink, cancelled = make(("BC",))
+    output.on_token(0, 65)
+    output.on_token(1, 66)
+    output.restart()
+    output.on_token(0, 67)
+    assert text_of(drain(sink)) == "A" and output.outcome == "stop" and cancelled == ["r.2"]
+
+
+def test_losses_in_a_row_are_counted_until_d_says_something():
+    output, _, _ = make()
+    for num_losses in (1, 2):
+        output.on_token(0, 65, joined=False)  # P's token does not count: it may be D that the request kills
+        output.restart()
+        assert output.num_losses == num_losses
+    output.on_token(0, 65)
+    output.restart()
+    assert output.num_losses == 0
+
+
+def test_p_is_needed_until_its_token_and_one_of_d_are_here():
+    output, _, _ = make()
+    assert output.needs_prefill
+    output.on_token(1, 66)
+    assert output.needs_prefill, "P may have died before its token left"
+    output.on_token(0, 65, joined=False)
+    assert not output.needs_prefill
+    output.restart()
+    assert output.needs_prefill

@@ -3,11 +3,7 @@
 What two servers must agree on is KV bytes and logits; tokens are only compared within one server.
 """
 
-import json
-import os
-import signal
 import subprocess
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -188,7 +184,7 @@ def test_disconnect_frees_the_pages_of_both(server):
 
 def test_every_handoff_had_equal_kv_and_its_phases_are_told(server):
     server.post("/v1/completions", **LONG)
-    phases = {"queue_p", "prefill", "exposed", "transfer_total", "queue_d", "decode", "request"}
+    phases = {"queue_p", "prefill", "transfer_late", "join_wait", "transfer_total", "queue_d", "decode", "request"}
 
     def events() -> dict:
         newest = server.request("GET", "/debug/requests")[1]["requests"][0]
@@ -203,7 +199,7 @@ def test_every_handoff_had_equal_kv_and_its_phases_are_told(server):
     assert server.metric("pagewire_kv_transfer_bytes_total") >= 60 * 512
     for name in ("pagewire_time_to_first_token_seconds", "pagewire_inter_token_seconds"):
         assert server.metric(f"{name}_count") > 0
-    for part in ("total", "exposed"):
+    for part in ("total", "transfer_late", "join_wait"):
         assert server.metric("pagewire_kv_transfer_seconds_count", part=part) > 0
     trace = server.request("GET", "/debug/trace")[1]["traceEvents"]
     named = {row["args"]["name"] for row in trace if row["name"] == "process_name"}
@@ -229,29 +225,6 @@ def logits_of(folder: Path, answer_id: str) -> np.ndarray:
     files = [folder / f"{answer_id}-0.{phase}.safetensors" for phase in ("prefill", "decode")]
     wait_for(lambda: all(file.exists() for file in files), 5)
     return np.concatenate([load_file(file)["logits"] for file in files])
-
-
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_kill_9(server, role):
-    """Whoever waits gets an answer, /health tells, and the next pair serves with empty pools."""
-    pids = server.pids()
-    answers: list = []
-    thread = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", **LONG, n=4)))
-    with server.open_stream("/v1/completions", **LONG) as response:
-        response.readline()
-        thread.start()
-        wait_for(lambda: server.metric("pagewire_inflight_requests") == 5, 5)
-        os.kill(pids[role], signal.SIGKILL)
-        last = response.read().strip().split(b"\n\n")[-1]
-    thread.join(20)
-    if last != b"data: [DONE]":  # it may have ended just before
-        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "service_unavailable"
-    status, _, _, message = error_of(*answers[0])
-    assert status == 503 and f"the {role} process (pid {pids[role]}) was killed by SIGKILL" in message
-    server.wait_healthy()
-    assert not set(pids.values()) & set(server.pids().values())
-    assert server.post("/v1/completions", prompt="hello", max_tokens=3)[0] == 200
-    wait_for(lambda: free_pages(server), 5)
 
 
 def test_a_truncated_model_is_one_sentence(tmp_path):

@@ -1,8 +1,12 @@
 """Model processes as the front runs them: KV bytes, logits against one process, and how they end."""
 
 import contextlib
-import dataclasses
+import os
 import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -11,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 import pagewire as pw
-from pagewire.serve.channel import Channel
-from pagewire.serve.config import EXIT_BAD_CONFIG, EXIT_PEER_LOST, WorkerConfig
-from pagewire.serve.messages import Failed, Finished, Sampling
+from pagewire.serve.channel import frame
+from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
+from pagewire.serve.messages import Finished, Pair, Sampling
+from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.worker import process
+from pagewire.serve.worker.peer import Peer
+from pagewire.transfer.frames import Ack
 from pagewire.transfer.packing import Packing
 from serve.tiny import make_tiny_llama
 from serve.workers import Workers, prompt_of
@@ -74,16 +81,16 @@ def test_a_pair_answers_and_every_byte_of_kv_arrives(pair: Workers, answered: li
 
 
 def test_the_phases_of_a_request_follow_each_other(pair: Workers) -> None:
-    """queue_p, prefill, exposed, queue_d and decode partition its time, but for a frame's flight."""
+    """queue_p, prefill, transfer_late, join_wait, queue_d and decode partition its time, but for a frame's flight."""
     pair.submit("phases", prompt_of(50), MAX_TOKENS)
     pair.until_ended("phases")
-    names = ("queue_p", "prefill", "exposed", "queue_d", "decode")
+    names = ("queue_p", "prefill", "transfer_late", "join_wait", "queue_d", "decode")
     spans = [pair.reported(name, "phases") for name in names]
     assert [len(span) for span in spans] == [1] * len(names)
     starts = [span[0].start_us for span in spans]
     ends = [span[0].start_us + span[0].duration_us for span in spans]
-    assert starts[1] == ends[0] and starts[2] >= ends[1] and starts[4] == ends[3]
-    assert starts == sorted(starts) and ends[4] == max(ends)
+    assert starts[1:4] == ends[:3] and starts[5] == ends[4]
+    assert starts == sorted(starts) and ends[5] == max(ends)
     chunks = pair.named("prefill_chunk", "phases")
     assert [(c.args["start"], c.args["stop"]) for c in chunks] == [(0, 16), (16, 32), (32, 48), (48, 50)]
 
@@ -128,46 +135,119 @@ def pair_record_dir(pair: Workers) -> str:
     return msgspec.json.decode(args[args.index("--config-json") + 1])["record_dir"]
 
 
-def test_killing_p_ends_d_with_a_word_on_every_request(model: Path) -> None:
-    pair = Workers(config_of(model))
-    pair.submit("running", prompt_of(20), 400)
-    pair.until(lambda: len(pair.tokens["running"]) > 3)
-    ids = [f"early{i}" for i in range(4)]
-    for i, request_id in enumerate(ids):
-        pair.submit(request_id, prompt_of(300, salt=i), 2)
-    pair.kill("prefill")
-    assert pair.exit_code("decode") == EXIT_PEER_LOST
-    pair.until(lambda: "decode" in pair.closed)
-    for request_id in ("running", *ids):
-        assert pair.ends[request_id] == [Failed(request_id, "the decode process lost its peer")]
-    assert "P: the other end closed, exiting" in pair.stderr("decode")
-    pair.stop()
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+def test_the_other_process_outlives_a_kill(model: Path, victim: str) -> None:
+    """It says so, drops what it cannot end, gives every page and descriptor back, and joins the next one."""
+    survivor = "decode" if victim == "prefill" else "prefill"
+    pair = Workers(config_of(model, backend="cpu"))
+    try:
+        fds = pair.num_fds(survivor)
+        pair.submit("running", prompt_of(20), 300)
+        pair.until(lambda: len(pair.tokens["running"]) > 3)
+        for i in range(4):
+            pair.submit(f"early{i}", prompt_of(400, salt=i), 2)
+        pair.kill(victim)
+        pair.until(lambda: pair.unlinked != [])
+        ((role, unlinked),) = pair.unlinked
+        assert (role, unlinked.link) == (survivor, 1) and unlinked.reason.startswith(f"{victim[0].upper()}: ")
+        if survivor == "decode":
+            pair.until_ended("running")
+            assert pair.ends["running"] == [Finished("running", "length", 300)]
+        pair.start(victim)
+        pair.until(lambda: len(pair.ready) == 2)
+        pair.pair()
+        pair.submit("next", prompt_of(20), 8)
+        pair.until_ended("next")
+        assert pair.output("next") == pair.output("running")[:8] or survivor == "prefill"
+        pair.until(pair.all_free)
+        assert pair.num_fds(survivor) == fds
+    finally:
+        pair.stop()
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"fingerprint": b"g" * 32}, "fingerprint: expected 6666666666666666, got 6767676767676767"),
-        ({"num_layers": 4}, "num_layers: expected 3, got 4"),
-        ({"num_kv_heads": 8}, "num_kv_heads: expected 2, got 8"),
-        ({"dtype": "bfloat16"}, "dtype: expected float32, got bfloat16"),
-        ({"role": "decode"}, "HELLO: expected one from prefill"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_a_peer_of_another_model_is_refused(model: Path, change: dict, sentence: str) -> None:
-    """Before Ready, and by the field in which they differ."""
+def test_a_flood_of_frames_does_not_keep_d_from_its_work(model: Path) -> None:
+    """100,000 frames that change nothing, from a peer of ours, beside a request that D decodes."""
+    config = config_of(model, backend="cpu", verify_kv=False)
+    d = Workers(config, roles=("decode",))
     cache = pw.PagedKVCache.allocate(
         num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu"
     )
-    packing = Packing(cache, b"f" * 32)
-    ours, theirs = (
-        Channel(sock, process.frame_codec(), name="peer")
-        for sock in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    p = Peer("prefill", Packing(cache, bytes.fromhex(fingerprint(model))), config)
+    try:
+        d.channels["decode"].send(Pair(1, p.incarnation.hex(), ""))
+        p.pair(Pair(1, d.ready["decode"].incarnation, d.ready["decode"].address))
+        d.until(lambda: p.join() or p.link == 1, 10)
+        d.until(lambda: d.linked == {"decode": 1})
+        d.submit("victim", prompt_of(20), 400, local=True)
+        d.until(lambda: len(d.tokens["victim"]) > 20)
+        before = d.rss_mb("decode")
+        flood = b"".join(frame(p._channel._codec.encode(Ack("x", 1))) for _ in range(100_000))
+        with p._channel._sock.dup() as sock:
+            sock.setblocking(True)
+
+            def send() -> None:
+                with contextlib.suppress(OSError):
+                    sock.sendall(flood)
+
+            thread = threading.Thread(target=send, daemon=True)
+            thread.start()
+            longest, last = 0.0, time.monotonic()
+            while not d.ends["victim"]:
+                seen = len(d.tokens["victim"])
+                d.until(lambda n=seen: len(d.tokens["victim"]) > n or d.ends["victim"], 10)
+                now = time.monotonic()
+                longest, last = max(longest, now - last), now
+            assert thread.is_alive(), "the flood was over before the request"
+            sock.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+        assert d.ends["victim"] == [Finished("victim", "length", 400)]
+        assert longest < 0.5 and d.rss_mb("decode") - before < 32
+        refused = d.reported("refused", "")
+        assert "which only D sends" in refused[0].args["reason"]
+    finally:
+        d.stop()
+
+
+def test_a_worker_dies_with_its_front(model: Path) -> None:
+    """While it loads, and while it is stopped: without a word from anybody."""
+    code = (
+        "import sys, os, time; sys.path[:0] = sys.argv[1].split(':'); from serve.workers import *;"
+        "w = Workers.__new__(Workers); FrontEnd.__init__(w); w.processes = {};"
+        "w.config = msgspec.json.decode(sys.argv[2], type=WorkerConfig); w.start('colocated');"
+        "sys.argv[3] == 'loading' or w.until(lambda: w.ready);"
+        "pid = w.processes['colocated'].pid; sys.argv[3] == 'stopped' and os.kill(pid, signal.SIGSTOP);"
+        "print(pid, flush=True); time.sleep(60)"
     )
-    theirs.send(dataclasses.replace(process._hello("prefill", packing.wire, 0, 0), **change))
-    with pytest.raises(ValueError, match=sentence):
-        process._create_arena(config_of(model), ours, packing)
+    config = msgspec.json.encode(config_of(model)).decode()
+    for state in ("loading", "stopped"):
+        argv = [sys.executable, "-c", code, os.pathsep.join(sys.path), config, state]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as front:
+            pid = int(front.stdout.readline())
+            time.sleep(0.3 if state == "loading" else 0)  # python starts, prctl is among the first things it does
+            front.kill()
+        deadline = time.monotonic() + 5
+        while is_alive(pid):
+            assert time.monotonic() < deadline, f"{state}: process {pid} is left"
+            time.sleep(0.01)
+
+
+def test_a_worker_whose_front_ended_before_the_kernel_was_told_ends(model: Path) -> None:
+    """Whoever made the control socket is the front: here it is not the parent."""
+    code = (
+        "import sys, socket, os; sys.path[:0] = sys.argv[1].split(':'); from pagewire.serve.worker import process;"
+        "ours, theirs = socket.socketpair();"
+        "sys.exit(process.main(['--role', 'colocated', '--config-json', '{}', '--control-fd', str(theirs.detach())]))"
+    )
+    argv = [sys.executable, "-c", code, os.pathsep.join(sys.path)]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=20)
+    assert result.returncode == 0 and "is not the parent" in result.stderr
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -189,10 +269,11 @@ def test_a_config_that_cannot_work_is_refused(
 ) -> None:
     monkeypatch.setenv("PAGEWIRE_BACKEND", "reference")
     monkeypatch.setattr(process.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(process, "die_with_front", lambda control: None)
     fields = {**msgspec.to_builtins(config_of(model)), **changes}
-    (front, control), (peer, _other) = socket.socketpair(), socket.socketpair()
+    front, control = socket.socketpair()
     argv = ["--role", "decode", "--config-json", msgspec.json.encode(fields).decode()]
-    argv += ["--control-fd", str(control.detach()), "--peer-fd", str(peer.detach())]
+    argv += ["--control-fd", str(control.detach())]
     assert process.main(argv) == EXIT_BAD_CONFIG
     stderr = capsys.readouterr().err
     assert sentence in stderr and stderr.startswith("decode: ") and stderr.count("\n") == 1

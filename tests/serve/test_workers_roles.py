@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from pagewire.serve.channel import Channel, Codec
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Cancel, Failed, Finished, Sampling
+from pagewire.serve.worker import timeline
 from serve.tiny import make_tiny_llama
 from serve.workers import Stepped, prompt_of
 
@@ -193,13 +195,13 @@ def test_packing_that_raises_fails_its_request_only(pair: Stepped, patch: pytest
     pack = pair.p._packing.pack
 
     def broken(pages, layers, tokens, out):
-        if layers[0] == 1 and "a" in pair.p._requests and pages == pair.p._requests["a"].pages:
+        if layers[0] == 1 and "a" in pair.p.requests and pages == pair.p.requests["a"].pages:
             raise RuntimeError("no pack")
         return pack(pages, layers, tokens, out)
 
     patch.setattr(pair.p._packing, "pack", broken)
     pair.until_ended("a")
-    assert pair.ends["a"] == [Failed("a", "RuntimeError: no pack")]
+    assert pair.ends["a"] == [Failed("a", "RuntimeError: no pack", retry=True)]
     patch.undo()
     check()
     assert len(pair.p._sender._credits) == pair.arena.num_staging_slots
@@ -211,8 +213,8 @@ def test_a_corrupt_payload_fails_its_request_only(pair: Stepped, patch: pytest.M
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     push_one = pair.p._push_one
 
-    def corrupt(push):
-        push_one(push)
+    def corrupt(sender, push):
+        push_one(sender, push)
         if push.request_id == "a" and push.layers == (2, 3):
             pair.arena.staging_slot(push.staging_slot)[5] ^= 1
 
@@ -220,7 +222,7 @@ def test_a_corrupt_payload_fails_its_request_only(pair: Stepped, patch: pytest.M
     pair.until_ended("a")
     patch.undo()
     (failed,) = pair.ends["a"]
-    assert isinstance(failed, Failed) and "CRC32C" in failed.message
+    assert isinstance(failed, Failed) and "CRC32C" in failed.message and failed.retry
     check()
 
 
@@ -260,7 +262,7 @@ def test_a_request_that_can_never_run_fails_at_once(
     pair.submit(request_id, prompt, max_tokens)
     pair.until_ended(request_id)
     check()
-    assert all(isinstance(end, Failed) for end in pair.ends[request_id])
+    assert all(isinstance(end, Failed) and not end.retry for end in pair.ends[request_id])
     assert message in pair.ends[request_id][0].message
 
 
@@ -283,7 +285,7 @@ def test_prefill_that_never_comes_runs_into_the_deadline(model: str) -> None:
     pair.turn_d()
     time.sleep(0.002)
     pair.turn_d()
-    assert "nothing came from P within 1 ms" in pair.ends["a"][0].message
+    assert "nothing came from P within 1 ms" in pair.ends["a"][0].message and pair.ends["a"][0].retry
     pair.until(pair.pages_free)
 
 
@@ -291,12 +293,118 @@ def test_chunks_that_nobody_takes_run_into_the_deadline(model: str) -> None:
     pair = Stepped(config_of(model, handoff_timeout_ms=50))
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.turn_d()
-    while "a" not in pair.p._requests or pair.p.step():  # more chunks than slots
+    while "a" not in pair.p.requests or pair.p.step():  # more chunks than slots
         pair.turn_p()
     time.sleep(0.051)
     pair.turn_p()
     assert "nothing moved between P and D within 50 ms" in pair.ends["a"][0].message
     pair.until(pair.pages_free)
+
+
+def test_d_alone_gives_the_same_tokens(pair: Stepped) -> None:
+    """Prompts that D computes itself, in a batch with one that P does, and with one that goes on after some tokens."""
+    sampling = Sampling(temperature=1.0, seed=3)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS, sampling=sampling)
+    pair.until_ended("a")
+    output = pair.output("a")
+    pair.submit("b", prompt_of(PROMPT_LEN), MAX_TOKENS, sampling=sampling)
+    pair.submit("alone", prompt_of(PROMPT_LEN), MAX_TOKENS, sampling=sampling, local=True)
+    for done in (1, 4, 5):
+        rest = MAX_TOKENS - done
+        pair.submit(f"after{done}", prompt_of(PROMPT_LEN) + output[:done], rest, sampling=sampling, local=True)
+    pair.until_ended("b", "alone", "after1", "after4", "after5")
+    assert pair.output("b") == pair.output("alone") == output
+    for done in (1, 4, 5):
+        assert pair.output(f"after{done}") == output[done:]
+        assert pair.ends[f"after{done}"] == [Finished(f"after{done}", "length", MAX_TOKENS - done)]
+    pair.until(pair.pages_free)
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+def test_cancel_of_what_d_computes_itself(pair: Stepped, num_turns: int) -> None:
+    check = bystander(pair)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS, local=True)
+    pair.turns(num_turns)
+    pair.cancel("a")
+    pair.until_ended("a")
+    assert pair.ends["a"][0].reason == "cancelled"
+    check()
+
+
+def test_a_request_of_another_link_is_dropped_in_silence(pair: Stepped) -> None:
+    check = bystander(pair)
+    pair.link += 1
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.link -= 1
+    check()
+    assert not pair.ends["a"] and not pair.tokens["a"]
+
+
+@pytest.mark.parametrize("num_turns", range(10))
+@pytest.mark.parametrize("side", ["p", "d"])
+def test_a_link_lost_after_any_number_of_turns(pair: Stepped, side: str, num_turns: int) -> None:
+    """D ends it well or both drop it; no page is lost, and the next link serves."""
+    pair.submit("lone", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.until_ended("lone")
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.turns(num_turns)
+    getattr(pair, side).peer.drop("planted")
+    pair.until(lambda: len(pair.unlinked) == 2)
+    pair.until(pair.pages_free)
+    assert pair.ends["a"] in ([], [Finished("a", "length", MAX_TOKENS)])
+    if not pair.ends["a"]:
+        assert set(pair.tokens["a"]) <= {0}
+    pair.pair()
+    pair.submit("next", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.until_ended("next")
+    assert pair.output("next") == pair.output("lone")
+    pair.until(pair.pages_free)
+
+
+@pytest.mark.parametrize("side", ["p", "d"])
+def test_a_forward_beats_behind_every_layer(pair: Stepped, side: str, patch: pytest.MonkeyPatch) -> None:
+    import pagewire.serve.worker.worker as worker
+
+    patch.setattr(worker, "REPORT_US", 0)
+    patch.setattr(worker, "BEAT_US", 0)
+    role = {"p": "prefill", "d": "decode"}[side]
+    model = getattr(pair, side).engine.model
+    forward, told = model.forward, []
+
+    def watched(*args, on_layer, **kwargs):
+        def watch(layer: int) -> None:
+            on_layer(layer)
+            pair.poll()
+            told[-1].append(pair.gauges[role].progress)
+
+        told.append([])
+        return forward(*args, on_layer=watch, **kwargs)
+
+    patch.setattr(model, "forward", watched)
+    pair.submit("a", prompt_of(5), 3)
+    pair.until_ended("a")
+    assert len(told) == (1 if side == "p" else 2)  # forwards
+    for first, second, third in told:
+        assert first < second < third
+
+
+def test_what_a_front_does_not_read_is_bounded(pair: Stepped) -> None:
+    """Events are the newest ones and say how many older ones are lost; no message comes near a frame's limit."""
+    front = pair.d._front
+    sizes = []
+    while not front.wants_write:  # until the socket is full
+        pair.d.timeline.add("filler", 0, 0, "r" * 128, text="x" * 10_000)
+        pair.d._reported_us = 0
+        pair.d.report()
+    for i in range(10_000):
+        pair.d.timeline.add("event", i, i, text="x" * 10_000)
+        pair.d._reported_us = 0
+        pair.d.report()
+        sizes.append(front.num_unsent)
+    assert sizes[0] == sizes[-1] < 1 << 20 and len(pair.d.timeline) == timeline.MAX_EVENTS
+    pair.until(lambda: len(pair.named("event")) == timeline.MAX_EVENTS)
+    assert pair.named("event")[-1].start_us == 9_999
+    assert sum(event.args["count"] for event in pair.named("events_dropped")) > 5_000
 
 
 def test_bfloat16_on_the_wire_of_a_float32_cache(model: str, patch: pytest.MonkeyPatch) -> None:
@@ -318,9 +426,9 @@ def test_a_frame_that_is_not_the_peers_to_send_changes_nothing(pair: Stepped) ->
 
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
-    pair.until(lambda: "a" in pair.p._requests)
+    pair.until(lambda: "a" in pair.p.requests)
     for frame in (Ack("a", 1), Commit("a", 99, b"?" * 16, 5, b"h" * 32, ())):
-        pair.peer_of_p.send(frame)
+        pair.p.peer.send(frame)
     pair.until_ended("a")
     assert pair.ends["a"] == [Finished("a", "length", MAX_TOKENS)]
     check()
@@ -331,10 +439,25 @@ def test_a_frame_that_is_not_the_peers_to_send_changes_nothing(pair: Stepped) ->
 
 
 @pytest.mark.parametrize("noise", [b"", b"PWKV" + b"\xff" * 90])
-def test_bytes_that_are_no_frame_end_the_connection(pair: Stepped, noise: bytes) -> None:
-    from pagewire.serve.channel import Channel, Codec
-    from pagewire.transfer.codec import ConnectionLost
-
-    Channel(pair.peer_of_p._sock, Codec(bytes, bytes), name="raw").send(noise)
-    with pytest.raises(ConnectionLost, match="frame 0 cannot be read"):
-        pair.turn_d()
+def test_bytes_that_are_no_frame_end_the_link_and_the_next_one_works(pair: Stepped, noise: bytes) -> None:
+    """What D runs goes on; what is on its way is dropped on both sides, without an answer: the front makes it anew."""
+    pair.submit("lone", prompt_of(9, salt=5), MAX_TOKENS)
+    pair.until_ended("lone")
+    pair.submit("running", prompt_of(9, salt=5), MAX_TOKENS)
+    pair.until(lambda: 1 in pair.tokens["running"])
+    pair.submit("coming", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.until(lambda: "coming" in pair.p.requests)
+    Channel(pair.p.peer._channel._sock, Codec(bytes, bytes), name="raw").send(noise)
+    pair.until(lambda: len(pair.unlinked) == 2)
+    assert {role for role, _ in pair.unlinked} == {"prefill", "decode"}
+    assert any("cannot be read" in unlinked.reason for _, unlinked in pair.unlinked)
+    pair.submit("too late", prompt_of(9), MAX_TOKENS)
+    pair.until_ended("running")
+    assert pair.output("running") == pair.output("lone")
+    pair.until(pair.pages_free)
+    pair.pair()
+    pair.submit("next", prompt_of(9, salt=5), MAX_TOKENS)
+    pair.until_ended("next")
+    assert pair.output("next") == pair.output("lone")
+    assert not pair.ends["coming"] and not pair.ends["too late"]
+    pair.until(pair.pages_free)

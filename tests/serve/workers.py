@@ -22,11 +22,14 @@ from pagewire.serve.messages import (
     Failed,
     Finished,
     Gauges,
+    Linked,
+    Pair,
     Ready,
     Sampling,
     Shutdown,
     Submit,
     Token,
+    Unlinked,
 )
 
 TIMEOUT_S = 60.0
@@ -47,6 +50,9 @@ class FrontEnd:
         self.ends: dict[str, list[Finished | Failed]] = defaultdict(list)
         self.events: list[Event] = []
         self.gauges: dict[str, Gauges] = {}
+        self.link = 0  # the latest that was asked for
+        self.linked: dict[str, int] = {}  # by role: the link that stands
+        self.unlinked: list[tuple[str, Unlinked]] = []
 
     def connect(self, role: str) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -57,11 +63,23 @@ class FrontEnd:
         for channel in self.channels.values():
             channel.send(message)
 
+    def pair(self) -> None:
+        """As the front does once P and D are ready."""
+        self.link += 1
+        decode, prefill = self.ready["decode"], self.ready["prefill"]
+        self.channels["decode"].send(Pair(self.link, prefill.incarnation, ""))
+        self.channels["prefill"].send(Pair(self.link, decode.incarnation, decode.address))
+        self.until(lambda: set(self.linked.values()) == {self.link} and len(self.linked) == 2)
+
     def submit(
         self, request_id: str, prompt: list[int], max_tokens: int, *, stop: tuple[int, ...] = (),
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling = Sampling(), local: bool = False,  # noqa: B008 (frozen)
     ) -> None:  # fmt: skip
-        self.send(Submit(request_id, prompt, max_tokens, list(stop), sampling))
+        """local: to D alone, which prefills it too."""
+        submit = Submit(request_id, prompt, max_tokens, list(stop), sampling, 0 if local else self.link)
+        for role, channel in self.channels.items():
+            if not local or role != "prefill":
+                channel.send(submit)
 
     def cancel(self, request_id: str) -> None:
         self.send(Cancel(request_id))
@@ -89,6 +107,11 @@ class FrontEnd:
                 self.gauges[role] = message
             case Ready():
                 self.ready[role] = message
+            case Linked(link):
+                self.linked[role] = link
+            case Unlinked():
+                self.linked.pop(role, None)
+                self.unlinked.append((role, message))
 
     def output(self, request_id: str) -> list[int]:
         tokens = self.tokens[request_id]
@@ -114,17 +137,23 @@ class FrontEnd:
 
 
 class Workers(FrontEnd):
-    """P and D (or one colocated process) as real processes."""
+    """P and D, joined, or one colocated process, as real processes."""
 
     def __init__(self, config: WorkerConfig, roles: tuple[str, ...] = ("decode", "prefill")) -> None:
         super().__init__()
+        self.config = config
         self.processes: dict[str, subprocess.Popen] = {}
-        peers = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        for role, peer in zip(roles, peers, strict=False):
-            self.processes[role] = spawn(role, config, self.connect(role), peer if len(roles) > 1 else None)
-        for peer in peers:
-            peer.close()
+        for role in roles:
+            self.start(role)
         self.until(lambda: len(self.ready) == len(roles))
+        if len(roles) == 2:
+            self.pair()
+
+    def start(self, role: str) -> None:
+        self.ready.pop(role, None)
+        self.linked.pop(role, None)
+        self.closed.discard(role)
+        self.processes[role] = spawn(role, self.config, self.connect(role))
 
     def until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
@@ -139,6 +168,13 @@ class Workers(FrontEnd):
 
     def kill(self, role: str) -> None:
         self.processes[role].send_signal(signal.SIGKILL)
+
+    def num_fds(self, role: str) -> int:
+        return len(os.listdir(f"/proc/{self.processes[role].pid}/fd"))
+
+    def rss_mb(self, role: str) -> float:
+        status = Path(f"/proc/{self.processes[role].pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
     def exit_code(self, role: str) -> int:
         return self.processes[role].wait(timeout=TIMEOUT_S)
@@ -159,56 +195,54 @@ class Workers(FrontEnd):
                 process.communicate()
 
 
-def spawn(role: str, config: WorkerConfig, control: socket.socket, peer: socket.socket | None) -> subprocess.Popen:
+def spawn(role: str, config: WorkerConfig, control: socket.socket) -> subprocess.Popen:
     """Closes our copy of `control`."""
     json = msgspec.json.encode(config).decode()
     args = ["--role", role, "--config-json", json, "--control-fd", str(control.fileno())]
-    fds = [control.fileno()]
-    if peer is not None:
-        args += ["--peer-fd", str(peer.fileno())]
-        fds.append(peer.fileno())
     python = str(Path(__file__).parents[2] / "python")
     with control:
         return subprocess.Popen(
-            [sys.executable, "-m", "pagewire.serve.worker", *args], pass_fds=fds, text=True,
+            [sys.executable, "-m", "pagewire.serve.worker", *args], pass_fds=[control.fileno()], text=True,
             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python},
         )  # fmt: skip
 
 
 class Stepped(FrontEnd):
-    """P and D in this process, each advanced one turn at a time."""
+    """P and D in this process, joined, each advanced one turn at a time."""
 
     def __init__(self, config: WorkerConfig) -> None:
         super().__init__()
         from pagewire.serve.worker.decode import DecodeWorker
         from pagewire.serve.worker.engine import Engine
+        from pagewire.serve.worker.peer import Peer
         from pagewire.serve.worker.prefill import PrefillWorker
-        from pagewire.serve.worker.process import frame_codec
         from pagewire.transfer.packing import Packing
-        from pagewire.transfer.shm import Arena
 
-        to_p, to_d = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.peer_of_d = Channel(to_p, frame_codec(), name="P")
-        self.peer_of_p = Channel(to_d, frame_codec(), name="D")
         p_engine, d_engine = Engine(config), Engine(config)
-        packings = [Packing(engine.cache, b"f" * 32) for engine in (p_engine, d_engine)]
-        self.arena = Arena.create(*packings[1].staging(config.staging_bytes, config.prefill_chunk))
+        p_packing, d_packing = (Packing(engine.cache, b"f" * 32) for engine in (p_engine, d_engine))
         self.front_of_p = Channel(self.connect("prefill"), WORKER_CODEC, name="the front")
         self.front_of_d = Channel(self.connect("decode"), WORKER_CODEC, name="the front")
-        theirs = Arena(os.dup(self.arena.fd), self.arena.num_staging_slots, self.arena.staging_slot_bytes)
-        self.p = PrefillWorker(p_engine, self.front_of_p, self.peer_of_p, packings[0], theirs)
-        self.d = DecodeWorker(d_engine, self.front_of_d, self.peer_of_d, packings[1], self.arena)
+        self.p = PrefillWorker(p_engine, self.front_of_p, p_packing, Peer("prefill", p_packing, config))
+        self.d = DecodeWorker(d_engine, self.front_of_d, d_packing, Peer("decode", d_packing, config))
+        for worker in (self.p, self.d):
+            worker.send_ready(os.getpid())
+        self.poll()
+        self.pair()
+
+    @property
+    def arena(self) -> Any:
+        return self.d.peer.arena
 
     def turn_p(self) -> None:
         from pagewire.serve.worker.process import turn
 
-        turn(self.p, self.front_of_p, self.peer_of_p)
+        turn(self.p, self.front_of_p)
         self.poll()
 
     def turn_d(self) -> None:
         from pagewire.serve.worker.process import turn
 
-        turn(self.d, self.front_of_d, self.peer_of_d)
+        turn(self.d, self.front_of_d)
         self.poll()
 
     def turns(self, count: int = 1) -> None:

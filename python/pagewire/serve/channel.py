@@ -9,9 +9,9 @@ import os
 import select
 import socket
 import struct
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,7 +20,9 @@ from pagewire.serve.messages import FrontMessage, WorkerMessage
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 4 << 20  # a Submit with 128k token ids is about 0.7 MB
-MAX_FDS = 4
+MAX_FDS = 1  # a HELLO's
+READ_BYTES = 1 << 16
+MAX_READS = 16  # a poll: who sends without pause does not keep us from our work
 
 
 class ChannelClosed(Exception):
@@ -46,9 +48,9 @@ def frame(body: bytes) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def frame_len(prefix: bytes | bytearray, channel: "Channel | None" = None) -> int:
-    """Bytes of the frame's body. Raises ChannelClosed on a length no sender of ours would write."""
-    length: int = LENGTH.unpack_from(prefix)[0]
+def frame_len(prefix: bytes | bytearray, channel: "Channel | None" = None, at: int = 0) -> int:
+    """Bytes of the body of the frame at `at`. Raises ChannelClosed on a length no sender of ours would write."""
+    length: int = LENGTH.unpack_from(prefix, at)[0]
     if length > MAX_FRAME_BYTES:
         raise ChannelClosed(f"expected a frame of <= {MAX_FRAME_BYTES} bytes, got {length}", channel)
     return length
@@ -63,7 +65,7 @@ class Channel:
         self.fds: deque[int] = deque()  # received, in order, owned by whoever takes them
         self._sock = sock
         self._codec = codec
-        self._accept_fds = accept_fds
+        self.accept_fds = accept_fds  # what comes while this is False is closed by the kernel
         self._inbox = bytearray()
         self._outbox = bytearray()
 
@@ -73,6 +75,11 @@ class Channel:
     @property
     def wants_write(self) -> bool:
         return bool(self._outbox)
+
+    @property
+    def num_unsent(self) -> int:
+        """Bytes that the socket did not take yet."""
+        return len(self._outbox)
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
         """Raises ChannelClosed if the other end is gone. `fds` go with the frame's first byte."""
@@ -95,31 +102,41 @@ class Channel:
                 raise ChannelClosed(f"{self.name}: {error.strerror}", self) from error
             del self._outbox[:sent]
 
+    @property
+    def pending(self) -> bool:
+        """Whether a message was read and not yet polled, of which the socket says nothing any more."""
+        size = LENGTH.size
+        return len(self._inbox) >= size and len(self._inbox) >= size + LENGTH.unpack_from(self._inbox)[0]
+
     def poll(self, max_messages: int = 1 << 30) -> list[Any]:
         """Messages that arrived in full. Raises ChannelClosed once all of them were returned."""
-        closed = self._fill()
-        messages: list[Any] = []
-        while len(self._inbox) >= LENGTH.size and len(messages) < max_messages:
-            end = LENGTH.size + frame_len(self._inbox, self)
+        closed = False if self.pending else self._fill()
+        bodies: list[bytes] = []
+        at = 0
+        while len(self._inbox) >= at + LENGTH.size and len(bodies) < max_messages:
+            start = at + LENGTH.size
+            end = start + frame_len(self._inbox, self, at)
             if len(self._inbox) < end:
                 break
-            body = bytes(self._inbox[LENGTH.size : end])
-            del self._inbox[:end]
-            messages.append(self._codec.decode(body))
-        if closed and not messages:
+            bodies.append(bytes(self._inbox[start:end]))
+            at = end
+        del self._inbox[:at]
+        if closed and not bodies:
             raise ChannelClosed(f"{self.name}: the other end closed", self)
-        return messages
+        return [self._codec.decode(body) for body in bodies]
 
     def _fill(self) -> bool:
-        while True:
+        """Whether the other end has closed."""
+        for _ in range(MAX_READS):
             try:
-                if self._accept_fds:
-                    data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, MAX_FDS)
+                if self.accept_fds:
+                    data, fds, _, _ = socket.recv_fds(self._sock, READ_BYTES, MAX_FDS)
                     for fd in fds:
                         os.set_inheritable(fd, False)
                     self.fds.extend(fds)
+                    self.close_fds(beyond=MAX_FDS)
                 else:
-                    data = self._sock.recv(1 << 16)
+                    data = self._sock.recv(READ_BYTES)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:
@@ -127,6 +144,7 @@ class Channel:
             if not data:
                 return True
             self._inbox += data
+        return False
 
     def drain(self, timeout_s: float) -> None:
         """Waits until everything queued was taken, or gives up."""
@@ -137,13 +155,27 @@ class Channel:
             return  # nobody is left to read it
         self._outbox.clear()
 
+    def close_fds(self, beyond: int = 0) -> None:
+        """Those that nobody took, but for the first ones."""
+        while len(self.fds) > beyond:
+            os.close(self.fds.pop())
+
     def close(self) -> None:
+        self.close_fds()
         self._sock.close()
 
 
-def wait(channels: Iterable[Channel], timeout_s: float | None) -> None:
-    """Returns when a channel can be read, a queued send can go on, or the time is over."""
+def wait(
+    channels: Iterable[Channel], timeout_s: float | None, watched: Mapping[int, bool] = MappingProxyType({})
+) -> None:
+    """Returns when a channel can be read, a queued send can go on, or the time is over.
+
+    Args:
+        watched: other descriptors that end the wait, and whether they do so too when they can be written.
+    """
     poller = select.poll()
+    for fd, writing in watched.items():
+        poller.register(fd, select.POLLIN | (select.POLLOUT if writing else 0))
     for channel in channels:
         poller.register(channel, select.POLLIN | (select.POLLOUT if channel.wants_write else 0))
     poller.poll(None if timeout_s is None else timeout_s * 1000)
@@ -151,24 +183,19 @@ def wait(channels: Iterable[Channel], timeout_s: float | None) -> None:
         channel.flush()
 
 
-def receive(channel: Channel, timeout_s: float) -> Any:
-    """Blocks for the next message. Raises TimeoutError."""
-    deadline = time.monotonic() + timeout_s
-    while not (messages := channel.poll(max_messages=1)):
-        remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0:
-            raise TimeoutError(f"{channel.name}: nothing arrived within {timeout_s:g} s")
-        wait([channel], remaining_s)
-    return messages[0]
-
-
 class AsyncChannel:
-    """The front: `send(message)`; `async for message in channel` until the worker is gone."""
+    """The front: `send(message)`; `async for message in channel` until the worker is gone.
+
+    What a worker does not read waits here, and only as messages that can still be taken back (`withdraw`): a worker
+    that stands still costs no more than the requests that are waiting for it.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, codec: Codec = FRONT_CODEC) -> None:
         self._reader = reader
         self._writer = writer
         self._codec = codec
+        self._waiting: deque[Any] = deque()
+        self._pump: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, sock: socket.socket, codec: Codec = FRONT_CODEC) -> "AsyncChannel":
@@ -177,10 +204,35 @@ class AsyncChannel:
 
     def send(self, message: Any) -> None:
         """Queues the message; a worker that is gone is reported by the reading side, not here."""
-        self._writer.write(frame(self._codec.encode(message)))
+        if self._pump is None and self._writer.transport.get_write_buffer_size() == 0:
+            self._write(message)
+            return
+        self._waiting.append(message)
+        if self._pump is None:
+            self._pump = asyncio.ensure_future(self._write_waiting())
 
-    async def drain(self) -> None:
-        await self._writer.drain()
+    def withdraw(self, unsent: Callable[[Any], bool]) -> bool:
+        """Takes back the first message that `unsent` says yes to and that has not left; whether there was one."""
+        for message in self._waiting:
+            if unsent(message):
+                self._waiting.remove(message)
+                return True
+        return False
+
+    async def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                await self._writer.drain()
+                if self._waiting:
+                    self._write(self._waiting.popleft())
+        except OSError:
+            self._waiting.clear()
+        finally:
+            self._pump = None
+
+    def _write(self, message: Any) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(frame(self._codec.encode(message)))
 
     def __aiter__(self) -> "AsyncChannel":
         return self
@@ -193,6 +245,7 @@ class AsyncChannel:
             raise StopAsyncIteration from None
 
     async def close(self) -> None:
+        self._waiting.clear()
         self._writer.close()
         try:
             await self._writer.wait_closed()

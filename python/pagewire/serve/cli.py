@@ -21,6 +21,8 @@ from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.model import ModelError, default_model_path
 from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
 
+DRAIN_POLL_S = 0.05
+
 
 class ServeError(Exception):
     """One sentence for stderr; the server does not start."""
@@ -46,6 +48,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", help="pagewire backend of the model processes; default: the best that runs here")
     p.add_argument("--max-queue", type=int, default=limits.max_inflight, help="choices in flight; more get a 429")
     p.add_argument("--request-timeout", type=float, default=limits.request_timeout_s, help="seconds")
+    p.add_argument(
+        "--on-failure",
+        choices=("recover", "fail"),
+        default="recover",
+        help="of a model process: its requests go on in another one, or end with an error",
+    )
+    p.add_argument("--handoff-timeout", type=float, default=config.handoff_timeout_ms / 1000,
+                   help="seconds that a handoff from P to D may make no progress")  # fmt: skip
+    p.add_argument("--worker-timeout", type=float, default=config.worker_timeout_s,
+                   help="seconds after which a silent model process is killed and started again")  # fmt: skip
+    p.add_argument("--start-timeout", type=float, default=config.start_timeout_s,
+                   help="seconds that a model process may take to load")  # fmt: skip
     p.add_argument("--record-dir", help="write each request's logits here (tests, debugging)")
     p.add_argument("--verify-kv", action="store_true", help="compare digests of P's and D's KV at each handoff")
     return p
@@ -81,7 +95,10 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(front: Front, supervisor: Supervisor, sock: socket.socket, api_key: str | None) -> str | None:
-    """Until a signal or the pair's end for good; returns the sentence that explains the latter."""
+    """Until a signal or a start that failed; returns the sentence that explains the latter.
+
+    SIGTERM lets the requests that run end first; SIGINT, and a second SIGTERM, do not.
+    """
     app = make_app(front, api_key)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5
@@ -94,15 +111,28 @@ async def _serve(front: Front, supervisor: Supervisor, sock: socket.socket, api_
         server.should_exit = True
         supervisor.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
-    pair = asyncio.ensure_future(supervisor.run())
-    pair.add_done_callback(lambda _: setattr(server, "should_exit", True))
+    def drain() -> None:
+        if supervisor.draining:
+            stop()
+            return
+        supervisor.drain()
+        tasks.append(asyncio.ensure_future(stop_when_drained()))
+
+    async def stop_when_drained() -> None:
+        while front.num_inflight:
+            await asyncio.sleep(DRAIN_POLL_S)
+        stop()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, stop)
+    loop.add_signal_handler(signal.SIGTERM, drain)
+    tasks = [asyncio.ensure_future(supervisor.run())]
+    tasks[0].add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
         await server.serve(sockets=[sock])
     finally:
         supervisor.stop()
-    return await pair
+    return await tasks[0]
 
 
 def main(argv: list[str]) -> int:
@@ -130,6 +160,9 @@ def _main(argv: list[str]) -> int:
         num_threads=args.threads,
         kv_wire_dtype=args.kv_wire_dtype,
         backend=args.backend,
+        handoff_timeout_ms=int(1000 * args.handoff_timeout),
+        start_timeout_s=args.start_timeout,
+        worker_timeout_s=args.worker_timeout,
         record_dir=args.record_dir,
         verify_kv=args.verify_kv,
     )
@@ -153,8 +186,9 @@ def _main(argv: list[str]) -> int:
 
         async def run() -> str | None:
             front.supervisor = Supervisor(
-                config, colocated=args.colocated, on_events=front.on_events, on_gauges=front.metrics.on_gauges
-            )
+                config, colocated=args.colocated, recover=args.on_failure == "recover", on_events=front.on_events,
+                on_gauges=front.metrics.on_gauges, forget=front.metrics.forget,
+            )  # fmt: skip
             return await _serve(front, front.supervisor, sock, api_key)
 
         reason = asyncio.run(run())

@@ -3,18 +3,17 @@
 The front runs
 
     python -m pagewire.serve.worker --role prefill|decode|colocated --config-json JSON
-                                    --control-fd N [--peer-fd M]
+                                    --control-fd N
 
-with JSON a `WorkerConfig`. Both descriptors are ends of AF_UNIX SOCK_STREAM pairs handed over with
-`pass_fds`: control-fd leads to the front, peer-fd joins P and D. A config that cannot work ends the
-process with one sentence on stderr and exit code 2, before `Ready`.
+with JSON a `WorkerConfig`. The descriptor is an end of an AF_UNIX SOCK_STREAM pair, handed over with `pass_fds`, that
+leads to the front. A config that cannot work ends the process with one sentence on stderr and exit code 2, before
+`Ready`.
 """
 
 import msgspec
 
 DTYPES = ("float32", "bfloat16", "float16")
 EXIT_BAD_CONFIG = 2  # the config, the model files or the descriptors: restarting will not help
-EXIT_PEER_LOST = 3  # P or D lost the other one: restart the pair
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,7 +28,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_wire_dtype: str | None = None  # None: the cache's dtype
     backend: str | None = None  # PAGEWIRE_BACKEND of the process
     staging_bytes: int = 64 << 20  # D's shared memory that P writes into
-    handoff_timeout_ms: int = 300_000  # D's patience from RESERVE to COMMIT
+    handoff_timeout_ms: int = 60_000  # how long a handoff may make no progress
+    start_timeout_s: float = 600.0  # from spawn to Ready; the first Triton compilations are in it
+    worker_timeout_s: float = 30.0  # a process that is silent, or does not advance, for so long is killed
     record_dir: str | None = None  # write every request's logits here; never set from HTTP
     verify_kv: bool = False  # compare SHA-256 of P's and D's KV after every handoff
 
@@ -50,6 +51,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("start_timeout_s", "worker_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if self.num_pages < 1:
             raise ValueError(
                 f"pool_tokens: expected at least one page of {self.page_size} tokens, got {self.pool_tokens}"

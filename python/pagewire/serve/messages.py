@@ -19,13 +19,18 @@ class Sampling(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
-    """A request. The front sends the same one to D (which reserves pages) and to P (which waits for D's grant)."""
+    """A request. The front sends the same one to D (which reserves pages) and to P (which waits for D's grant).
+
+    With link 0 only D gets it, and prefills it too. One whose link is lost is dropped in silence: the front, which
+    hears of the loss, makes a new attempt of it.
+    """
 
     request_id: str
     token_ids: list[int]  # the prompt, non-empty
     max_tokens: int  # >= 1; prompt + max_tokens fits the context and the pool (the front checked)
     stop_token_ids: list[int]  # generation ends with one of these; it is not sent to the client
     sampling: Sampling
+    link: int = 0  # the Pair between P and D that its KV travels on
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
@@ -34,15 +39,23 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     request_id: str
 
 
+class Pair(msgspec.Struct, tag="pair", frozen=True):
+    """Be joined with this peer, and with no other any more. P connects to `address`; D is connected to."""
+
+    link: int  # grows
+    incarnation: str  # of the peer: what its HELLO must say
+    address: str
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     pass
 
 
-FrontMessage = Submit | Cancel | Shutdown
+FrontMessage = Submit | Cancel | Pair | Shutdown
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """The model is loaded and, for P and D, the KV channel between them is up."""
+    """The model is loaded; P and D still have to be joined."""
 
     role: Role
     pid: int
@@ -50,6 +63,21 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     max_context: int  # tokens a request may ever span
     pool_tokens: int  # KV tokens this process's page pool holds
     vocab_size: int
+    incarnation: str  # of this process, random
+    address: str  # where D is connected to
+
+
+class Linked(msgspec.Struct, tag="linked", frozen=True):
+    """The peers have said HELLO: KV can travel."""
+
+    link: int
+
+
+class Unlinked(msgspec.Struct, tag="unlinked", frozen=True):
+    """The connection is lost, or never was one; the requests that needed it were dropped here."""
+
+    link: int
+    reason: str
 
 
 class Token(msgspec.Struct, tag="token", frozen=True):
@@ -73,12 +101,13 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 
     request_id: str
     message: str
+    retry: bool = False  # the handoff failed, not the request: another attempt can do better
 
 
 class Event(msgspec.Struct, tag="event", frozen=True, omit_defaults=True):
     """One span or instant of the timeline. The same list feeds metrics, /debug and the trace."""
 
-    name: str  # "queue_p" "prefill" "transfer" "exposed" "queue_d" "decode_step" ...
+    name: str  # "queue_p" "prefill" "transfer_late" "join_wait" "queue_d" "decode_step" ...
     role: Role
     start_us: int  # CLOCK_MONOTONIC, one host
     duration_us: int = 0
@@ -91,12 +120,16 @@ class Events(msgspec.Struct, tag="events", frozen=True):
 
 
 class Gauges(msgspec.Struct, tag="gauges", frozen=True):
-    """Sent about once a second and after every change of ownership; pages obey free+active+cached+leased == total."""
+    """The beat: sent at least every BEAT_US, in the middle of a forward too.
+
+    Pages: free + active + cached + leased == total.
+    """
 
     role: Role
     num_pages: dict[str, int]  # "free" "active" "cached" "leased" "total"
     num_running: int
     num_waiting: int
+    progress: int = 0  # grows with every layer computed and frame handled
 
 
-WorkerMessage = Ready | Token | Finished | Failed | Events | Gauges
+WorkerMessage = Ready | Linked | Unlinked | Token | Finished | Failed | Events | Gauges

@@ -145,8 +145,8 @@ async def chat_completions(request: Request) -> Response:
 
 def _model_card(front: Front) -> dict[str, Any]:
     card: dict[str, Any] = {"id": front.model, "object": "model", "created": front.created, "owned_by": "pagewire"}
-    if pair := front.supervisor.pair:
-        card["max_model_len"] = min(pair.max_context, pair.pool_tokens)
+    if limits := front.supervisor.limits:
+        card["max_model_len"] = min(limits.max_context, limits.pool_tokens)
     return card
 
 
@@ -168,25 +168,25 @@ async def model(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     supervisor: Supervisor = request.app.state.front.supervisor
-    if supervisor.pair is None:
-        return _json({"status": "unavailable", "reason": supervisor.reason}, 503, {"retry-after": "1"})
+    if reason := supervisor.reason:
+        return _json({"status": "unavailable", "reason": reason}, 503, {"retry-after": "1"})
     return _json({"status": "ok"})
 
 
 async def metrics(request: Request) -> Response:
     front: Front = request.app.state.front
-    if front.supervisor.pair is None:
-        front.metrics.forget_workers()
-    front.metrics.ready.set(front.supervisor.pair is not None)
+    front.metrics.ready.set(front.supervisor.reason is None)
     front.metrics.restarts.set(front.supervisor.num_restarts)
+    front.metrics.recovered.set(front.supervisor.routing.num_recovered)
     front.metrics.inflight.set(front.num_inflight)
     return Response(front.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 async def debug_requests(request: Request) -> Response:
     front: Front = request.app.state.front
-    workers = [{"role": w.role, "pid": w.process.pid, "ready": w.ready is not None} for w in front.supervisor.workers]
-    return _json({"workers": workers, "requests": front.events.requests()})
+    workers = front.supervisor.workers.values()
+    told = [{"role": w.role, "pid": w.process.pid, "ready": w.ready is not None} for w in workers]
+    return _json({"workers": told, "requests": front.events.requests()})
 
 
 async def debug_trace(request: Request) -> Response:

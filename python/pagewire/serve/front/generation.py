@@ -41,9 +41,9 @@ class Generation:
 
     async def submit(self) -> None:
         """Tokenises, checks the lengths, and hands every choice to the pair."""
-        pair = self.front.supervisor.pair
+        pair = self.front.supervisor.limits
         if pair is None:
-            raise openai.server_error(self.front.supervisor.reason)
+            raise openai.server_error(self.front.supervisor.reason or "")
         prompts = await self._tokenise(pair)
         max_tokens = [self._max_tokens(prompt, pair) for prompt in prompts]
         for prompt in prompts:
@@ -150,7 +150,7 @@ class Generation:
             output.fail(
                 openai.server_error(f"the request did not end within {timeout_s:g} s", status=504, code="timeout")
             )
-            self.front.supervisor.cancel(output.submit.request_id)
+            self.front.supervisor.cancel(output.attempt.request_id)
 
     def close(self) -> None:
         """Cancels what still runs, gives the places back, and records what happened."""

@@ -8,7 +8,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 # The events that are a phase of a request, by histogram and label.
 _QUEUES = ("queue_p", "queue_d")
-_TRANSFERS = {"transfer_total": "total", "exposed": "exposed"}
+_TRANSFERS = {"transfer_total": "total", "transfer_late": "transfer_late", "join_wait": "join_wait"}
 
 
 class Metrics:
@@ -41,7 +41,7 @@ class Metrics:
         self.prefill = Histogram("pagewire_prefill_seconds", "A prompt's forwards", buckets=_SECONDS, registry=registry)
         self.transfer = Histogram(
             "pagewire_kv_transfer_seconds",
-            "A handoff: total, and the part after P's last forward (exposed)",
+            "A handoff: total; from P's last forward to COMMIT (transfer_late); from there to D's ACK (join_wait)",
             ["part"],
             buckets=_SECONDS,
             registry=registry,
@@ -59,7 +59,12 @@ class Metrics:
         )
         self.inflight = Gauge("pagewire_inflight_requests", "Choices admitted and not yet ended", registry=registry)
         self.ready = Gauge("pagewire_ready", "1 when a whole pair can answer", registry=registry)
-        self.restarts = Gauge("pagewire_restarts", "Times the pair was restarted", registry=registry)
+        self.recovered = Gauge(
+            "pagewire_recovered_attempts",
+            "Attempts made anew because a process or a transfer was lost",
+            registry=registry,
+        )
+        self.restarts = Gauge("pagewire_restarts", "Times a model process was started again", registry=registry)
 
     def on_event(self, event: Event) -> None:
         seconds = event.duration_us / 1e6
@@ -77,10 +82,11 @@ class Metrics:
         self.running.labels(gauges.role).set(gauges.num_running)
         self.waiting.labels(gauges.role).set(gauges.num_waiting)
 
-    def forget_workers(self) -> None:
-        """Their gauges are of processes that are gone."""
-        for gauge in (self.pages, self.running, self.waiting):
-            gauge.clear()
+    def forget(self, role: str) -> None:
+        """Its gauges are of a process that is gone."""
+        self.running.remove_by_labels({"role": role})
+        self.waiting.remove_by_labels({"role": role})
+        self.pages.remove_by_labels({"role": role})
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from pagewire.serve.front.openai import ApiError, server_error
 from pagewire.serve.messages import Submit
 
@@ -52,7 +54,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Output:
-    """One choice of an answer, fed by the supervisor, drained by the HTTP handler through `sink`."""
+    """One choice of an answer, fed by `Routing`, drained by the HTTP handler through `sink`.
+
+    `submit` is what the client asked for, `attempt` what the model processes compute of it now: after a loss, the rest.
+    """
 
     def __init__(
         self,
@@ -63,7 +68,10 @@ class Output:
         sink: "asyncio.Queue[Delta | ApiError]",
         cancel: Callable[[str], None],
     ) -> None:
-        self.submit = submit
+        self.submit = self.attempt = submit
+        self.joined = False  # D has emitted a token of the attempt: it needs no P
+        self.num_attempts = 1
+        self.num_losses = 0  # attempts in a row that were lost before D emitted a token
         self.choice = choice
         self.outcome = ""  # "stop" | "length" | "cancelled" | "failed", once it ended
         self.created = time.monotonic()
@@ -72,6 +80,7 @@ class Output:
         self._cancel = cancel
         self._stop = StopText(stops)
         self._detokenizer = detokenizer
+        self._token_ids: list[int] = []  # emitted in order
         self._early: dict[int, int] = {}  # tokens that overtook an earlier one, by index
         self._last: tuple[str, int] | None = None  # (reason, num_tokens) of Finished
 
@@ -79,18 +88,53 @@ class Output:
     def num_tokens(self) -> int:
         return len(self.token_times)
 
-    def on_token(self, index: int, token_id: int) -> None:
-        """Tokens come from two processes: they may overtake each other; a repeated index is dropped."""
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether P's part of the attempt is not known to be over: D has it, and its first token is here."""
+        return not self.joined or self.num_tokens == self._num_before
+
+    @property
+    def _num_before(self) -> int:
+        """Tokens that earlier attempts emitted: the end of this one's prompt."""
+        return len(self.attempt.token_ids) - len(self.submit.token_ids)
+
+    def restart(self) -> bool:
+        """The attempt is lost: the next one begins behind what was emitted. True: nothing is left to compute."""
+        if self.num_tokens >= self.submit.max_tokens:
+            self._last = ("length", self.num_tokens)
+            self._maybe_finish()
+            return True
+        self.num_losses = 0 if self.joined else self.num_losses + 1
+        self.num_attempts += 1
+        self.joined, self._last = False, None
+        self._early.clear()
+        self.attempt = msgspec.structs.replace(
+            self.submit,
+            request_id=f"{self.submit.request_id}.{self.num_attempts}",
+            token_ids=[*self.submit.token_ids, *self._token_ids],
+            max_tokens=self.submit.max_tokens - self.num_tokens,
+        )
+        return False
+
+    def on_token(self, index: int, token_id: int, *, joined: bool = True) -> None:
+        """Tokens come from two processes: they may overtake each other; a repeated index is dropped.
+
+        Args:
+            index: of the attempt's output. joined: it comes from the process that decodes.
+        """
+        index += self._num_before
+        self.joined = self.joined or joined
         if self.outcome or index < self.num_tokens or index in self._early:
             return
         self._early[index] = token_id
         while not self.outcome and self.num_tokens in self._early:
             token = self._early.pop(self.num_tokens)
+            self._token_ids.append(token)
             self.token_times.append(time.monotonic())
             text, matched = self._stop.push(self._detokenizer.push(token))
             if matched:
                 self._end("stop", text)
-                self._cancel(self.submit.request_id)
+                self._cancel(self.attempt.request_id)
             elif text:
                 self._sink.put_nowait(Delta(self.choice, text, None))
         self._maybe_finish()
@@ -98,7 +142,7 @@ class Output:
     def on_finished(self, reason: str, num_tokens: int) -> None:
         if reason not in ("stop", "length"):
             return self.fail(server_error(f"the request was {reason} by the model process"))
-        self._last = (reason, num_tokens)
+        self._last = (reason, self._num_before + num_tokens)
         self._maybe_finish()
 
     def _maybe_finish(self) -> None:
@@ -117,7 +161,7 @@ class Output:
         """The client is gone: nobody reads the sink."""
         if not self.outcome:
             self.outcome = "cancelled"
-            self._cancel(self.submit.request_id)
+            self._cancel(self.attempt.request_id)
 
     def _end(self, reason: str, text: str) -> None:
         self.outcome = reason

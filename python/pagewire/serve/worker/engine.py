@@ -31,6 +31,7 @@ class RequestState:
     computed_us: int = 0  # the prompt's KV is complete here
     decoded_us: int = 0  # start of the first decode step
     pushed_us: int = 0  # P: start of the first push
+    committed_us: int = 0  # P: the COMMIT left
     pushed_bytes: int = 0
     pack_us: int = 0
     logits: list[Tensor] = field(default_factory=list)  # recorded decode steps: fp32 [vocab_size]
@@ -144,7 +145,7 @@ class Engine:
                 self._record(request, "prefill", [row], [*request.submit.token_ids, token])
         return dict(zip(finished, tokens, strict=True))
 
-    def decode(self, requests: list[RequestState]) -> list[int | None]:
+    def decode(self, requests: list[RequestState], on_layer: Callable[[int], None] | None = None) -> list[int | None]:
         """The token after each request's last one, whose KV is written on the way."""
         page_size = self.config.page_size
         positions = [r.prompt_len + len(r.output) - 1 for r in requests]
@@ -158,6 +159,7 @@ class Engine:
             seq_lens=torch.tensor(positions, dtype=torch.int32) + 1,
             cu_seqlens_q=None,
             logit_rows=torch.arange(len(requests)),
+            on_layer=on_layer,
         )  # [batch_size, vocab_size]
         if self._record_dir:
             for request, row in zip(requests, logits, strict=True):

@@ -3,32 +3,37 @@
 A failing forward fails the requests of its batch and nothing else.
 """
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pagewire.serve.channel import ChannelClosed
 from pagewire.serve.messages import Failed, Finished
-from pagewire.serve.worker.engine import PromptChunk, RequestState, next_chunks
+from pagewire.serve.worker.engine import RequestState, next_chunks
 from pagewire.serve.worker.timeline import now_us
-from pagewire.serve.worker.worker import Ending, Worker
 
+if TYPE_CHECKING:
+    from pagewire.serve.worker.worker import Worker
+
+MAX_DESCRIPTION = 1000  # characters of an exception that a client is told
+
+Ending = Finished | Failed  # the last word on a request
 Prefilled = list[tuple[RequestState, Ending | None]]  # None: it goes on to decode
 Ended = list[tuple[RequestState, Ending]]
 
 
 def describe(error: Exception) -> str:
     """For the client of a request that an exception ended."""
-    text = f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}"[:MAX_DESCRIPTION]
     return text.encode("utf-8", "replace").decode()  # a file name in it need not be text
 
 
 class Prefilling:
-    """Requests whose prompts are being computed, first come first: P's and the colocated process's."""
+    """Requests whose prompts are being computed, first come first."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: "Worker") -> None:
         self._worker = worker
         self.requests: list[RequestState] = []
 
-    def step(self, on_layer: Callable[[int, list[PromptChunk]], None] | None = None) -> Prefilled:
+    def step(self) -> Prefilled:
         """One forward over at most prefill_chunk prompt tokens; a complete prompt's first token."""
         worker = self._worker
         chunks = next_chunks(self.requests, worker.config.prefill_chunk)
@@ -38,9 +43,8 @@ class Prefilling:
             if not request.started_us:
                 request.started_us = start_us
                 worker.timeline.add("queue_p", request.submitted_us, start_us, request.id)
-        callback = (lambda layer: on_layer(layer, chunks)) if on_layer else None
         try:
-            first_tokens = worker.engine.prefill(chunks, callback)
+            first_tokens = worker.engine.prefill(chunks, lambda layer: worker.on_layer(layer, chunks))
         except ChannelClosed:
             raise
         except Exception as error:
@@ -68,9 +72,9 @@ class Prefilling:
 
 
 class Decoding:
-    """Requests that get one token a step, first come first: D's and the colocated process's."""
+    """Requests that get one token a step, first come first."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: "Worker") -> None:
         self._worker = worker
         self.requests: list[RequestState] = []
 
@@ -84,7 +88,9 @@ class Decoding:
                 request.decoded_us = start_us
                 worker.timeline.add("queue_d", request.computed_us, start_us, request.id)
         try:
-            token_ids = worker.engine.decode(batch)
+            token_ids = worker.engine.decode(batch, lambda layer: worker.on_layer(layer, []))
+        except ChannelClosed:
+            raise
         except Exception as error:
             message = describe(error)
             return self._leave([(request, Failed(request.id, message)) for request in batch])

@@ -1,8 +1,12 @@
 """The spans of one process, as `messages.Event`s waiting to be sent."""
 
 import time
+from collections import deque
 
 from pagewire.serve.messages import Event, Role
+
+MAX_EVENTS = 4096  # that wait to be sent; the oldest go first
+MAX_TEXT = 512  # characters of an argument
 
 
 def now_us() -> int:
@@ -13,15 +17,27 @@ def now_us() -> int:
 class Timeline:
     def __init__(self, role: Role) -> None:
         self._role = role
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque()
+        self._num_dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._events)
 
     def add(
         self, name: str, start_us: int, end_us: int | None = None, request_id: str = "", **args: int | float | str
     ) -> None:
         """A span from `start_us` to `end_us`, by default to now."""
         duration_us = (now_us() if end_us is None else end_us) - start_us
-        self._events.append(Event(name, self._role, start_us, duration_us, request_id, args))
+        short = {key: value[:MAX_TEXT] if isinstance(value, str) else value for key, value in args.items()}
+        self._events.append(Event(name, self._role, start_us, duration_us, request_id, short))
+        if len(self._events) > MAX_EVENTS:
+            self._events.popleft()
+            self._num_dropped += 1
 
-    def take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+    def take(self, max_events: int) -> list[Event]:
+        """The oldest, and how many even older ones there was no room for."""
+        taken = [self._events.popleft() for _ in range(min(max_events, len(self._events)))]
+        if self._num_dropped:
+            taken.append(Event("events_dropped", self._role, now_us(), 0, "", {"count": self._num_dropped}))
+            self._num_dropped = 0
+        return taken

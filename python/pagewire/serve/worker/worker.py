@@ -1,36 +1,60 @@
-"""What P, D and the colocated process share: the channel to the front, emitting tokens, reporting."""
+"""What the model processes share: the channel to the front, the link to the other one, requests, beats."""
 
 from abc import ABC, abstractmethod
 
+import msgspec
+
 from pagewire.serve.channel import Channel
-from pagewire.serve.messages import Cancel, Events, Failed, Finished, FrontMessage, Gauges, Ready, Role, Submit, Token
-from pagewire.serve.worker.engine import Engine, RequestState
+from pagewire.serve.messages import (
+    Cancel,
+    Events,
+    Failed,
+    Finished,
+    FrontMessage,
+    Gauges,
+    Linked,
+    Pair,
+    Ready,
+    Role,
+    Submit,
+    Token,
+)
+from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
+from pagewire.serve.worker.peer import Peer
+from pagewire.serve.worker.steps import Ending, Prefilling
 from pagewire.serve.worker.timeline import Timeline, now_us
 from pagewire.transfer.frames import Frame
-from pagewire.transfer.handoff import Refused
+from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Refused, RequestFailed, Send
+from pagewire.transfer.shm import Arena
 
 REPORT_US = 50_000  # events and gauges travel at most this often
-GAUGES_US = 1_000_000  # and unchanged gauges at least this often
-
-Ending = Finished | Failed  # the last word on a request
+BEAT_US = 500_000  # and unchanged gauges at least this often
+EVENTS_A_REPORT = 256
 
 
 class Worker(ABC):
-    """One model process's behaviour: messages in, one unit of work per `step`."""
+    """One model process's behaviour: messages and frames in, one unit of work per `step`."""
 
-    role: Role
-
-    def __init__(self, engine: Engine, front: Channel) -> None:
+    def __init__(self, engine: Engine, front: Channel, role: Role, peer: Peer | None) -> None:
+        self.role = role
         self.engine = engine
         self.config = engine.config
-        self.timeline = Timeline(self.role)
+        self.timeline = Timeline(role)
+        self.peer = peer
+        self.prefilling = Prefilling(self)
+        self.batches = [self.prefilling.requests]  # the lists of requests that steps work on
+        self.requests: dict[str, RequestState] = {}  # that own pages
+        self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._front = front
+        self._linked = False
+        self._progress = 0
         self._reported_us = 0
-        self._gauges_us = 0
+        self._beat_us = 0
         self._gauges: Gauges | None = None
 
     @abstractmethod
-    def submit(self, submit: Submit) -> None: ...
+    def admit(self, submit: Submit) -> list[Action]:
+        """Hands the request to the machine of this side."""
 
     @abstractmethod
     def cancel(self, request_id: str) -> None: ...
@@ -43,22 +67,95 @@ class Worker(ABC):
     def num_running_waiting(self) -> tuple[int, int]: ...
 
     @abstractmethod
-    def request_ids(self) -> list[str]: ...
+    def linked(self, arena: Arena) -> None:
+        """Raises ValueError when the arena does not suit."""
 
-    def on_peer(self, frame: Frame | Refused) -> None:
-        raise AssertionError(f"{self.role} has no peer")
+    @abstractmethod
+    def unlinked(self) -> None:
+        """Drops what needed the link, and tells nobody."""
+
+    @abstractmethod
+    def on_frame(self, frame: Frame) -> None: ...
 
     def on_front(self, message: FrontMessage) -> None:
         match message:
-            case Submit():
-                self.submit(message)
+            case Submit(request_id, link=link):
+                if link and (self.peer is None or link != self.peer.link):
+                    return  # the front hears of the loss
+                self._submits.setdefault(request_id, (message, now_us()))
+                self.do(self.admit(message), retry=False)
             case Cancel(request_id):
                 self.cancel(request_id)
+            case Pair():
+                if self.peer is not None:
+                    self.peer.pair(message)
+
+    def on_peer(self) -> None:
+        """A turn's worth of the link: its end, its beginning, and what came over it."""
+        if self.peer is None:
+            return
+        for loss in self.peer.losses():
+            self._unlink()
+            self._front.send(loss)
+        if self.peer.join() and (arena := self.peer.arena) is not None:
+            try:
+                self.linked(arena)
+            except ValueError as error:
+                self.peer.drop(str(error))
+            else:
+                self._linked = True
+                self._front.send(Linked(self.peer.link))
+        for frame in self.peer.poll():
+            self._progress += 1
+            self.on_frame(frame)
+
+    def on_layer(self, layer: int, chunks: list[PromptChunk]) -> None:
+        """In the middle of a forward, behind each layer; `chunks`: of prompts."""
+        self._progress += 1
+        self.report()
+
+    def do(self, actions: list[Action], *, retry: bool = True) -> None:
+        """retry: another attempt may do better than a request that failed with these."""
+        for action in actions:
+            match action:
+                case Send(frame):
+                    if self.peer is not None:
+                        self.peer.send(frame)
+                case Begin(request_id, pages):
+                    request = self.requests[request_id] = RequestState(*self._submits[request_id], pages)
+                    self.prefilling.requests.append(request)
+                case RequestFailed(request_id, message):
+                    self.forget(request_id)
+                    self.answer(Failed(request_id, message, retry))
+                case Cancelled(request_id):
+                    self.answer(Finished(request_id, "cancelled", len(self.forget(request_id))))
+                case Dropped(request_id):
+                    self.forget(request_id)
+                case Refused(reason):
+                    self.timeline.add("refused", now_us(), reason=reason)
+                case _:
+                    self.carry_out(action)
+
+    def carry_out(self, action: Action) -> None:
+        """What only one of the sides does."""
+        raise AssertionError(f"{self.role}: {action}")
+
+    def forget(self, request_id: str) -> list[int]:
+        """Returns the output it had."""
+        self._submits.pop(request_id, None)
+        request = self.requests.pop(request_id, None)
+        for batch in self.batches:
+            if request in batch:
+                batch.remove(request)
+        return request.output if request else []
 
     def send_ready(self, pid: int) -> None:
         model, config = self.engine.model.config, self.config
-        pool_tokens = config.num_pages * config.page_size
-        self._front.send(Ready(self.role, pid, model.name, model.max_context, pool_tokens, model.vocab_size))
+        incarnation, address = (self.peer.incarnation.hex(), self.peer.address) if self.peer else ("", "")
+        self._front.send(Ready(
+            self.role, pid, model.name, model.max_context, config.num_pages * config.page_size, model.vocab_size,
+            incarnation, address,
+        ))  # fmt: skip
 
     def emit(self, request: RequestState, token_id: int | None) -> Ending | None:
         """Tells the front of the token; how the request ends with it, or None: it goes on."""
@@ -75,25 +172,28 @@ class Worker(ABC):
     def answer(self, ending: Ending) -> None:
         self._front.send(ending)
 
-    def fail_all(self, message: str) -> None:
-        """The process cannot go on: tell the front, without tidying up."""
-        for request_id in self.request_ids():
-            self.answer(Failed(request_id, message))
-
     def report(self) -> float:
         """Sends events and gauges that are due; returns after how many seconds to call again."""
         now = now_us()
         if now - self._reported_us < REPORT_US:
             return (self._reported_us + REPORT_US - now) / 1e6
+        self._front.flush()
+        if self._front.wants_write:  # it does not read: what it has not read yet is news enough
+            return BEAT_US / 1e6
         self._reported_us = now
-        if events := self.timeline.take():
+        if events := self.timeline.take(EVENTS_A_REPORT):
             self._front.send(Events(events))
         num_running, num_waiting = self.num_running_waiting()
         allocator = self.engine.allocator
         pages: dict[str, int] = {state: n for state, n in allocator.counts().items()}
         pages["total"] = allocator.num_pages
         gauges = Gauges(self.role, pages, num_running, num_waiting)
-        if gauges != self._gauges or now - self._gauges_us >= GAUGES_US:
-            self._front.send(gauges)
-            self._gauges, self._gauges_us = gauges, now
-        return GAUGES_US / 1e6
+        if gauges != self._gauges or now - self._beat_us >= BEAT_US:
+            self._front.send(msgspec.structs.replace(gauges, progress=self._progress))
+            self._gauges, self._beat_us = gauges, now
+        return (REPORT_US if self.timeline else max(0, self._beat_us + BEAT_US - now)) / 1e6
+
+    def _unlink(self) -> None:
+        if self._linked:
+            self._linked = False
+            self.unlinked()

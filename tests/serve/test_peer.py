@@ -1,0 +1,287 @@
+"""A worker's end of the link: whom it joins, what it refuses and why, and that nothing of a lost one is kept."""
+
+import dataclasses
+import os
+import socket
+import time
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+
+import pagewire as pw
+from pagewire.serve.channel import Channel, Codec
+from pagewire.serve.config import WorkerConfig
+from pagewire.serve.messages import Pair
+from pagewire.serve.worker import peer as peers
+from pagewire.serve.worker.peer import MAX_FRAMES, MAX_PENDING, Peer
+from pagewire.transfer.codec import FrameCodec
+from pagewire.transfer.frames import Ack, Credit, Hello
+from pagewire.transfer.packing import Packing
+from pagewire.transfer.shm import Arena
+
+CONFIG = WorkerConfig(model="none", page_size=4, prefill_chunk=16, staging_bytes=1 << 16, handoff_timeout_ms=60_000)
+
+
+@pytest.fixture(scope="module")
+def packing() -> Packing:
+    cache = pw.PagedKVCache.allocate(
+        num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu"
+    )
+    return Packing(cache, b"f" * 32)
+
+
+@pytest.fixture()
+def ends(packing):
+    """D's and P's; no descriptor is left once they are gone."""
+    num_fds = len(os.listdir("/proc/self/fd"))
+    both = Peer("decode", packing, CONFIG), Peer("prefill", packing, CONFIG)
+    yield both
+    for peer in both:
+        peer.drop("the test is over")
+        peer._close_pending()
+    both[0]._listener.close()
+    assert len(os.listdir("/proc/self/fd")) == num_fds
+
+
+@pytest.fixture()
+def d(ends) -> Peer:
+    return ends[0]
+
+
+@pytest.fixture()
+def p(ends) -> Peer:
+    return ends[1]
+
+
+def pair(d: Peer, p: Peer, link: int) -> None:
+    d.pair(Pair(link, p.incarnation.hex(), ""))
+    p.pair(Pair(link, d.incarnation.hex(), d.address))
+
+
+def turns(*ends: Peer) -> list[bool]:
+    """Whether each was joined within some turns."""
+    joined = [False] * len(ends)
+    for _ in range(4):
+        joined = [peer.join() or done for peer, done in zip(ends, joined, strict=True)]
+    return joined
+
+
+def connect(d: Peer, name: str = "D", accept_fds: bool = True) -> Channel:
+    """A raw one, as anybody's."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(f"\0pagewire-{d.address}")
+    codec = FrameCodec()
+    return Channel(sock, Codec(codec.encode, codec.decode), name=name, accept_fds=accept_fds)
+
+
+def test_p_and_d_are_joined_and_share_the_arena(d, p):
+    pair(d, p, 7)
+    assert turns(d, p) == [True, True] and d.link == p.link == 7
+    assert not p._channel.fds, "the mapping needs none"
+    d.arena.staging_slot(3)[:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    assert p.arena.staging_slot(3)[:4].tolist() == [1, 2, 3, 4]
+    d.send(Credit(1))
+    p.send(Ack("r", 1))
+    assert p.poll() == [Credit(1)] and d.poll() == [Ack("r", 1)]
+    assert d.losses() == p.losses() == []
+
+
+def test_a_lost_link_is_told_once_and_a_new_one_stands_beside_nothing_of_it(d, p):
+    held = len(os.listdir("/proc/self/fd"))
+    for link in range(1, 30):
+        pair(d, p, link)
+        assert turns(d, p) == [True, True]
+        (d if link % 2 else p).drop("planted")
+        assert d.poll() == p.poll() == []
+        d.send(Credit(1))
+        p.send(Credit(1))
+        told = [(loss.link, loss.reason) for peer in (d, p) for loss in peer.losses()]
+        other = "P: the other end closed" if link % 2 == 0 else "D: the other end closed"
+        assert sorted(told) == sorted([(link, "planted"), (link, other)])
+        assert d.link == p.link == 0
+    assert len(os.listdir("/proc/self/fd")) <= held + 2
+
+
+def test_a_second_pairing_ends_the_first(d, p):
+    pair(d, p, 1)
+    turns(d, p)
+    pair(d, p, 2)
+    assert [loss.link for loss in (*d.losses(), *p.losses())] == [1, 1]
+    assert turns(d, p) == [True, True] and d.link == p.link == 2 and not d.losses()
+
+
+def test_p_before_its_pairing_and_the_pairing_before_p(d, p):
+    p.pair(Pair(1, d.incarnation.hex(), d.address))
+    assert turns(d, p) == [False, True]
+    d.pair(Pair(1, p.incarnation.hex(), ""))
+    assert turns(d) == [True]
+
+
+def test_d_does_not_join_another_incarnation(d, p, packing, monkeypatch):
+    stranger = Peer("prefill", packing, CONFIG)
+    stranger.pair(Pair(1, d.incarnation.hex(), d.address))
+    d.pair(Pair(1, p.incarnation.hex(), ""))
+    assert turns(d, stranger) == [False, True] and d.link == 0
+    p.pair(Pair(1, d.incarnation.hex(), d.address))
+    assert turns(d, p) == [True, True]
+    later = time.monotonic() + 61
+    monkeypatch.setattr(peers, "time", SimpleNamespace(monotonic=lambda: later))
+    d.join()
+    assert d.link == 1 and stranger.poll() == [] and stranger.losses()[0].reason == "D: the other end closed"
+
+
+def test_p_does_not_join_another_incarnation(d, p):
+    p.pair(Pair(1, "00" * 16, d.address))
+    turns(d, p)
+    (loss,) = p.losses()
+    assert loss.reason == f"HELLO: incarnation: expected {'00' * 16}, got {d.incarnation.hex()}"
+
+
+@pytest.mark.parametrize("of", ["d", "p"])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"fingerprint": b"g" * 32}, "fingerprint: expected 6666666666666666, got 6767676767676767"),
+        ({"num_layers": 4}, "num_layers: expected 3, got 4"),
+        ({"num_kv_heads": 8}, "num_kv_heads: expected 2, got 8"),
+        ({"dtype": "bfloat16"}, "dtype: expected float32, got bfloat16"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_peer_of_another_model_is_refused(d, p, of, change, sentence):
+    """By the field in which they differ."""
+    liar, honest = (p, d) if of == "d" else (d, p)
+    liar._hello = lambda *staging, hello=liar._hello: dataclasses.replace(hello(*staging), **change)
+    pair(d, p, 1)
+    turns(d, p)
+    (loss,) = honest.losses()
+    assert sentence in loss.reason and loss.link == 1 and honest.link == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(fds=0), "HELLO: expected the staging arena's descriptor, got 0"),
+        (dict(num_slots=0), "staging arena: expected 0 slots"),
+        (dict(num_slots=1 << 16), "staging arena: expected 65536 slots"),
+        (dict(file="/"), "staging arena"),
+        (dict(role="prefill"), "HELLO: expected one from decode, got one from prefill"),
+        (dict(silent=True), "D: no HELLO that was asked for within 0.05 s"),
+        (dict(frame=Credit(1)), "HELLO: expected one from decode, got Credit"),
+        (dict(raw=b"GET / HTTP/1.1\r\n\r\n"), "expected a frame of <="),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_p_against_a_d_that_lies(packing, change, sentence):
+    num_fds = len(os.listdir("/proc/self/fd"))
+    p = Peer("prefill", packing, msgspec.structs.replace(CONFIG, handoff_timeout_ms=50))
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind("\0pagewire-test-liar")
+    listener.listen()
+    p.pair(Pair(1, (b"i" * 16).hex(), "test-liar"))
+    sock, _ = listener.accept()
+    codec = FrameCodec()
+    channel = Channel(sock, Codec(codec.encode, codec.decode), name="P")
+    arena = Arena.create(4, 4096)
+    fields = {name: getattr(packing.wire, name) for name in peers.HELLO_FIELDS}
+    role, num_slots = change.get("role", "decode"), change.get("num_slots", 4)
+    hello = Hello(role=role, num_slots=num_slots, slot_bytes=4096, incarnation=b"i" * 16, **fields)
+    given = os.open(change["file"], os.O_RDONLY) if "file" in change else os.dup(arena.fd)
+    if "raw" in change:
+        sock.send(change["raw"])
+    elif not change.get("silent"):
+        channel.send(change.get("frame", hello), fds=[given] * change.get("fds", 1))
+    os.close(given)
+    deadline = time.monotonic() + 5
+    while not (losses := p.losses()):
+        assert not p.join() and time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sentence in losses[0].reason and p.link == 0 and p.arena is None
+    for held in (listener, channel):
+        held.close()
+    os.close(arena.fd)
+    del arena
+    assert len(os.listdir("/proc/self/fd")) <= num_fds
+
+
+def test_nobody_answers_at_the_address(p):
+    p.pair(Pair(3, "00" * 16, "nobody"))
+    (loss,) = p.losses()
+    assert loss.link == 3 and loss.reason == "D: cannot be connected to: Connection refused"
+
+
+def test_another_user_is_not_let_in(d, p, monkeypatch):
+    monkeypatch.setattr(peers.os, "getuid", lambda: 12345)
+    stranger = connect(d)
+    d.join()
+    assert not d._pending
+    with pytest.raises(Exception, match="closed"):
+        stranger.poll()
+    p.pair(Pair(1, d.incarnation.hex(), d.address))
+    assert p.losses()[0].reason == "D: its address belongs to another user"
+    stranger.close()
+
+
+def test_without_memory_for_an_arena_the_connection_ends_and_the_process_does_not(d, p, monkeypatch):
+    def none(*staging):
+        raise OSError("no memory")
+
+    with monkeypatch.context() as without:
+        without.setattr(peers.Arena, "create", none)
+        pair(d, p, 1)
+        turns(d, p)
+        assert p.losses()[0].reason == "D: the other end closed" and d.link == 0
+    pair(d, p, 2)
+    assert turns(d, p) == [True, True]
+
+
+def test_one_that_is_gone_before_it_is_accepted_leaves_nothing(d, p):
+    connect(d).close()
+    d.join()
+    assert not d._pending and d.losses() == []
+    pair(d, p, 1)
+    assert turns(d, p) == [True, True]
+
+
+def test_connections_that_nobody_asked_for_are_few_and_end(d, p):
+    crowd = []
+    for _ in range(20):
+        crowd.append(connect(d, accept_fds=False))
+        d.join()
+    assert len(d._pending) == MAX_PENDING
+    pair(d, p, 1)
+    assert turns(d, p) == [True, True]
+    for channel in crowd:
+        channel.close()
+    d.join()
+    assert not d._pending and d.link == 1
+
+
+def test_a_peer_that_floods_gets_its_share_of_a_turn(d, p):
+    pair(d, p, 1)
+    turns(d, p)
+    for _ in range(200):
+        p.send(Ack("x", 1))
+    assert [len(d.poll()) for _ in range(3)] == [MAX_FRAMES] * 3 and d.pending
+
+
+def test_a_peer_that_does_not_read_is_dropped(d, p, monkeypatch):
+    monkeypatch.setattr(peers, "MAX_UNSENT_BYTES", 1 << 16)
+    pair(d, p, 1)
+    turns(d, p)
+    for _ in range(5000):
+        d.send(Credit(1))
+    (loss,) = d.losses()
+    assert "P: it does not read" in loss.reason
+
+
+def test_descriptors_behind_the_hello_are_closed_by_the_kernel(d, p):
+    pair(d, p, 1)
+    turns(d, p)
+    before = len(os.listdir("/proc/self/fd"))
+    gift = os.memfd_create("gift")
+    d._channel.send(Credit(1), fds=[gift])
+    os.close(gift)
+    assert p.poll() == [Credit(1)] and len(os.listdir("/proc/self/fd")) == before
