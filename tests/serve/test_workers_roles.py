@@ -9,7 +9,8 @@ import torch
 from pagewire.serve.channel import Channel, Codec
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Cancel, Failed, Finished, Sampling
-from pagewire.serve.worker import timeline
+from pagewire.serve.worker import prefill, timeline
+from pagewire.transfer.frames import Abort
 from serve.tiny import make_tiny_llama
 from serve.workers import Stepped, prompt_of
 
@@ -386,6 +387,24 @@ def test_a_forward_beats_behind_every_layer(pair: Stepped, side: str, patch: pyt
     assert len(told) == (1 if side == "p" else 2)  # forwards
     for first, second, third in told:
         assert first < second < third
+
+
+def test_p_holds_few_frames_during_a_forward(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
+    """The rest waits in the socket; what was held is looked at behind the forward."""
+    patch.setattr(prefill, "MAX_HELD_FRAMES", 64)
+    on_layer, held = pair.p.on_layer, []
+
+    def flooded(layer: int, chunks: list) -> None:
+        for _ in range(100):
+            pair.d.peer.send(Abort("nobody", 99, "flood"))
+        on_layer(layer, chunks)
+        held.append(len(pair.p._frames))
+
+    patch.setattr(pair.p, "on_layer", flooded)
+    pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
+    pair.until_ended("a")
+    assert held[:3] == [64, 64, 64]
+    pair.until(pair.pages_free)
 
 
 def test_what_a_front_does_not_read_is_bounded(pair: Stepped) -> None:
