@@ -30,6 +30,7 @@ from pagewire.serve.messages import (
     Token,
     Unlinked,
 )
+from pagewire.serve.worker.process import die_with_front
 
 VOCAB_SIZE = 320  # tiny.py's
 POISON = 319
@@ -64,7 +65,9 @@ def main() -> int:
     if os.path.exists(os.environ.get("FAKE_BAD_CONFIG", "")):
         print("model.safetensors: expected 100 bytes, got 50", file=sys.stderr)
         return EXIT_BAD_CONFIG
-    control = Channel(socket.socket(fileno=args.control_fd), WORKER_CODEC, name="front")
+    sock = socket.socket(fileno=args.control_fd)
+    die_with_front(sock)
+    control = Channel(sock, WORKER_CODEC, name="front")
     time.sleep(float(os.environ.get("FAKE_START_MS", "0")) / 1000)
     control.send(Ready(args.role, os.getpid(), config.model, 512, config.pool_tokens, VOCAB_SIZE, "ab", "cd"))
     if os.path.exists(os.environ.get("FAKE_DIES", "")):
