@@ -17,26 +17,29 @@ from pagewire.serve.messages import Pair
 from pagewire.serve.worker import peer as peers
 from pagewire.serve.worker.peer import MAX_FRAMES, MAX_PENDING, Peer
 from pagewire.transfer.codec import FrameCodec
-from pagewire.transfer.frames import Ack, Credit, Hello
-from pagewire.transfer.packing import Packing
+from pagewire.transfer.frames import Ack, Credit
+from pagewire.transfer.packing import new_hello
 from pagewire.transfer.shm import Arena
 
 CONFIG = WorkerConfig(model="none", page_size=4, prefill_chunk=16, staging_bytes=1 << 16, handoff_timeout_ms=60_000)
 
 
 @pytest.fixture(scope="module")
-def packing() -> Packing:
-    cache = pw.PagedKVCache.allocate(
+def cache() -> pw.PagedKVCache:
+    return pw.PagedKVCache.allocate(
         num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu"
     )
-    return Packing(cache, b"f" * 32)
+
+
+def peer_of(role: str, cache: pw.PagedKVCache, config: WorkerConfig = CONFIG) -> Peer:
+    return Peer(new_hello(role, cache, b"f" * 32), cache, config)
 
 
 @pytest.fixture()
-def ends(packing):
+def ends(cache):
     """D's and P's; no descriptor is left once they are gone."""
     num_fds = len(os.listdir("/proc/self/fd"))
-    both = Peer("decode", packing, CONFIG), Peer("prefill", packing, CONFIG)
+    both = peer_of("decode", cache), peer_of("prefill", cache)
     yield both
     for peer in both:
         peer.drop("the test is over")
@@ -119,8 +122,8 @@ def test_p_before_its_pairing_and_the_pairing_before_p(d, p):
     assert turns(d) == [True]
 
 
-def test_d_does_not_join_another_incarnation(d, p, packing, monkeypatch):
-    stranger = Peer("prefill", packing, CONFIG)
+def test_d_does_not_join_another_incarnation(d, p, cache, monkeypatch):
+    stranger = peer_of("prefill", cache)
     stranger.pair(Pair(1, d.incarnation.hex(), d.address))
     d.pair(Pair(1, p.incarnation.hex(), ""))
     assert turns(d, stranger) == [False, True] and d.link == 0
@@ -146,13 +149,15 @@ def test_p_does_not_join_another_incarnation(d, p):
         ({"fingerprint": b"g" * 32}, "fingerprint: expected 6666666666666666, got 6767676767676767"),
         ({"num_layers": 4}, "num_layers: expected 3, got 4"),
         ({"num_kv_heads": 8}, "num_kv_heads: expected 2, got 8"),
-        ({"dtype": "bfloat16"}, "dtype: expected float32, got bfloat16"),
+        ({"wire_dtypes": ("bfloat16",)}, "wire dtype: D takes "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_peer_of_another_model_is_refused(d, p, of, change, sentence):
     """By the field in which they differ."""
     liar, honest = (p, d) if of == "d" else (d, p)
+    if "wire_dtypes" in change:
+        honest._ours = dataclasses.replace(honest._ours, wire_dtypes=("int8",))
     liar._hello = lambda *staging, hello=liar._hello: dataclasses.replace(hello(*staging), **change)
     pair(d, p, 1)
     turns(d, p)
@@ -174,9 +179,9 @@ def test_a_peer_of_another_model_is_refused(d, p, of, change, sentence):
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",
 )
-def test_p_against_a_d_that_lies(packing, change, sentence):
+def test_p_against_a_d_that_lies(cache, change, sentence):
     num_fds = len(os.listdir("/proc/self/fd"))
-    p = Peer("prefill", packing, msgspec.structs.replace(CONFIG, handoff_timeout_ms=50))
+    p = peer_of("prefill", cache, msgspec.structs.replace(CONFIG, handoff_timeout_ms=50))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind("\0pagewire-test-liar")
     listener.listen()
@@ -185,9 +190,10 @@ def test_p_against_a_d_that_lies(packing, change, sentence):
     codec = FrameCodec()
     channel = Channel(sock, Codec(codec.encode, codec.decode), name="P")
     arena = Arena.create(4, 4096)
-    fields = {name: getattr(packing.wire, name) for name in peers.HELLO_FIELDS}
-    role, num_slots = change.get("role", "decode"), change.get("num_slots", 4)
-    hello = Hello(role=role, num_slots=num_slots, slot_bytes=4096, incarnation=b"i" * 16, **fields)
+    hello = dataclasses.replace(
+        new_hello(change.get("role", "decode"), cache, b"f" * 32),
+        num_slots=change.get("num_slots", 4), slot_bytes=4096, incarnation=b"i" * 16,
+    )  # fmt: skip
     given = os.open(change["file"], os.O_RDONLY) if "file" in change else os.dup(arena.fd)
     if "raw" in change:
         sock.send(change["raw"])

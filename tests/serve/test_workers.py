@@ -22,7 +22,7 @@ from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.worker import process
 from pagewire.serve.worker.peer import Peer
 from pagewire.transfer.frames import Ack
-from pagewire.transfer.packing import Packing
+from pagewire.transfer.packing import new_hello
 from serve.tiny import make_tiny_llama
 from serve.workers import Workers, prompt_of
 
@@ -172,7 +172,7 @@ def test_a_flood_of_frames_does_not_keep_d_from_its_work(model: Path) -> None:
     cache = pw.PagedKVCache.allocate(
         num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu"
     )
-    p = Peer("prefill", Packing(cache, bytes.fromhex(fingerprint(model))), config)
+    p = Peer(new_hello("prefill", cache, bytes.fromhex(fingerprint(model))), cache, config)
     try:
         d.channels["decode"].send(Pair(1, p.incarnation.hex(), ""))
         p.pair(Pair(1, d.ready["decode"].incarnation, d.ready["decode"].address))
@@ -259,7 +259,11 @@ def is_alive(pid: int) -> bool:
         ({"model": "/nowhere"}, "/nowhere: expected a Hugging Face directory or a .gguf file"),
         ({"backend": "warp"}, "warp"),
         ({"staging_bytes": 300}, "staging_bytes: expected at least"),
-        ({"kv_wire_dtype": "int8"}, "kv_wire_dtype: expected null or one of"),
+        ({"kv_wire_dtype": "int4"}, "kv_wire_dtype: expected null or one of float32, float16, bfloat16, float8_e4m3fn"),
+        (
+            {"kv_dtype": "bfloat16"},
+            "kv_dtype: expected null or one of float32, float8_e4m3fn, float8_e5m2, int8, got 'b",
+        ),
         ({"polite": True}, "unknown field `polite`"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

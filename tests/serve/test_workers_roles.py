@@ -193,14 +193,14 @@ def test_nan_fails_its_own_request_only(pair: Stepped, side: str, patch: pytest.
 def test_packing_that_raises_fails_its_request_only(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
-    pack = pair.p._packing.pack
+    pack = pair.p.peer.packing.pack
 
     def broken(pages, layers, tokens, out):
         if layers[0] == 1 and "a" in pair.p.requests and pages == pair.p.requests["a"].pages:
             raise RuntimeError("no pack")
         return pack(pages, layers, tokens, out)
 
-    patch.setattr(pair.p._packing, "pack", broken)
+    patch.setattr(pair.p.peer.packing, "pack", broken)
     pair.until_ended("a")
     assert pair.ends["a"] == [Failed("a", "RuntimeError: no pack", retry=True)]
     patch.undo()
@@ -231,12 +231,12 @@ def test_kv_that_differs_is_found_by_digest(pair: Stepped, patch: pytest.MonkeyP
     """D unpacks into the wrong place: every checksum holds, the digests do not."""
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
-    unpack = pair.d._packing.unpack
+    unpack = pair.d.peer.packing.unpack
 
     def misplaced(chunk, pages, staging):
         return unpack(chunk, pages[::-1] if chunk.request_id == "a" else pages, staging)
 
-    patch.setattr(pair.d._packing, "unpack", misplaced)
+    patch.setattr(pair.d.peer.packing, "unpack", misplaced)
     pair.until_ended("a")
     patch.undo()
     assert pair.reported("kv_verify", "a")[0].args["equal"] == 0
@@ -426,17 +426,34 @@ def test_what_a_front_does_not_read_is_bounded(pair: Stepped) -> None:
     assert sum(event.args["count"] for event in pair.named("events_dropped")) > 5_000
 
 
-def test_bfloat16_on_the_wire_of_a_float32_cache(model: str, patch: pytest.MonkeyPatch) -> None:
-    import pagewire.transfer.packing as packing
+SCALED = 16 + 4  # bytes of a row of 16 values with its scale
 
-    init = packing.Packing.__init__
-    patch.setattr(packing.Packing, "__init__", lambda self, cache, f: init(self, cache, f, torch.bfloat16))
-    pair = Stepped(config_of(model))
+
+@pytest.mark.parametrize(
+    ("of_p", "of_d", "row_bytes"),
+    [
+        ({}, {"kv_wire_dtype": "bfloat16"}, 2 * 16),
+        ({}, {"kv_wire_dtype": "int8"}, SCALED),
+        ({"kv_dtype": "float8_e4m3fn"}, {"kv_dtype": "float8_e4m3fn"}, SCALED),
+        ({}, {"kv_dtype": "float8_e5m2"}, SCALED),  # D's is the narrower cache
+        ({"kv_dtype": "int8"}, {"kv_dtype": "float8_e4m3fn"}, SCALED),
+        ({"kv_dtype": "int8", "kv_wire_dtype": "float16"}, {}, 2 * 16),
+        ({"kv_dtype": "int8"}, {"kv_dtype": "int8", "kv_wire_dtype": "bfloat16"}, 2 * 16),
+    ],
+    ids=str,
+)
+def test_any_cache_over_any_wire_to_any_cache(model: str, of_p: dict, of_d: dict, row_bytes: int) -> None:
+    """The digests are of D's cache, so they are equal bit by bit whatever was lost on the way."""
+    pair = Stepped(config_of(model, **of_p), config_of(model, **of_d))
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.until_ended("a")
+    assert pair.ends["a"] == [Finished("a", "length", MAX_TOKENS)]
     (transfer,) = pair.reported("transfer_total", "a")
-    assert transfer.args["bytes"] == PROMPT_LEN * 2 * 3 * 2 * 16 * 2
+    padding = transfer.args["bytes"] - PROMPT_LEN * 2 * 3 * 2 * row_bytes
+    assert 0 <= padding < 16 * 16  # of chunks, in front of their scales
     assert pair.reported("kv_verify", "a")[0].args["equal"] == 1
+    if "float8_e4m3fn" in of_p.values():
+        assert pair.d.engine.cache.k[0].dtype == torch.float8_e4m3fn
 
 
 def test_a_frame_that_is_not_the_peers_to_send_changes_nothing(pair: Stepped) -> None:

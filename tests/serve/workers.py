@@ -210,20 +210,23 @@ def spawn(role: str, config: WorkerConfig, control: socket.socket) -> subprocess
 class Stepped(FrontEnd):
     """P and D in this process, joined, each advanced one turn at a time."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, config_of_d: WorkerConfig | None = None) -> None:
         super().__init__()
         from pagewire.serve.worker.decode import DecodeWorker
         from pagewire.serve.worker.engine import Engine
         from pagewire.serve.worker.peer import Peer
         from pagewire.serve.worker.prefill import PrefillWorker
-        from pagewire.transfer.packing import Packing
+        from pagewire.transfer.packing import new_hello
 
-        p_engine, d_engine = Engine(config), Engine(config)
-        p_packing, d_packing = (Packing(engine.cache, b"f" * 32) for engine in (p_engine, d_engine))
+        p_engine, d_engine = Engine(config), Engine(config_of_d or config)
+        p_peer, d_peer = (
+            Peer(new_hello(role, engine.cache, b"f" * 32, engine.config.kv_wire_dtype), engine.cache, engine.config)
+            for role, engine in (("prefill", p_engine), ("decode", d_engine))
+        )
         self.front_of_p = Channel(self.connect("prefill"), WORKER_CODEC, name="the front")
         self.front_of_d = Channel(self.connect("decode"), WORKER_CODEC, name="the front")
-        self.p = PrefillWorker(p_engine, self.front_of_p, p_packing, Peer("prefill", p_packing, config))
-        self.d = DecodeWorker(d_engine, self.front_of_d, d_packing, Peer("decode", d_packing, config))
+        self.p = PrefillWorker(p_engine, self.front_of_p, p_peer)
+        self.d = DecodeWorker(d_engine, self.front_of_d, d_peer.packing.wire, d_peer)
         for worker in (self.p, self.d):
             worker.send_ready(os.getpid())
         self.poll()

@@ -12,7 +12,9 @@ from pagewire.transfer import frames
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Frame, FrameError, Hello, Reserve, crc32c
 from pagewire.types import StoredScaleKind
 
-HELLO = Hello("decode", "bfloat16", "none", 30, 3, 64, 64, 16, 1 << 20, b"i" * 16, b"f" * 32)
+HELLO = Hello(
+    "decode", "bfloat16", "none", 30, 3, 64, 64, 16, 1 << 20, b"i" * 16, b"f" * 32, ("float8_e4m3fn", "bfloat16")
+)
 RESERVE = Reserve("cmpl-1-0", 7, b"c" * 16, 0, 300, 5000)
 CHUNK = Chunk(
     request_id="cmpl-1-0", generation=7, capability=b"c" * 16, fingerprint=b"f" * 32, group=0,

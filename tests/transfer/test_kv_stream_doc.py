@@ -15,7 +15,8 @@ VECTORS = {
     for name, lines in re.findall(r"^([A-Z]+)\n((?:    [0-9a-f]+\n)+)", DOC, re.MULTILINE)
 }
 VALUES: dict[str, frames.Frame] = {
-    "HELLO": Hello("decode", "bfloat16", "none", 30, 3, 64, 64, 16, 1 << 20, b"i" * 16, b"f" * 32),
+    "HELLO": Hello("decode", "bfloat16", "none", 30, 3, 64, 64, 16, 1 << 20, b"i" * 16, b"f" * 32,
+                   ("float8_e4m3fn", "bfloat16")),
     "RESERVE": Reserve("cmpl-1-0", 7, b"c" * 16, 0, 300, 5000),
     "CHUNK": Chunk(
         request_id="cmpl-1-0", generation=7, capability=b"c" * 16, fingerprint=b"f" * 32, group=0,

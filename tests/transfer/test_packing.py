@@ -8,17 +8,19 @@ import torch
 import pagewire as pw
 from pagewire.transfer import packing as module
 from pagewire.transfer.frames import MAX_STAGING_SLOTS, Chunk
+from pagewire.transfer.handoff import Stored
 from pagewire.transfer.packing import MAX_CHUNK_BYTES, Packing
 from pagewire.transfer.shm import STAGING_ALIGN, Arena
+from pagewire.types import dtype_name
 
 LAYERS, HEADS, DIM, PAGE_SIZE, NUM_PAGES = 5, 2, 8, 4, 12
 P_PAGES, D_PAGES = [7, 1, 10, 4], [3, 11, 0, 8]
 
 
-def make(dtype: torch.dtype = torch.float32, wire: torch.dtype | None = None, **geometry) -> Packing:
+def make(dtype: torch.dtype = torch.float32, wire: Stored | None = None, **geometry) -> Packing:
     fields = dict(num_layers=LAYERS, num_pages=NUM_PAGES, page_size=PAGE_SIZE, num_kv_heads=HEADS, head_dim=DIM)
     cache = pw.PagedKVCache.allocate(**{**fields, **geometry}, dtype=dtype, device="cpu")
-    return Packing(cache, b"f" * 32, wire)
+    return Packing(cache, b"f" * 32, wire, kept=Stored(dtype_name(dtype), "none"))
 
 
 def filled(packing: Packing) -> Packing:
@@ -43,9 +45,9 @@ def rows(packing: Packing, pages: list[int], tokens: tuple[int, int]) -> torch.T
     return torch.stack([cache.flatten(0, 1)[slots] for cache in (*packing._cache.k, *packing._cache.v)])
 
 
-@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+@pytest.mark.parametrize("wire", [None, Stored("bfloat16", "none")], ids=str)
 @pytest.mark.parametrize("layers", [[(0, 5)], [(0, 2), (2, 3), (3, 5)], [(i, i + 1) for i in range(5)]])
-def test_any_cut_into_layers_brings_the_same(layers: list, wire: torch.dtype | None) -> None:
+def test_any_cut_into_layers_brings_the_same(layers: list, wire: Stored | None) -> None:
     p, d, arena = filled(make(wire=wire)), make(wire=wire), Arena.create(1, 16384)
     for tokens in ((0, 7), (7, 14)):
         for of in layers:
@@ -55,7 +57,7 @@ def test_any_cut_into_layers_brings_the_same(layers: list, wire: torch.dtype | N
             assert d.unpack(chunk, D_PAGES, staging) is None
     expected = rows(p, P_PAGES, (0, 14))
     assert torch.equal(rows(d, D_PAGES, (0, 14)), expected.bfloat16().float() if wire else expected)
-    assert d.digests(D_PAGES, 14) == p.digests(P_PAGES, 14)
+    assert Packing(d._cache, b"f" * 32, wire).digests(D_PAGES, 14) == p.digests(P_PAGES, 14)
 
 
 def test_a_payload_that_changes_while_it_is_read_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
-from pagewire.serve.config import DTYPES, WorkerConfig
+from pagewire.serve.config import DTYPES, KV_DTYPES, WorkerConfig
 from pagewire.serve.front.app import make_app
 from pagewire.serve.front.front import Front
 from pagewire.serve.front.limits import Limits
@@ -38,12 +38,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--served-model-name", help="the name clients use; default: the file's or folder's")
     p.add_argument("--colocated", action="store_true", help="one process instead of two: the baseline")
     p.add_argument("--api-key", help="clients must send it as a bearer token; PAGEWIRE_API_KEY hides it from ps")
-    p.add_argument("--dtype", choices=DTYPES, default=config.dtype, help="of weights and KV cache")
+    p.add_argument("--dtype", choices=DTYPES, default=config.dtype, help="of weights")
+    p.add_argument("--kv-dtype", type=_kv_dtype, choices=KV_DTYPES, help="of KV caches: --dtype (default) or 8 bits")
     p.add_argument("--page-size", type=int, default=config.page_size, help="tokens")
     p.add_argument("--pool-tokens", type=int, default=config.pool_tokens, help="KV tokens of each process's pool")
     p.add_argument("--max-batch-size", type=int, default=config.max_batch_size, help="requests decoded at once")
     p.add_argument("--prefill-chunk", type=int, default=config.prefill_chunk, help="prompt tokens in one forward")
-    p.add_argument("--kv-wire-dtype", choices=DTYPES, help="of KV between P and D; default: --dtype")
+    p.add_argument(
+        "--kv-wire-dtype", type=_kv_dtype, choices=KV_DTYPES, help="of KV between P and D; default: the caches'"
+    )
     p.add_argument("--threads", type=int, default=config.num_threads, help="of each model process")
     p.add_argument("--backend", help="pagewire backend of the model processes; default: the best that runs here")
     p.add_argument("--max-queue", type=int, default=limits.max_inflight, help="choices in flight; more get a 429")
@@ -63,6 +66,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--record-dir", help="write each request's logits here (tests, debugging)")
     p.add_argument("--verify-kv", action="store_true", help="compare digests of P's and D's KV at each handoff")
     return p
+
+
+def _kv_dtype(name: str) -> str:
+    return {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(name, name)
 
 
 def listen(host: str, port: int, api_key: str | None) -> socket.socket:
@@ -152,6 +159,7 @@ def _main(argv: list[str]) -> int:
     config = WorkerConfig(
         model=str(path),
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
         page_size=args.page_size,
         pool_tokens=args.pool_tokens,
         max_batch_size=args.max_batch_size,

@@ -13,19 +13,22 @@ leads to the front. A config that cannot work ends the process with one sentence
 import msgspec
 
 DTYPES = ("float32", "bfloat16", "float16")
+SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
+KV_DTYPES = (*DTYPES, *SCALED_DTYPES)  # of a cache, and of the wire
 EXIT_BAD_CONFIG = 2  # the config, the model files or the descriptors: restarting will not help
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str  # a Hugging Face directory or a GGUF file
-    dtype: str = "float32"  # of weights, activations and KV cache
+    dtype: str = "float32"  # of weights and activations
+    kv_dtype: str | None = None  # of P's and D's KV cache; None: dtype. 8 bits have a scale per token and head
     page_size: int = 16
     pool_tokens: int = 8192  # KV tokens of this process's pool; rounded down to whole pages
     max_batch_size: int = 16  # requests decoded in one step
     max_waiting: int = 256  # requests queued for pages; one more is Failed at once
     prefill_chunk: int = 512  # prompt tokens in one forward
     num_threads: int = 1
-    kv_wire_dtype: str | None = None  # None: the cache's dtype
+    kv_wire_dtype: str | None = None  # None: as P and D agree, see transfer/negotiation.py
     backend: str | None = None  # PAGEWIRE_BACKEND of the process
     staging_bytes: int = 64 << 20  # D's shared memory that P writes into
     handoff_timeout_ms: int = 60_000  # how long a handoff may make no progress
@@ -60,5 +63,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.kv_wire_dtype not in (None, *DTYPES):
-            raise ValueError(f"kv_wire_dtype: expected null or one of {', '.join(DTYPES)}, got {self.kv_wire_dtype!r}")
+        for name, dtypes in (("kv_dtype", (self.dtype, *SCALED_DTYPES)), ("kv_wire_dtype", KV_DTYPES)):
+            if getattr(self, name) not in (None, *dtypes):
+                raise ValueError(f"{name}: expected null or one of {', '.join(dtypes)}, got {getattr(self, name)!r}")

@@ -38,6 +38,7 @@ MAX_PAYLOAD_BYTES = 1 << 31
 MAX_DEADLINE_MS = (1 << 32) - 1
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+SCALED_DTYPES = DTYPES[3:]  # 8 bits: never without scales
 SCALE_KINDS = ("none", "tensor", "head", "token_head")
 CHECKSUM_KINDS = ("none", "crc32c")
 ROLES = ("prefill", "decode")
@@ -65,8 +66,8 @@ class Hello:
     """Both sides' first frame. D's carries the staging arena's descriptor; P's has no staging slots."""
 
     role: str
-    dtype: str
-    scale_kind: str
+    cache_dtype: str
+    cache_scale_kind: str
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -75,8 +76,12 @@ class Hello:
     slot_bytes: int
     incarnation: bytes  # 16, random per process
     fingerprint: bytes  # 32, of the model
+    wire_dtypes: tuple[str, ...] = DTYPES  # that it takes, what it wants most first; see `negotiation`
 
     def __post_init__(self) -> None:
+        scaled, kind = self.cache_dtype in SCALED_DTYPES, self.cache_scale_kind
+        _expect(scaled == (kind != "none"), f"cache_scale_kind {kind} of {self.cache_dtype}")
+        _expect(len(self.wire_dtypes) == len(set(self.wire_dtypes)) > 0, f"wire_dtypes {self.wire_dtypes}")
         _expect(1 <= self.num_layers <= MAX_LAYERS, f"num_layers {self.num_layers}")
         _expect(1 <= self.num_kv_heads <= MAX_HEADS, f"num_kv_heads {self.num_kv_heads}")
         _expect(1 <= self.head_dim <= MAX_HEAD_DIM, f"head_dim {self.head_dim}")
@@ -219,6 +224,14 @@ def _text(max_bytes: int) -> tuple[Callable[[str], bytes], Callable[[bytes], str
     return to_bytes, from_bytes
 
 
+def _dtypes_to_bytes(dtypes: tuple[str, ...]) -> bytes:
+    return bytes(map(DTYPES.index, dtypes))
+
+
+def _dtypes_from_bytes(data: bytes) -> tuple[str, ...]:
+    return tuple(DTYPES[i] for i in data if i < len(DTYPES))  # a later version's are not for us
+
+
 def _digests_from_bytes(data: bytes) -> tuple[bytes, ...]:
     return tuple(data[i : i + 32] for i in range(0, len(data), 32))
 
@@ -230,13 +243,14 @@ _CHECKSUM_KIND = _Field("B", CHECKSUM_KINDS)
 _REQUEST_ID = _Tlv(1, *_text(MAX_REQUEST_ID_BYTES))
 _DIGESTS = _Tlv(2, b"".join, _digests_from_bytes)
 _REASON = _Tlv(3, *_text(MAX_REASON_BYTES))
+_WIRE_DTYPES = _Tlv(4, _dtypes_to_bytes, _dtypes_from_bytes)
 
 _LAYOUTS: dict[type[Frame], _Layout] = {
     Hello: _Layout(1, dict(
-        role=_Field("B", ROLES), dtype=_DTYPE, scale_kind=_SCALE_KIND, num_layers=_U16,
+        role=_Field("B", ROLES), cache_dtype=_DTYPE, cache_scale_kind=_SCALE_KIND, num_layers=_U16,
         num_kv_heads=_U16, head_dim=_U16, head_dim_v=_U16, num_slots=_U32, slot_bytes=_U32,
         incarnation=_KEY16, fingerprint=_HASH32,
-    ), {}),
+    ), dict(wire_dtypes=_WIRE_DTYPES)),
     Reserve: _Layout(2, dict(
         generation=_U64, capability=_KEY16, num_cached=_U32, num_tokens=_U32, deadline_ms=_U32,
     ), dict(request_id=_REQUEST_ID)),

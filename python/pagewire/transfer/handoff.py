@@ -19,10 +19,18 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from pagewire.transfer.frames import Abort, Chunk, Commit, Frame, Hello, Range
 
 NO_GENERATION = 0  # of an ABORT before any RESERVE
+
+
+class Stored(NamedTuple):
+    """What K and V are in a cache or on the wire."""
+
+    dtype: str
+    scale_kind: str
 
 
 @dataclass(frozen=True)
@@ -38,17 +46,18 @@ class Wire:
     scale_kind: str
     packed_bytes: Callable[[int, int, int], int]  # (num_layers, num_heads, num_tokens) -> bytes
 
-    def mismatch(self, other: Hello | Chunk, names: tuple[str, ...]) -> str | None:
-        """The first of the fields `names` in which `other` differs, in words."""
-        for name in names:
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                return f"{name}: expected {_show(ours)}, got {_show(theirs)}"
-        return None
 
-
-HELLO_FIELDS = ("fingerprint", "num_layers", "num_kv_heads", "head_dim", "head_dim_v", "dtype", "scale_kind")
+HELLO_FIELDS = ("fingerprint", "num_layers", "num_kv_heads", "head_dim", "head_dim_v")
 CHUNK_FIELDS = ("fingerprint", "head_dim", "head_dim_v", "dtype", "scale_kind")
+
+
+def mismatch(ours: Hello | Wire, theirs: Hello | Chunk, names: tuple[str, ...]) -> str | None:
+    """The first of the fields `names` in which they differ, in words."""
+    for name in names:
+        expected, got = getattr(ours, name), getattr(theirs, name)
+        if expected != got:
+            return f"{name}: expected {_show(expected)}, got {_show(got)}"
+    return None
 
 
 def _show(value: object) -> str:

@@ -22,6 +22,7 @@ from pagewire.transfer.handoff import (
     Unpack,
     Wire,
     abort_frame,
+    mismatch,
     prompt_sha256,
 )
 
@@ -86,9 +87,10 @@ class Receiver:
     def request_ids(self) -> list[str]:
         return list(self._live)
 
-    def link(self, num_staging_slots: int) -> list[Action]:
-        """A peer is there; every staging slot is its to write."""
+    def link(self, num_staging_slots: int, wire: Wire | None = None) -> list[Action]:
+        """A peer is there; every staging slot is its to write. wire: negotiated, if it is not the one given before."""
         assert not self._linked
+        self._wire = wire or self._wire
         self._linked = True
         self._link += 1
         self._granted_staging = set(range(num_staging_slots))
@@ -253,7 +255,7 @@ class Receiver:
         return incoming
 
     def _chunk_problem(self, chunk: Chunk, coverage: Coverage) -> str | None:
-        if problem := self._wire.mismatch(chunk, CHUNK_FIELDS):
+        if problem := mismatch(self._wire, chunk, CHUNK_FIELDS):
             return problem
         if chunk.group != 0:
             return f"group: expected 0, got {chunk.group}"

@@ -15,21 +15,19 @@ from pagewire.serve.worker.steps import Decoding, Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.frames import Abort, Chunk, Commit, Frame
-from pagewire.transfer.handoff import Action, Refused, Start, Unpack
-from pagewire.transfer.packing import Packing
+from pagewire.transfer.handoff import Action, Refused, Start, Unpack, Wire
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.shm import Arena
 
 
 class DecodeWorker(Worker):
-    def __init__(self, engine: Engine, front: Channel, packing: Packing, peer: Peer | None) -> None:
+    def __init__(self, engine: Engine, front: Channel, wire: Wire, peer: Peer | None) -> None:
         super().__init__(engine, front, "decode" if peer else "colocated", peer)
-        self._packing = packing
         self._arena: Arena | None = None
         self._decoding = Decoding(self)
         self.batches.append(self._decoding.requests)
         self._receiver = Receiver(
-            engine.allocator, engine.config.page_size, packing.wire,
+            engine.allocator, engine.config.page_size, wire,
             vocab_size=engine.model.config.vocab_size, max_waiting=engine.config.max_waiting,
             timeout_ms=engine.config.handoff_timeout_ms,
             now_ms=lambda: int(time.monotonic() * 1000),
@@ -46,7 +44,8 @@ class DecodeWorker(Worker):
 
     def linked(self, arena: Arena) -> None:
         self._arena = arena
-        self.do(self._receiver.link(arena.num_staging_slots))
+        assert self.peer is not None
+        self.do(self._receiver.link(arena.num_staging_slots, self.peer.packing.wire))
 
     def unlinked(self) -> None:
         self._arena = None
@@ -100,10 +99,10 @@ class DecodeWorker(Worker):
 
     def _unpack(self, chunk: Chunk, pages: list[int]) -> str | None:
         """Returns why the payload is not in the pages."""
-        assert self._arena is not None
+        assert self._arena is not None and self.peer is not None
         start_us = now_us()
         try:
-            problem = self._packing.unpack(chunk, pages, self._arena.staging_slot(chunk.slot))
+            problem = self.peer.packing.unpack(chunk, pages, self._arena.staging_slot(chunk.slot))
         except Exception as error:
             problem = describe(error)
         if problem:
@@ -124,7 +123,8 @@ class DecodeWorker(Worker):
 
     def _same_digests(self, submit: Submit, pages: list[int], commit: Commit) -> bool:
         start_us = now_us()
-        ours = self._packing.digests(pages, len(submit.token_ids))
+        assert self.peer is not None
+        ours = self.peer.packing.digests(pages, len(submit.token_ids))
         p_sha256, d_sha256 = (hashlib.sha256(b"".join(digests)).hexdigest() for digests in (commit.digests, ours))
         equal = p_sha256 == d_sha256
         self.timeline.add(

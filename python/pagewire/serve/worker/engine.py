@@ -14,6 +14,7 @@ from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Sampling, Submit
 from pagewire.serve.model.llama import Llama
 from pagewire.serve.model.sampling import sample
+from pagewire.types import QUANT_MAX
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # also a file name when recording
 
@@ -75,6 +76,7 @@ class Engine:
         torch.set_num_threads(config.num_threads)
         self.config = config
         dtype = getattr(torch, config.dtype)
+        kv_dtype = getattr(torch, config.kv_dtype or config.dtype)
         self.model = Llama.load(config.model, dtype, "cpu")
         model = self.model.config
         self.cache = pw.PagedKVCache.allocate(
@@ -83,8 +85,9 @@ class Engine:
             page_size=config.page_size,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            dtype=dtype,
+            dtype=kv_dtype,
             device="cpu",
+            scale="token_head" if kv_dtype in QUANT_MAX else "none",
         )
         self.allocator = pw.PageAllocator(config.num_pages)
         self._record_dir: Path | None = None  # the warm-up is not recorded

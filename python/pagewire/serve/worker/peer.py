@@ -4,6 +4,7 @@ D listens and P connects, each to the incarnation that the front's `Pair` names.
 process is gone: the link is then lost, what is sent into it vanishes, and the worker hears of it at its next turn.
 """
 
+import dataclasses
 import os
 import secrets
 import socket
@@ -11,12 +12,14 @@ import struct
 import time
 from dataclasses import dataclass
 
+import pagewire as pw
 from pagewire.serve.channel import Channel, ChannelClosed, Codec
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Pair, Unlinked
 from pagewire.transfer.codec import ConnectionLost, FrameCodec
 from pagewire.transfer.frames import Frame, Hello
-from pagewire.transfer.handoff import HELLO_FIELDS
+from pagewire.transfer.handoff import HELLO_FIELDS, Stored, mismatch
+from pagewire.transfer.negotiation import negotiate
 from pagewire.transfer.packing import Packing
 from pagewire.transfer.shm import Arena
 
@@ -39,17 +42,22 @@ class _Connection:
 class Peer:
     """Of P or of D, for as long as the process lives; at most one connection at a time is the link."""
 
-    def __init__(self, role: str, packing: Packing, config: WorkerConfig) -> None:
-        """Raises ValueError when not even one token fits a staging slot, OSError when D cannot listen."""
-        self.incarnation = secrets.token_bytes(16)
+    def __init__(self, hello: Hello, cache: pw.PagedKVCache, config: WorkerConfig) -> None:
+        """hello: what this side says, but for its staging arena.
+
+        Raises ValueError when not even one token fits a staging slot, OSError when D cannot listen.
+        """
+        role = hello.role
+        self.incarnation = hello.incarnation
         self.address = ""  # D's
         self.link = 0  # number of the pairing whose connection stands; 0: none does
         self.arena: Arena | None = None  # of the link
+        self.packing = Packing(cache, hello.fingerprint, negotiate(hello, hello))  # of the link; now for one like us
         self._role = role
         self._other = "prefill" if role == "decode" else "decode"
-        self._wire = packing.wire
+        self._ours, self._cache = hello, cache
         self._timeout_s = config.handoff_timeout_ms / 1000
-        self._staging = packing.staging(config.staging_bytes, config.prefill_chunk)
+        self._staging = self.packing.staging(config.staging_bytes, config.prefill_chunk)
         self._listener = self._listen() if role == "decode" else None
         self._wanted: tuple[Pair, float] | None = None  # not joined yet; until when
         self._pending: list[_Connection] = []
@@ -198,10 +206,7 @@ class Peer:
             os.close(arena.fd)  # the mapping stays
 
     def _hello(self, num_slots: int, slot_bytes: int) -> Hello:
-        fields = {name: getattr(self._wire, name) for name in HELLO_FIELDS}
-        return Hello(
-            role=self._role, num_slots=num_slots, slot_bytes=slot_bytes, incarnation=self.incarnation, **fields
-        )
+        return dataclasses.replace(self._ours, num_slots=num_slots, slot_bytes=slot_bytes)
 
     def _greet(self, connection: _Connection) -> None:
         """Takes its HELLO, and nothing behind that."""
@@ -230,6 +235,7 @@ class Peer:
         channel = connection.channel
         try:
             self._check(pair, hello)
+            packing = self._packing_with(hello)
             arena = connection.arena or self._map(hello, channel)
             channel.close_fds()  # the mapping needs none
             if self._role == "prefill":
@@ -238,7 +244,7 @@ class Peer:
             channel.close()
             self._unpaired(str(error))
             return False
-        self._channel, self.arena, self.link = channel, arena, pair.link
+        self._channel, self.arena, self.link, self.packing = channel, arena, pair.link, packing
         self._wanted = None
         return True
 
@@ -247,8 +253,15 @@ class Peer:
             raise ValueError(f"HELLO: expected one from {self._other}, got one from {hello.role}")
         if hello.incarnation.hex() != pair.incarnation:
             raise ValueError(f"HELLO: incarnation: expected {pair.incarnation}, got {hello.incarnation.hex()}")
-        if problem := self._wire.mismatch(hello, HELLO_FIELDS):
-            raise ValueError(f"the {self._other} process has another model or wire: {problem}")
+        if problem := mismatch(self._ours, hello, HELLO_FIELDS):
+            raise ValueError(f"the {self._other} process has another model: {problem}")
+
+    def _packing_with(self, theirs: Hello) -> Packing:
+        """Raises ValueError when the two take no wire in common."""
+        if self._role == "decode":
+            return Packing(self._cache, theirs.fingerprint, negotiate(theirs, self._ours))
+        kept = Stored(theirs.cache_dtype, theirs.cache_scale_kind)
+        return Packing(self._cache, theirs.fingerprint, negotiate(self._ours, theirs), kept)
 
     def _map(self, hello: Hello, channel: Channel) -> Arena:
         """Raises ValueError or OSError when the descriptor is not the arena that HELLO says it is."""

@@ -11,7 +11,6 @@ from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.frames import Abort, Ack, Commit, Credit, Frame, Reserve
 from pagewire.transfer.handoff import Action, Push, Refused, Send
-from pagewire.transfer.packing import Packing
 from pagewire.transfer.sender import Sender
 from pagewire.transfer.shm import Arena
 
@@ -19,10 +18,9 @@ MAX_HELD_FRAMES = 4 * MAX_FRAMES  # that arrived during a forward; the rest wait
 
 
 class PrefillWorker(Worker):
-    def __init__(self, engine: Engine, front: Channel, packing: Packing, peer: Peer) -> None:
+    def __init__(self, engine: Engine, front: Channel, peer: Peer) -> None:
         super().__init__(engine, front, "prefill", peer)
         self._peer = peer
-        self._packing = packing
         self._arena: Arena | None = None
         self._sender: Sender | None = None  # of the link
         self._frames: deque[Frame] = deque()  # arrived during a forward, for after it
@@ -41,7 +39,7 @@ class PrefillWorker(Worker):
 
     def linked(self, arena: Arena) -> None:
         self._sender = Sender(
-            self.engine.allocator, self.config.page_size, self._packing.wire, arena.num_staging_slots,
+            self.engine.allocator, self.config.page_size, self._peer.packing.wire, arena.num_staging_slots,
             arena.staging_slot_bytes, now_ms=lambda: now_us() // 1000,
         )  # fmt: skip
         self._arena = arena
@@ -108,7 +106,7 @@ class PrefillWorker(Worker):
             case Failed(_, message):
                 self.do(self._sender.fail(request.id, message), retry=False)
             case None:
-                digests = self._packing.digests(request.pages, request.prompt_len) if self.config.verify_kv else ()
+                digests = self._peer.packing.digests(request.pages, request.prompt_len) if self.config.verify_kv else ()
                 self.do(self._sender.prefilled(request.id, request.output[0], digests))
 
     def _push(self) -> None:
@@ -127,7 +125,7 @@ class PrefillWorker(Worker):
         assert self._arena is not None
         start_us = now_us()
         out = self._arena.staging_slot(push.staging_slot)
-        num_bytes, checksum = self._packing.pack(push.pages, push.layers, push.tokens, out)
+        num_bytes, checksum = self._peer.packing.pack(push.pages, push.layers, push.tokens, out)
         self._peer.send(sender.chunk_frame(push, num_bytes, checksum))
         request = self.requests[push.request_id]
         request.pushed_us = request.pushed_us or start_us

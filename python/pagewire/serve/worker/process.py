@@ -86,24 +86,22 @@ def _start(args: argparse.Namespace) -> tuple["Worker", Channel]:
 
     engine = Engine(config)
 
-    import torch
-
     from pagewire.serve.model.fingerprint import fingerprint
     from pagewire.serve.worker.decode import DecodeWorker
     from pagewire.serve.worker.peer import Peer
     from pagewire.serve.worker.prefill import PrefillWorker
-    from pagewire.transfer.packing import Packing
+    from pagewire.transfer.packing import Packing, new_hello
 
-    wire_dtype = getattr(torch, config.kv_wire_dtype) if config.kv_wire_dtype else None
-    alone = args.role == "colocated"
-    digest = bytes(32) if alone else bytes.fromhex(fingerprint(config.model, engine.model.config))
-    packing = Packing(engine.cache, digest, wire_dtype)
     worker: Worker
-    if alone:
-        worker = DecodeWorker(engine, front, packing, None)
+    if args.role == "colocated":
+        worker = DecodeWorker(engine, front, Packing(engine.cache, bytes(32)).wire, None)
     else:
-        new_worker = PrefillWorker if args.role == "prefill" else DecodeWorker
-        worker = new_worker(engine, front, packing, Peer(args.role, packing, config))
+        digest = bytes.fromhex(fingerprint(config.model, engine.model.config))
+        peer = Peer(new_hello(args.role, engine.cache, digest, config.kv_wire_dtype), engine.cache, config)
+        if args.role == "prefill":
+            worker = PrefillWorker(engine, front, peer)
+        else:
+            worker = DecodeWorker(engine, front, peer.packing.wire, peer)
     worker.send_ready(os.getpid())
     return worker, front
 
