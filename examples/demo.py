@@ -3,8 +3,10 @@
 Starts `pagewire serve`, asks every question at once over HTTP and streams the answers; then asks the same of one
 `--colocated` process. Compares P's and D's KV as bytes and both runs' logits within a tolerance, prints a table per
 run, and writes demo-out/trace.json for https://ui.perfetto.dev. Ends with 1 and one sentence if anything is wrong.
+With `--kv-dtype` a third run asks the same with such KV caches, and what that changes in the answers is printed.
 """
 
+import argparse
 import contextlib
 import http.client
 import json
@@ -37,6 +39,7 @@ QUESTIONS = (
     f"Summarize this story in one sentence: {STORY}",
 )
 MAX_TOKENS = 64
+KV_DTYPES = ("fp8_e4m3", "float8_e4m3fn", "float8_e5m2", "int8")
 # fp32 logits of about +-20 after 30 layers: batch and chunk sizes change how a matmul rounds
 LOGIT_TOLERANCE = 1e-3
 OUT = Path("demo-out")
@@ -260,6 +263,34 @@ def check_logits(two: Run, one: Run) -> str:
             f"largest difference {worst:.2g}, tolerance {LOGIT_TOLERANCE:g}")  # fmt: skip
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def kv_cost(exact: Run, narrow: Run, kv_dtype: str) -> str:
+    """Step by step, as long as both have the same context: up to the first token in which the answers differ."""
+    agreed, whole, differences, divergences = 0, 0, [], []
+    for a, b in zip(exact.answers, narrow.answers, strict=True):
+        x, y = logits_of(exact, a), logits_of(narrow, b)
+        steps = min(len(x), len(y))
+        same = x[:steps].argmax(-1) == y[:steps].argmax(-1)
+        shared = steps if same.all() else int(same.argmin()) + 1
+        agreed, whole = agreed + int(same[:shared].sum()), whole + bool(same.all())
+        p, q = log_softmax(x[:shared]), log_softmax(y[:shared])
+        differences.append(np.abs(x[:shared] - y[:shared]))
+        divergences.append((np.exp(p) * (p - q)).sum(-1))
+    difference, divergence = np.concatenate(differences), np.concatenate(divergences)
+    num_steps = len(divergence)
+    return (
+        f"What {kv_dtype} caches cost against float ones, over the {num_steps} steps with the same context:\n"
+        f"  greedy tokens: {agreed} of {num_steps} steps agree; {whole} of {len(exact.answers)} answers never part\n"
+        f"  |logit difference|: max {difference.max():.3g}, mean {difference.mean():.3g}\n"
+        f"  KL divergence of the next token, nats: mean {divergence.mean():.3g}, max {divergence.max():.3g}"
+    )
+
+
 def write_trace(trace: bytes) -> None:
     rows = json.loads(trace)["traceEvents"]
     told = {row["args"]["name"] for row in rows if row["name"] == "process_name"}
@@ -269,23 +300,35 @@ def write_trace(trace: bytes) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Answers questions through two processes and checks the handoff.")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="also run with such KV caches")
+    kv_dtype = parser.parse_args().kv_dtype
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder, "two"), Path(folder, "one")
+        records = Path(folder, "two"), Path(folder, "one"), Path(folder, "narrow")
         with server(records[0], "--verify-kv") as port:
             two = run(port, records[0], show=True)
             write_trace(get(port, "/debug/trace")[1])
         with server(records[1], "--colocated") as port:
             print("asking the same of one process ...\n")
             one = run(port, records[1], show=False)
+        if kv_dtype:
+            with server(records[2], "--verify-kv", "--kv-dtype", kv_dtype) as port:
+                print(f"asking the same of two processes with {kv_dtype} caches ...\n")
+                narrow = run(port, records[2], show=False)
         table("two processes, P and D", two)
         table("one process (--colocated)", one)
+        if kv_dtype:
+            table(f"two processes, {kv_dtype} caches", narrow)
         print(
             "TTFT: to the first text; ITL: between two texts, ms. Transfer: from P's first push to D's ack, beside "
             "the prefill;\nlate: from P's last forward until all was pushed; join: from there to the ack.\n"
         )
         print(check_kv(two))
         print(check_logits(two, one))
+        if kv_dtype:
+            print(f"{kv_dtype}: {check_kv(narrow)}")
+            print(kv_cost(two, narrow, kv_dtype))
     print(f"Trace: {OUT / 'trace.json'} holds both processes' timeline; open it at https://ui.perfetto.dev")
 
 
