@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: setup demo test test-slow test-triton fuzz bench bench-check bench-record lint format wheel clean
+.PHONY: setup demo test test-slow test-faults test-triton fuzz bench bench-check bench-record lint format wheel clean
 
 setup: $(READY)
 
@@ -37,10 +37,19 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not faults"
 
 test-slow: $(READY)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not faults"
+
+# every fault in every state, SOAK requests with P and D killed among them, and the frame parser under libFuzzer, which
+# is left out where its package cannot be installed
+SOAK ?= 10000
+ATHERIS := $(VENV)-atheris
+
+test-faults: $(READY)
+	-test -d $(ATHERIS) || $(PIP) --only-binary :all: --no-deps --target $(ATHERIS) atheris
+	PAGEWIRE_SOAK_REQUESTS=$(SOAK) PYTHONPATH=$(CURDIR)/$(ATHERIS) $(PYTEST) tests/faults
 
 # the kernels with another Triton than the pinned one, laid over the same environment; its interpreter wants numpy < 2.4
 TRITON ?= 3.6.0
@@ -51,7 +60,7 @@ $(OTHER):
 	mv $@.part $@
 
 test-triton: $(READY) $(OTHER)
-	PYTHONPATH=$(OTHER) $(PYTEST) -m "not slow" tests/kernels tests/ops tests/gluon -k "triton or kernels or gluon"
+	PYTHONPATH=$(OTHER) $(PYTEST) -m "not slow and not faults" tests/kernels tests/ops tests/gluon -k "triton or kernels or gluon"
 
 # random problems for every backend against an oracle of their own; MINUTES for each backend
 MINUTES ?= 10
