@@ -1,0 +1,77 @@
+"""What every input of the frame parser must lead to; as a script, libFuzzer's target: `parser.py CORPUS -runs=N`."""
+
+import struct
+import sys
+from contextlib import nullcontext
+
+try:
+    import atheris
+except ImportError:
+    atheris = None
+
+with atheris.instrument_imports(include=["pagewire.transfer"]) if atheris and __name__ == "__main__" else nullcontext():
+    from pagewire.transfer import frames
+    from pagewire.transfer.codec import ConnectionLost, FrameCodec
+
+BODY = 28  # a frame without a body: prefix and CRC
+
+
+def resealed(data: bytes) -> bytes:
+    """With magic, versions, frame_bytes and CRC made right, so that only the parser is in the way."""
+    head = frames.MAGIC + struct.pack("<HH", frames.VERSION, frames.VERSION) + data[8:12] + bytes(4)
+    data = head + struct.pack("<I", len(data)) + data[20:-4]
+    return data + struct.pack("<I", frames.crc32c(data))
+
+
+LAYERS = HEADS = HEAD_DIM = 4096
+TOKENS, PAYLOAD = 1 << 24, 1 << 31
+BOUNDS = {  # written out: the parser's own say nothing against themselves. At most so many, or so many bytes
+    "num_layers": LAYERS, "layer_stop": LAYERS, "digests": LAYERS, "num_kv_heads": HEADS, "head_stop": HEADS,
+    "head_dim": HEAD_DIM, "head_dim_v": HEAD_DIM, "num_tokens": TOKENS, "token_stop": TOKENS, "num_slots": 1 << 16,
+    "slot": (1 << 16) - 1, "slot_bytes": PAYLOAD, "payload_bytes": PAYLOAD, "request_id": 128, "reason": 1024,
+    "capability": 16, "incarnation": 16, "fingerprint": 32, "prompt_sha256": 32, "wire_dtypes": 6,
+}  # fmt: skip
+AT_LEAST_ONE = {"num_layers", "num_kv_heads", "head_dim", "num_tokens", "payload_bytes", "wire_dtypes"}
+
+
+def check_bounds(frame: frames.Frame) -> None:
+    values = vars(frame)
+    for name, value in values.items():
+        size = len(value.encode() if isinstance(value, str) else value) if not isinstance(value, int) else value
+        assert (name in AT_LEAST_ONE) <= size <= BOUNDS.get(name, 1 << 64), f"{name}: {value!r:.99}"
+        if name.endswith("_stop"):
+            assert values[name.replace("_stop", "_start")] < value, f"{name}: {value}"
+
+
+def check(data: bytes) -> bool:
+    """Whether it is a frame. Raises if the parser does anything but return one within its bounds, or refuse."""
+    try:
+        frame, sequence = frames.decode(data)
+    except frames.FrameError:
+        lost = True
+    else:
+        lost = False
+        check_bounds(frame)
+        again = frames.encode(frame, sequence)  # which only what is within its bounds can be
+        assert len(again) <= frames.MAX_FRAME_BYTES and frames.decode(again) == (frame, sequence), frame
+    codec = FrameCodec()
+    if len(data) >= BODY:
+        codec._num_received = struct.unpack_from("<I", data, 20)[0]
+    try:
+        taken = codec.decode(data)
+    except ConnectionLost:
+        assert lost
+    else:
+        assert not lost and taken == frame
+    return not lost
+
+
+def check_both(data: bytes) -> None:
+    check(data)
+    if len(data) >= BODY:
+        check(resealed(data))
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, check_both)
+    atheris.Fuzz()
