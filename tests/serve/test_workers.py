@@ -259,7 +259,7 @@ def is_alive(pid: int) -> bool:
         ({"model": "/nowhere"}, "/nowhere: expected a Hugging Face directory or a .gguf file"),
         ({"backend": "warp"}, "warp"),
         ({"staging_bytes": 300}, "staging_bytes: expected at least"),
-        ({"kv_wire_dtype": "int4"}, "kv_wire_dtype: expected null or one of float32, float16, bfloat16, float8_e4m3fn"),
+        ({"kv_wire_dtype": "int4"}, "kv_wire_dtype: expected null or one of float32, bfloat16, float16, float8_e4m3fn"),
         (
             {"kv_dtype": "bfloat16"},
             "kv_dtype: expected null or one of float32, float8_e4m3fn, float8_e5m2, int8, got 'b",
