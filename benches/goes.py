@@ -36,7 +36,7 @@ PROFILED = {  # step -> backend, case: what each kernel is up against, from its 
     "ncu-prefill": ("triton", "prefill q8k H32/8 D128 P16 bf16"),
     "ncu-pack": ("cuda", "pack 2kt L32 H8>1 D128 P16 NHD bf16"),
 }
-_AHEAD = ("env", "PAGEWIRE_HOPPER=2")  # with what no GPU has measured
+_AHEAD = ("env", "PAGEWIRE_HOPPER=2")  # with what is not the default
 _OF_AHEAD = "^(prefill|mixed)"
 _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "InstructionStats")
 

@@ -49,7 +49,7 @@ class Spec(NamedTuple):
     PARTS: bool = False  # of it: programs may share the keys of a row tile
     BOXES: bool = False  # of it: pages are boxes of the TMA unit
     KV_HEADS: int = 0  # of it
-    TURNS: bool = False  # of it: prefill's consumers take turns, its programs take what comes next; not measured yet
+    TURNS: bool = False  # of it: prefill's consumers take turns, its programs take what comes next
     ALONE: Any = None  # the same in the smallest tiles, for rows of one token by themselves (`alone.py`)
 
 

@@ -28,7 +28,7 @@ def _is_on() -> bool:
 
 
 def is_ahead() -> bool:
-    """Whether what no GPU has measured yet is asked for too."""
+    """Whether prefill is to take turns: on an H200 better for several prompts, worse for one."""
     return os.environ.get(SWITCH) == "2"
 
 

@@ -19,7 +19,7 @@ class Arena:
     """
 
     def __init__(self, fd: int, num_staging_slots: int, staging_slot_bytes: int) -> None:
-        """Maps `fd` and owns it. Raises ValueError unless it is a sealed file of that size."""
+        """Maps `fd`; the mapping needs it no longer. Raises ValueError unless it is a sealed file of that size."""
         expected = num_staging_slots * staging_slot_bytes
         if os.fstat(fd).st_size != expected or staging_slot_bytes % STAGING_ALIGN:
             raise ValueError(
