@@ -93,11 +93,19 @@ def test_front_and_worker_do_not_know_each_other_and_the_model_knows_neither():
 
 def test_the_front_has_no_torch():
     """Neither in front/ nor in what it may import. That the cli reads a tokenizer without it is test_front.py's."""
-    files = [*(PACKAGE / "serve/front").rglob("*.py"), *(PACKAGE / "serve" / f"{part}.py" for part in SHARED)]
-    assert len(files) > 8
+    shared = [*(PACKAGE / "serve" / f"{part}.py" for part in SHARED), PACKAGE / "transfer/channel.py"]
+    files = [*(PACKAGE / "serve/front").rglob("*.py"), *shared]
+    assert len(files) > 9
     for path in files:
-        assert not any(name.split(".")[0] == "torch" for name in modules(path)), path
-        assert imported(path) <= {"serve"}, path
+        names = modules(path)
+        assert not any(name.split(".")[0] == "torch" for name in names), path
+        assert imported(path) <= {"serve", "transfer"}, path
+        of_transfer = {name for name in names if name.startswith("pagewire.transfer")}
+        assert all(f"{name}.".startswith("pagewire.transfer.channel.") for name in of_transfer), path
+
+
+def test_the_channel_needs_nothing_that_is_not_in_every_python():
+    assert {name.split(".")[0] for name in modules(PACKAGE / "transfer/channel.py")} <= sys.stdlib_module_names
 
 
 def test_kernels_import_only_torch_triton_and_siblings():

@@ -5,8 +5,8 @@ import socket
 import pytest
 
 from faults.stepped import REQUESTS, STATES, TIMEOUT_S, Rig, granted, phases
-from pagewire.serve.channel import LENGTH
 from pagewire.serve.messages import Cancel
+from pagewire.transfer.channel import LENGTH
 from pagewire.transfer.frames import Abort
 from pagewire.transfer.handoff import Phase
 from serve.tiny import make_tiny_llama
@@ -71,14 +71,14 @@ def cut(framed: bytes) -> bytes:
 
 def damage(rig: Rig, side: str, how) -> list[str]:
     """Arms it; the kind of frame that it hit, once it did."""
-    channel = getattr(rig.pair, side).peer._channel
+    channel = getattr(rig.pair, side).peer._transport
     hit: list[str] = []
 
-    def send(frame, fds=()) -> None:
+    def send(frame) -> None:
         del channel.send
         hit.append(type(frame).__name__)
         body = channel._codec.encode(frame)
-        channel._outbox += how(LENGTH.pack(len(body)) + body)
+        channel._queue(how(LENGTH.pack(len(body)) + body))
         channel.flush()
         if how is cut:
             channel._sock.shutdown(socket.SHUT_RDWR)

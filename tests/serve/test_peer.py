@@ -11,15 +11,17 @@ import pytest
 import torch
 
 import pagewire as pw
-from pagewire.serve.channel import Channel, Codec
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Pair
 from pagewire.serve.worker import peer as peers
 from pagewire.serve.worker.peer import MAX_FRAMES, MAX_PENDING, Peer
+from pagewire.transfer import shm
+from pagewire.transfer.channel import Channel, Codec
 from pagewire.transfer.codec import FrameCodec
 from pagewire.transfer.frames import Ack, Credit
 from pagewire.transfer.packing import new_hello
 from pagewire.transfer.shm import Arena
+from pagewire.transfer.transport import connect as connect_to
 
 CONFIG = WorkerConfig(model="none", page_size=4, prefill_chunk=16, staging_bytes=1 << 16, handoff_timeout_ms=60_000)
 
@@ -74,7 +76,7 @@ def turns(*ends: Peer) -> list[bool]:
 def connect(d: Peer, name: str = "D", accept_fds: bool = True) -> Channel:
     """A raw one, as anybody's."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(f"\0pagewire-{d.address}")
+    sock.connect(f"\0pagewire-{d.address.removeprefix('unix:')}")
     codec = FrameCodec()
     return Channel(sock, Codec(codec.encode, codec.decode), name=name, accept_fds=accept_fds)
 
@@ -82,7 +84,7 @@ def connect(d: Peer, name: str = "D", accept_fds: bool = True) -> Channel:
 def test_p_and_d_are_joined_and_share_the_arena(d, p):
     pair(d, p, 7)
     assert turns(d, p) == [True, True] and d.link == p.link == 7
-    assert not p._channel.fds, "the mapping needs none"
+    assert not p._transport.fds, "the mapping needs none"
     d.arena.staging_slot(3)[:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
     assert p.arena.staging_slot(3)[:4].tolist() == [1, 2, 3, 4]
     d.send(Credit(1))
@@ -153,12 +155,26 @@ def test_p_does_not_join_another_incarnation(d, p):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_peer_of_another_model_is_refused(d, p, of, change, sentence):
+def test_a_peer_of_another_model_is_refused(d, p, of, change, sentence, monkeypatch):
     """By the field in which they differ."""
     liar, honest = (p, d) if of == "d" else (d, p)
     if "wire_dtypes" in change:
         honest._ours = dataclasses.replace(honest._ours, wire_dtypes=("int8",))
-    liar._hello = lambda *staging, hello=liar._hello: dataclasses.replace(hello(*staging), **change)
+    if liar is d:
+        d._listener.hello = dataclasses.replace(d._listener.hello, **change)
+
+    def lying(address):
+        transport = connect_to(address)
+
+        def send(frame):
+            del transport.send
+            transport.send(dataclasses.replace(frame, **change))
+
+        transport.send = send
+        return transport
+
+    if liar is p:
+        monkeypatch.setattr(peers, "connect", lying)
     pair(d, p, 1)
     turns(d, p)
     (loss,) = honest.losses()
@@ -185,7 +201,7 @@ def test_p_against_a_d_that_lies(cache, change, sentence):
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind("\0pagewire-test-liar")
     listener.listen()
-    p.pair(Pair(1, (b"i" * 16).hex(), "test-liar"))
+    p.pair(Pair(1, (b"i" * 16).hex(), "unix:test-liar"))
     sock, _ = listener.accept()
     codec = FrameCodec()
     channel = Channel(sock, Codec(codec.encode, codec.decode), name="P")
@@ -213,20 +229,20 @@ def test_p_against_a_d_that_lies(cache, change, sentence):
 
 
 def test_nobody_answers_at_the_address(p):
-    p.pair(Pair(3, "00" * 16, "nobody"))
+    p.pair(Pair(3, "00" * 16, "unix:nobody"))
     (loss,) = p.losses()
     assert loss.link == 3 and loss.reason == "D: cannot be connected to: Connection refused"
 
 
 def test_another_user_is_not_let_in(d, p, monkeypatch):
-    monkeypatch.setattr(peers.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(shm.os, "getuid", lambda: 12345)
     stranger = connect(d)
     d.join()
     assert not d._pending
     with pytest.raises(Exception, match="closed"):
         stranger.poll()
     p.pair(Pair(1, d.incarnation.hex(), d.address))
-    assert p.losses()[0].reason == "D: its address belongs to another user"
+    assert p.losses()[0].reason == "D: cannot be connected to: its address belongs to another user"
     stranger.close()
 
 
@@ -235,7 +251,7 @@ def test_without_memory_for_an_arena_the_connection_ends_and_the_process_does_no
         raise OSError("no memory")
 
     with monkeypatch.context() as without:
-        without.setattr(peers.Arena, "create", none)
+        without.setattr(shm.Arena, "create", none)
         pair(d, p, 1)
         turns(d, p)
         assert p.losses()[0].reason == "D: the other end closed" and d.link == 0
@@ -288,6 +304,6 @@ def test_descriptors_behind_the_hello_are_closed_by_the_kernel(d, p):
     turns(d, p)
     before = len(os.listdir("/proc/self/fd"))
     gift = os.memfd_create("gift")
-    d._channel.send(Credit(1), fds=[gift])
+    d._transport.send(Credit(1), fds=[gift])
     os.close(gift)
     assert p.poll() == [Credit(1)] and len(os.listdir("/proc/self/fd")) == before

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import pagewire as pw
-from pagewire.serve.channel import frame
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.messages import Finished, Pair, Sampling
 from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.worker import process
 from pagewire.serve.worker.peer import Peer
+from pagewire.transfer.channel import frame
 from pagewire.transfer.frames import Ack
 from pagewire.transfer.packing import new_hello
 from serve.tiny import make_tiny_llama
@@ -181,8 +181,8 @@ def test_a_flood_of_frames_does_not_keep_d_from_its_work(model: Path) -> None:
         d.submit("victim", prompt_of(20), 400, local=True)
         d.until(lambda: len(d.tokens["victim"]) > 20)
         before = d.rss_mb("decode")
-        flood = b"".join(frame(p._channel._codec.encode(Ack("x", 1))) for _ in range(100_000))
-        with p._channel._sock.dup() as sock:
+        flood = b"".join(frame(p._transport._codec.encode(Ack("x", 1))) for _ in range(100_000))
+        with p._transport._sock.dup() as sock:
             sock.setblocking(True)
 
             def send() -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from pagewire.serve.channel import Channel, Codec
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Cancel, Failed, Finished, Sampling
 from pagewire.serve.worker import prefill, timeline
+from pagewire.transfer.channel import Channel, Codec
 from pagewire.transfer.frames import Abort
 from serve.tiny import make_tiny_llama
 from serve.workers import Stepped, prompt_of
@@ -483,7 +483,7 @@ def test_bytes_that_are_no_frame_end_the_link_and_the_next_one_works(pair: Stepp
     pair.until(lambda: 1 in pair.tokens["running"])
     pair.submit("coming", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.until(lambda: "coming" in pair.p.requests)
-    Channel(pair.p.peer._channel._sock, Codec(bytes, bytes), name="raw").send(noise)
+    Channel(pair.p.peer._transport._sock, Codec(bytes, bytes), name="raw").send(noise)
     pair.until(lambda: len(pair.unlinked) == 2)
     assert {role for role, _ in pair.unlinked} == {"prefill", "decode"}
     assert any("cannot be read" in unlinked.reason for _, unlinked in pair.unlinked)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from pagewire.serve.channel import FRONT_CODEC, WORKER_CODEC, Channel, ChannelClosed, wait
+from pagewire.serve.channel import FRONT_CODEC, WORKER_CODEC
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import (
     Cancel,
@@ -31,6 +31,7 @@ from pagewire.serve.messages import (
     Token,
     Unlinked,
 )
+from pagewire.transfer.channel import Channel, ChannelClosed, wait
 
 TIMEOUT_S = 60.0
 

@@ -1,18 +1,25 @@
-"""The staging arena: a sealed memfd of equal staging slots; D creates it, P writes and D reads."""
+"""On one machine: the staging slots are a sealed memfd, which D creates and passes with its HELLO; P writes there, D
+reads there. The frames cross a Unix socket with an abstract name: no file is left behind, and it ends with the process.
+"""
 
+import errno
 import fcntl
-import mmap
 import os
+import secrets
+import socket
+import struct
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from pagewire.transfer.frames import Frame, Hello
+from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
+from pagewire.transfer.transport import STAGING_ALIGN as STAGING_ALIGN
 
-STAGING_ALIGN = 64  # bytes; also the alignment of every packed buffer's start
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
-class Arena:
-    """`num_staging_slots` x `staging_slot_bytes` of memory shared by two processes.
+class Arena(Staging):
+    """Memory shared by two processes.
 
     The size is sealed: neither side can shrink the file under the other and fault it. What P writes
     there means nothing until a chunk names it and its checksum holds; no page of a cache lies here.
@@ -28,19 +35,74 @@ class Arena:
             )
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise ValueError("staging arena: expected a memfd sealed against shrinking and growing")
+        super().__init__(num_staging_slots, staging_slot_bytes, fd)
         self.fd = fd
-        self.num_staging_slots = num_staging_slots
-        self.staging_slot_bytes = staging_slot_bytes
-        self._memory = mmap.mmap(fd, expected)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
     @classmethod
     def create(cls, num_staging_slots: int, staging_slot_bytes: int) -> "Arena":
         fd = os.memfd_create("pagewire-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, num_staging_slots * staging_slot_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        return cls(fd, num_staging_slots, staging_slot_bytes)
+        try:
+            os.ftruncate(fd, num_staging_slots * staging_slot_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(fd, num_staging_slots, staging_slot_bytes)
+        except (OSError, ValueError):
+            os.close(fd)
+            raise
 
-    def staging_slot(self, index: int) -> Tensor:
-        """uint8 [staging_slot_bytes], a view."""
-        return self._bytes[index * self.staging_slot_bytes : (index + 1) * self.staging_slot_bytes]
+
+class ShmTransport(Transport):
+    @classmethod
+    def connect(cls, address: str, name: str) -> "ShmTransport":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.connect(_abstract(address))
+            _expect_same_user(sock)
+            return cls(sock, name, None, accept_fds=True)
+        except OSError:
+            sock.close()
+            raise
+
+    def greet(self, hello: Hello, fds: Sequence[int] = ()) -> None:
+        assert isinstance(self.staging, Arena)
+        try:
+            super().greet(hello, [self.staging.fd])
+        finally:
+            os.close(self.staging.fd)  # the mapping stays
+
+    def received(self, message: Frame) -> memoryview | None:
+        self.accept_fds = False  # HELLO has brought its own
+        return super().received(message)
+
+    def open_staging(self, hello: Hello) -> None:
+        try:
+            if len(self.fds) != 1:
+                raise ValueError(f"HELLO: expected the staging arena's descriptor, got {len(self.fds)}")
+            self.staging = Arena(self.fds[0], hello.num_slots, hello.slot_bytes)
+        finally:
+            self.close_fds()
+
+
+class ShmListener(Listener):
+    def __init__(self, hello: Hello, staging: tuple[int, int], name: str) -> None:
+        address = f"unix:{secrets.token_hex(16)}"
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(_abstract(address))
+        sock.listen(BACKLOG)
+        super().__init__(sock, address, hello, staging, name)
+
+    def serve(self, sock: socket.socket) -> Transport:
+        _expect_same_user(sock)
+        return ShmTransport(sock, self.name, Arena.create(*self.staging))
+
+
+def _abstract(address: str) -> str:
+    return f"\0pagewire-{address.removeprefix('unix:')}"
+
+
+def _expect_same_user(sock: socket.socket) -> None:
+    """Raises PermissionError."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    uid = _CREDENTIALS.unpack(credentials)[1]
+    if uid != os.getuid():
+        raise PermissionError(errno.EPERM, "its address belongs to another user")

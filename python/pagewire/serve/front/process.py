@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from pagewire.serve.channel import AsyncChannel, ChannelClosed
+from pagewire.serve.channel import AsyncChannel
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.messages import Gauges, Ready, Shutdown, WorkerMessage
+from pagewire.transfer.channel import ChannelClosed
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.serve.worker")
 EXIT_TIMEOUT_S = 3.0  # from Shutdown, or from the end of its channel, to the process's end

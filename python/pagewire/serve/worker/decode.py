@@ -7,23 +7,23 @@ import hashlib
 import secrets
 import time
 
-from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Failed, Submit
 from pagewire.serve.worker.engine import Engine, RequestState
 from pagewire.serve.worker.peer import Peer
 from pagewire.serve.worker.steps import Decoding, Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
+from pagewire.transfer.channel import Channel
 from pagewire.transfer.frames import Abort, Chunk, Commit, Frame
 from pagewire.transfer.handoff import Action, Refused, Start, Unpack, Wire
 from pagewire.transfer.receiver import Receiver
-from pagewire.transfer.shm import Arena
+from pagewire.transfer.transport import Staging
 
 
 class DecodeWorker(Worker):
     def __init__(self, engine: Engine, front: Channel, wire: Wire, peer: Peer | None) -> None:
         super().__init__(engine, front, "decode" if peer else "colocated", peer)
-        self._arena: Arena | None = None
+        self._arena: Staging | None = None
         self._decoding = Decoding(self)
         self.batches.append(self._decoding.requests)
         self._receiver = Receiver(
@@ -42,7 +42,7 @@ class DecodeWorker(Worker):
     def cancel(self, request_id: str) -> None:
         self.do(self._receiver.cancel(request_id))
 
-    def linked(self, arena: Arena) -> None:
+    def linked(self, arena: Staging) -> None:
         self._arena = arena
         assert self.peer is not None
         self.do(self._receiver.link(arena.num_staging_slots, self.peer.packing.wire))

@@ -2,17 +2,17 @@
 
 from collections import deque
 
-from pagewire.serve.channel import Channel
 from pagewire.serve.messages import Failed, Finished, Submit
 from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.peer import MAX_FRAMES, Peer
 from pagewire.serve.worker.steps import Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
+from pagewire.transfer.channel import Channel
 from pagewire.transfer.frames import Abort, Ack, Commit, Credit, Frame, Reserve
 from pagewire.transfer.handoff import Action, Push, Refused, Send
 from pagewire.transfer.sender import Sender
-from pagewire.transfer.shm import Arena
+from pagewire.transfer.transport import Staging
 
 MAX_HELD_FRAMES = 4 * MAX_FRAMES  # that arrived during a forward; the rest waits in the socket
 
@@ -21,7 +21,7 @@ class PrefillWorker(Worker):
     def __init__(self, engine: Engine, front: Channel, peer: Peer) -> None:
         super().__init__(engine, front, "prefill", peer)
         self._peer = peer
-        self._arena: Arena | None = None
+        self._arena: Staging | None = None
         self._sender: Sender | None = None  # of the link
         self._frames: deque[Frame] = deque()  # arrived during a forward, for after it
 
@@ -37,7 +37,7 @@ class PrefillWorker(Worker):
         if self._sender is not None:
             self.do(self._sender.cancel(request_id))
 
-    def linked(self, arena: Arena) -> None:
+    def linked(self, arena: Staging) -> None:
         self._sender = Sender(
             self.engine.allocator, self.config.page_size, self._peer.packing.wire, arena.num_staging_slots,
             arena.staging_slot_bytes, now_ms=lambda: now_us() // 1000,

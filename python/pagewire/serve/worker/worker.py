@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 
 import msgspec
 
-from pagewire.serve.channel import Channel
 from pagewire.serve.messages import (
     Cancel,
     Events,
@@ -23,9 +22,10 @@ from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.peer import Peer
 from pagewire.serve.worker.steps import Ending, Prefilling
 from pagewire.serve.worker.timeline import Timeline, now_us
+from pagewire.transfer.channel import Channel
 from pagewire.transfer.frames import Frame
 from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Refused, RequestFailed, Send
-from pagewire.transfer.shm import Arena
+from pagewire.transfer.transport import Staging
 
 REPORT_US = 50_000  # events and gauges travel at most this often
 BEAT_US = 500_000  # and unchanged gauges at least this often
@@ -67,7 +67,7 @@ class Worker(ABC):
     def num_running_waiting(self) -> tuple[int, int]: ...
 
     @abstractmethod
-    def linked(self, arena: Arena) -> None:
+    def linked(self, arena: Staging) -> None:
         """Raises ValueError when the arena does not suit."""
 
     @abstractmethod

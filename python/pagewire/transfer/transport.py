@@ -1,0 +1,139 @@
+"""What carries frames and payloads between P and D: the interface of `shm` and `tcp`, and addresses that name one.
+
+D listens and P connects. D's HELLO goes first, with its staging slots; P's Transport has slots once that is opened. On
+either side slot i means the same: P packs into its own and sends the CHUNK; when D has the CHUNK, the payload lies in
+D's, until the CREDIT for it.
+"""
+
+import dataclasses
+import mmap
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pagewire.transfer.channel import Channel, ChannelClosed, Codec
+from pagewire.transfer.codec import ConnectionLost, FrameCodec
+from pagewire.transfer.frames import Chunk, Frame, Hello
+
+STAGING_ALIGN = 64  # bytes; also the alignment of every packed buffer's start
+BACKLOG = 4  # connections that wait to be accepted
+MAX_STAGING_BYTES = 1 << 34  # that a peer may make us map
+
+
+class Staging:
+    """`num_staging_slots` x `staging_slot_bytes` of memory, this process's own or `fd`'s."""
+
+    def __init__(self, num_staging_slots: int, staging_slot_bytes: int, fd: int = -1) -> None:
+        """Raises ValueError on an impossible size, OSError when there is no memory."""
+        num_bytes = num_staging_slots * staging_slot_bytes
+        if not 0 < num_bytes <= MAX_STAGING_BYTES or staging_slot_bytes % STAGING_ALIGN:
+            raise ValueError(
+                f"staging: expected 1 to {MAX_STAGING_BYTES} bytes in slots of a multiple of {STAGING_ALIGN}, "
+                f"got {num_staging_slots} slots of {staging_slot_bytes} bytes"
+            )
+        self.num_staging_slots = num_staging_slots
+        self.staging_slot_bytes = staging_slot_bytes
+        self._bytes = torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)  # it keeps the mapping
+
+    def staging_slot(self, index: int) -> Tensor:
+        """uint8 [staging_slot_bytes], a view."""
+        return self._bytes[index * self.staging_slot_bytes : (index + 1) * self.staging_slot_bytes]
+
+
+class Transport(Channel):
+    """One connection: frames both ways, payloads from P to D. A CHUNK that is sent takes the payload in its slot along;
+    one that `poll` returns has it there. Raises ChannelClosed or ConnectionLost once it is over.
+    """
+
+    def __init__(self, sock: socket.socket, name: str, staging: Staging | None, accept_fds: bool = False) -> None:
+        """staging: of D; None: this is P's."""
+        codec = FrameCodec()
+        super().__init__(sock, Codec(codec.encode, codec.decode), name=name, accept_fds=accept_fds)
+        self.staging = staging
+        self._pushes = staging is None
+
+    def open_staging(self, hello: Hello) -> None:
+        """P: as D's HELLO says. Raises ValueError or OSError when it is not so."""
+        self.staging = Staging(hello.num_slots, hello.slot_bytes)
+
+    def greet(self, hello: Hello, fds: Sequence[int] = ()) -> None:
+        """D: its HELLO, with its staging slots."""
+        assert self.staging is not None
+        num_slots, slot_bytes = self.staging.num_staging_slots, self.staging.staging_slot_bytes
+        self.send(dataclasses.replace(hello, num_slots=num_slots, slot_bytes=slot_bytes), fds)
+
+    def received(self, message: Frame) -> memoryview | None:
+        if isinstance(message, Chunk):
+            if self._pushes:
+                raise ConnectionLost("CHUNK: D sent one, only P does")
+            self.payload(message)
+        return None
+
+    def payload(self, chunk: Chunk) -> Tensor:
+        """uint8 [payload_bytes], at the head of its slot. Raises ConnectionLost when there is no such place."""
+        staging = self.staging
+        if staging is None or chunk.slot >= staging.num_staging_slots:
+            number = staging.num_staging_slots if staging else 0
+            raise ConnectionLost(f"CHUNK: slot: expected one of {number}, got {chunk.slot}")
+        if chunk.payload_bytes > staging.staging_slot_bytes:
+            most = staging.staging_slot_bytes
+            raise ConnectionLost(f"CHUNK: payload_bytes: expected at most {most}, got {chunk.payload_bytes}")
+        return staging.staging_slot(chunk.slot)[: chunk.payload_bytes]
+
+
+class Listener(ABC):
+    """D's: who connects is sent its HELLO."""
+
+    def __init__(self, sock: socket.socket, address: str, hello: Hello, staging: tuple[int, int], name: str) -> None:
+        """staging: (num_staging_slots, staging_slot_bytes) for each connection; address: for `connect`."""
+        sock.setblocking(False)
+        self.address, self.hello, self.staging, self.name = address, hello, staging, name
+        self.problem = ""  # why the last one that was not served was not
+        self._sock = sock
+
+    def accept(self) -> Transport | None:
+        """Of one that waits, if any does. One that cannot be served is closed."""
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:  # none is waiting, or we have no descriptor for it: it waits on
+            return None
+        transport = None
+        try:
+            transport = self.serve(sock)
+            transport.greet(self.hello)
+            return transport
+        except (OSError, ChannelClosed) as error:  # no memory or descriptor, not one of ours, gone
+            self.problem = str(error)
+            (transport or sock).close()
+            return None
+
+    @abstractmethod
+    def serve(self, sock: socket.socket) -> Transport:
+        """Raises OSError."""
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def listen(address: str, hello: Hello, staging: tuple[int, int], *, name: str = "P") -> Listener:
+    """address: "unix:". Raises ValueError or OSError."""
+    from pagewire.transfer.shm import ShmListener
+
+    if address == "unix:":
+        return ShmListener(hello, staging, name)
+    raise ValueError(f"address: expected unix:, got {address}")
+
+
+def connect(address: str, *, name: str = "D") -> Transport:
+    """P's, to a Listener's `address`; it may still be under way. Raises ValueError or OSError."""
+    from pagewire.transfer.shm import ShmTransport
+
+    if address.startswith("unix:"):
+        return ShmTransport.connect(address, name)
+    raise ValueError(f"address: expected unix:..., got {address}")
