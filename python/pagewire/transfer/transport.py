@@ -17,6 +17,7 @@ from torch import Tensor
 from pagewire.transfer.channel import Channel, ChannelClosed, Codec
 from pagewire.transfer.codec import ConnectionLost, FrameCodec
 from pagewire.transfer.frames import Chunk, Frame, Hello
+from pagewire.transfer.tls import Tls
 
 STAGING_ALIGN = 64  # bytes; also the alignment of every packed buffer's start
 BACKLOG = 4  # connections that wait to be accepted
@@ -121,19 +122,23 @@ class Listener(ABC):
         self._sock.close()
 
 
-def listen(address: str, hello: Hello, staging: tuple[int, int], *, name: str = "P") -> Listener:
-    """address: "unix:". Raises ValueError or OSError."""
+def listen(
+    address: str, hello: Hello, staging: tuple[int, int], *, name: str = "P", tls: Tls | None = None
+) -> Listener:
+    """address: "unix:", or "tcp://host:port" with port 0 for any. Raises ValueError or OSError."""
     from pagewire.transfer.shm import ShmListener
+    from pagewire.transfer.tcp import TcpListener
 
     if address == "unix:":
         return ShmListener(hello, staging, name)
-    raise ValueError(f"address: expected unix:, got {address}")
+    return TcpListener(address, hello, staging, name, tls)
 
 
-def connect(address: str, *, name: str = "D") -> Transport:
+def connect(address: str, *, name: str = "D", tls: Tls | None = None) -> Transport:
     """P's, to a Listener's `address`; it may still be under way. Raises ValueError or OSError."""
     from pagewire.transfer.shm import ShmTransport
+    from pagewire.transfer.tcp import TcpTransport
 
     if address.startswith("unix:"):
         return ShmTransport.connect(address, name)
-    raise ValueError(f"address: expected unix:..., got {address}")
+    return TcpTransport.connect(address, name, tls)

@@ -1,0 +1,88 @@
+"""Between machines: staging slots of each side's own; a CHUNK's payload follows its frame on the stream, from a slot
+of the one into the same of the other. In clear only to this machine itself, over TLS to any.
+"""
+
+import errno
+import ipaddress
+import os
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+from pagewire.transfer.frames import Chunk, Frame, Hello
+from pagewire.transfer.tls import Tls, secure
+from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
+
+# seconds, but the last: one that is gone without a word is noticed within half a minute, and one that takes nothing of
+# what we send within a minute
+_OPTIONS = {
+    socket.TCP_NODELAY: 1, socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 60_000,
+}  # fmt: skip
+
+
+class TcpTransport(Transport):
+    @classmethod
+    def connect(cls, address: str, name: str, tls: Tls | None) -> "TcpTransport":
+        """address: of an IP, since a name's look-up may block."""
+        family, where = resolve(address, tls, socket.AI_NUMERICHOST)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if tls:
+                sock = secure(tls.context(server_side=False), sock, "decode", server_side=False)
+            _prepare(sock)
+            code = sock.connect_ex(where)
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, os.strerror(code))
+            return cls(sock, name, None)
+        except (OSError, ValueError):
+            sock.close()
+            raise
+
+    def send(self, message: Frame, fds: Any = (), payload: memoryview | None = None) -> None:
+        if isinstance(message, Chunk):
+            payload = self.payload(message).numpy().data
+        super().send(message, payload=payload)
+
+    def received(self, message: Frame) -> memoryview | None:
+        super().received(message)
+        return self.payload(message).numpy().data if isinstance(message, Chunk) else None
+
+
+class TcpListener(Listener):
+    def __init__(self, address: str, hello: Hello, staging: tuple[int, int], name: str, tls: Tls | None) -> None:
+        family, where = resolve(address, tls)
+        self._context = tls.context(server_side=True) if tls else None
+        sock = socket.create_server(where, family=family, backlog=BACKLOG)
+        host, port = sock.getsockname()[:2]
+        bound = f"tcp://[{host}]:{port}" if family == socket.AF_INET6 else f"tcp://{host}:{port}"
+        super().__init__(sock, bound, hello, staging, name)
+
+    def serve(self, sock: socket.socket) -> Transport:
+        _prepare(sock)
+        if self._context:
+            sock = secure(self._context, sock, "prefill", server_side=True)
+        return TcpTransport(sock, self.name, Staging(*self.staging))
+
+
+def resolve(address: str, tls: Tls | None, flags: int = 0) -> tuple[socket.AddressFamily, Any]:
+    """The first address of tcp://host:port. Raises ValueError, also when it may not be used without TLS."""
+    try:
+        parts = urlsplit(address)
+        if parts.scheme != "tcp" or not parts.hostname or parts.port is None or parts.path:
+            raise ValueError
+        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=flags)
+    except (ValueError, OSError) as error:
+        host = "an IP address" if flags & socket.AI_NUMERICHOST else "a host or IP address"
+        raise ValueError(f"address: expected tcp://host:port with {host}, got {address}") from error
+    family, _, _, _, where = found[0]
+    if not tls and not ipaddress.ip_address(where[0]).is_loopback:
+        raise ValueError(f"{address}: expected TLS (a CA, a certificate and a key), or a loopback address")
+    return family, where
+
+
+def _prepare(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _OPTIONS.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -1,0 +1,75 @@
+"""TLS 1.3 both ways: each side's certificate is of one CA, and names the role that the other expects of it."""
+
+import errno
+import os
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import Any
+
+DOMAIN = ".pagewire"  # of the DNS name in a certificate: prefill.pagewire, decode.pagewire, front.pagewire
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Paths of PEM files: the CA that both sides trust, our certificate of it, and its key."""
+
+    ca: str
+    certificate: str
+    key: str
+
+    def context(self, server_side: bool) -> ssl.SSLContext:
+        """Raises ValueError when the files are no such thing."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.sslsocket_class = _RoleSocket
+        if server_side:
+            context.num_tickets = 0  # each connection shows its certificate
+        try:
+            what = f"a CA's certificate in {self.ca}"
+            context.load_verify_locations(self.ca)
+            what = f"a certificate in {self.certificate} and its key, without a password, in {self.key}"
+            context.load_cert_chain(self.certificate, self.key, password=lambda: b"")
+        except OSError as error:
+            raise ValueError(f"TLS: expected {what}: {error.strerror or error}") from error
+        return context
+
+
+def secure(context: ssl.SSLContext, sock: socket.socket, role: str, server_side: bool) -> ssl.SSLSocket:
+    """Takes `sock`, a server's connected, a client's not yet. Hands are not shaken before `do_handshake`, which a
+    `Channel` calls; it raises OSError unless the other side's certificate is for `role`.
+    """
+    sock.setblocking(False)
+    host = None if server_side else role + DOMAIN
+    secured = context.wrap_socket(
+        sock, server_side=server_side, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=True
+    )
+    assert isinstance(secured, _RoleSocket)
+    secured.role = role
+    return secured
+
+
+def expect_role(certificate: dict[str, Any] | None, role: str) -> None:
+    """certificate: verified, as `getpeercert` gives it. Raises ssl.SSLCertVerificationError."""
+    names = [value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"]
+    if role + DOMAIN not in names:
+        got = ", ".join(names)[:200] or "one without a DNS name"
+        raise ssl.SSLCertVerificationError(1, f"expected a certificate for {role}{DOMAIN}, got {got}")
+
+
+class _RoleSocket(ssl.SSLSocket):
+    role = ""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except ssl.SSLCertVerificationError as error:
+            raise ssl.SSLCertVerificationError(1, f"expected a certificate for {self.role}{DOMAIN}: {error}") from error
+        except OSError as error:
+            if error.errno != errno.ENOTCONN or self.server_side:
+                raise
+            if failed := self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(failed, os.strerror(failed)) from error
+            raise ssl.SSLWantWriteError("connecting") from error
+        expect_role(self.getpeercert(), self.role)
