@@ -18,10 +18,11 @@ from pagewire.serve.worker.peer import MAX_FRAMES, MAX_PENDING, Peer
 from pagewire.transfer import shm
 from pagewire.transfer.channel import Channel, Codec
 from pagewire.transfer.codec import FrameCodec
-from pagewire.transfer.frames import Ack, Credit
+from pagewire.transfer.frames import Ack, Chunk, Credit
 from pagewire.transfer.packing import new_hello
 from pagewire.transfer.shm import Arena
 from pagewire.transfer.transport import connect as connect_to
+from pagewire.transfer.transport import listen
 
 CONFIG = WorkerConfig(model="none", page_size=4, prefill_chunk=16, staging_bytes=1 << 16, handoff_timeout_ms=60_000)
 
@@ -297,6 +298,35 @@ def test_a_peer_that_does_not_read_is_dropped(d, p, monkeypatch):
         d.send(Credit(1))
     (loss,) = d.losses()
     assert "P: it does not read" in loss.reason
+
+
+@pytest.mark.parametrize("address", ["unix:", "tcp://127.0.0.1:0"])
+def test_payloads_that_credits_bound_are_no_sign_of_a_peer_that_does_not_read(cache, address, monkeypatch):
+    """All slots pushed while D is at its step, over either transport; then D has each of them."""
+    monkeypatch.setattr(peers, "MAX_UNSENT_BYTES", 1 << 16)
+    monkeypatch.setattr(peers, "listen", lambda _, *args: listen(address, *args))
+    config = msgspec.structs.replace(CONFIG, staging_bytes=32 << 20, prefill_chunk=1 << 14)
+    d, p = peer_of("decode", cache, config), peer_of("prefill", cache, config)
+    pair(d, p, 1)
+    assert turns(d, p) == [True, True]
+    slots, slot_bytes = p.arena.num_staging_slots, p.arena.staging_slot_bytes
+    assert slots * slot_bytes > 16 << 20
+    chunks = [
+        Chunk("r", i, b"c" * 16, b"f" * 32, 0, 0, 1, 0, 2, 16, 16, 0, 4, "float32", "none", "crc32c", 0, slot_bytes, i)
+        for i in range(slots)
+    ]
+    for i, chunk in enumerate(chunks):
+        p.arena.staging_slot(i).fill_(i + 1)
+        p.send(chunk)
+    got = []
+    while len(got) < slots:
+        assert not p.poll() and not p.losses() and not d.losses()
+        got += d.poll()
+    assert got == chunks
+    assert all((d.arena.staging_slot(i) == i + 1).all() for i in range(slots))
+    for peer in (p, d):
+        peer.drop("the test is over")
+    d._listener.close()
 
 
 def test_descriptors_behind_the_hello_are_closed_by_the_kernel(d, p):

@@ -56,6 +56,10 @@ class Transport(Channel):
         self.staging = staging
         self._pushes = staging is None
 
+    @property
+    def num_staging_bytes(self) -> int:
+        return self.staging.num_staging_slots * self.staging.staging_slot_bytes if self.staging else 0
+
     def open_staging(self, hello: Hello) -> None:
         """P: as D's HELLO says. Raises ValueError or OSError when it is not so."""
         self.staging = Staging(hello.num_slots, hello.slot_bytes)

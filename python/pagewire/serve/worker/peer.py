@@ -20,7 +20,7 @@ from pagewire.transfer.transport import Staging, Transport, connect, listen
 
 MAX_PENDING = 4  # connections that nobody has asked for yet; each costs D an arena
 MAX_FRAMES = 64  # a turn: who sends without pause does not keep us from our work
-MAX_UNSENT_BYTES = 16 << 20  # credits bound what P sends, requests what D does: this much is a peer that does not read
+MAX_UNSENT_BYTES = 16 << 20  # beside payloads, which credits bound: this much is a peer that does not read
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ class Peer:
         except ChannelClosed as closed:
             self.drop(str(closed))
             return
-        if self._transport.num_unsent > MAX_UNSENT_BYTES:
+        if self._transport.num_unsent > MAX_UNSENT_BYTES + self._transport.num_staging_bytes:
             self.drop(f"{self._name}: it does not read, {self._transport.num_unsent} bytes wait for it")
 
     def poll(self, max_frames: int = MAX_FRAMES) -> list[Frame]:
