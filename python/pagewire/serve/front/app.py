@@ -3,9 +3,11 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
+import anyio
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,7 +20,7 @@ from pagewire.serve.front import openai
 from pagewire.serve.front.front import Front
 from pagewire.serve.front.generation import Generation
 from pagewire.serve.front.limits import Limits
-from pagewire.serve.front.openai import ApiError
+from pagewire.serve.front.openai import ApiError, GenerationRequest
 from pagewire.serve.front.output import Delta
 from pagewire.serve.front.supervisor import Supervisor
 
@@ -47,21 +49,16 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":  # also keeps a web page's simple cross-site POST out
         raise ApiError(415, f"content-type: expected application/json, got {kind or 'none'!r}")
-    body, most = bytearray(), limits.max_body_bytes
-    size = 0
-
-    async def read() -> None:
-        nonlocal size
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= most:
-                body.extend(chunk)
-            elif size > 8 * most:  # up to here, reading on lets the client get to our answer
-                return
-
+    body, size, most = bytearray(), 0, limits.max_body_bytes
     try:
-        await asyncio.wait_for(read(), limits.body_timeout_s)
-    except asyncio.TimeoutError:  # noqa: UP041 (on 3.10 it is not the builtin)
+        with anyio.fail_after(limits.body_timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= most:
+                    body.extend(chunk)
+                elif size > 8 * most:  # up to here, reading on lets the client get to our answer
+                    break
+    except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.body_timeout_s:g} s") from None
     if size > most:
         raise ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
@@ -101,11 +98,10 @@ async def _events(generation: Generation, first: Delta, rest: AsyncIterator[Delt
         yield openai.event(error.body)
 
 
-async def _generate(request: Request, chat: bool) -> Response:
+async def _generate(request: Request, parse: Callable[[bytes, Limits, str], GenerationRequest]) -> Response:
     front: Front = request.app.state.front
     arrived = time.monotonic()
     body = await _read_body(request, front.limits)
-    parse = openai.parse_chat if chat else openai.parse_completion
     generation = Generation(front, parse(body, front.limits, front.model), arrived)
     generation.admit()
     streaming = False
@@ -135,14 +131,6 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
-async def completions(request: Request) -> Response:
-    return await _generate(request, chat=False)
-
-
-async def chat_completions(request: Request) -> Response:
-    return await _generate(request, chat=True)
-
-
 def _model_card(front: Front) -> dict[str, Any]:
     card: dict[str, Any] = {"id": front.model, "object": "model", "created": front.created, "owned_by": "pagewire"}
     if limits := front.supervisor.limits:
@@ -155,14 +143,8 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
-    front, name = request.app.state.front, request.path_params["name"]
-    if name != front.model:
-        raise ApiError(
-            404,
-            f"model {name!r} does not exist; this server serves {front.model!r}",
-            param="model",
-            code="model_not_found",
-        )
+    front: Front = request.app.state.front
+    openai.check_model(request.path_params["name"], front.model)
     return _json(_model_card(front))
 
 
@@ -216,11 +198,8 @@ class _Auth:
         if scope["type"] == "http" and scope["path"] != "/health":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
-                error = ApiError(
-                    401,
-                    "expected the header 'Authorization: Bearer <API key>' with this server's key",
-                    code="invalid_api_key",
-                )
+                message = "expected the header 'Authorization: Bearer <API key>' with this server's key"
+                error = ApiError(401, message, code="invalid_api_key")
                 await _json(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -229,8 +208,8 @@ class _Auth:
 def make_app(front: Front, api_key: str | None = None) -> ASGIApp:
     app = Starlette(
         routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", partial(_generate, parse=openai.parse_completion), methods=["POST"]),
+            Route("/v1/chat/completions", partial(_generate, parse=openai.parse_chat), methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
@@ -238,12 +217,8 @@ def make_app(front: Front, api_key: str | None = None) -> ASGIApp:
             Route("/debug/requests", debug_requests),
             Route("/debug/trace", debug_trace),
         ],
-        exception_handlers={
-            ApiError: _failed,
-            HTTPException: _failed,
-            Exception: _failed,
-            ClientDisconnect: lambda request, error: Response(status_code=499),
-        },
+        exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), _failed)
+        | {ClientDisconnect: lambda request, error: Response(status_code=499)},
     )
     app.state.front = front
     return _Auth(app, api_key) if api_key else app

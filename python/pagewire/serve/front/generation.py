@@ -20,22 +20,18 @@ class Generation:
         self.front = front
         self.request = request
         self.arrived = arrived  # CLOCK_MONOTONIC seconds
-        self.answer = Answer(bool(request.messages), front.model, request.include_usage)
+        options = request.stream_options
+        self.answer = Answer(bool(request.messages), front.model, options is not None and options.include_usage)
         self.outputs: list[Output] = []
         self._sink: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
         self._places = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def admit(self) -> None:
-        wanted, most = self.request.num_outputs, self.front.limits.max_inflight
-        if self.front.num_inflight + wanted > most:
-            raise ApiError(
-                429,
-                f"the queue is full: {self.front.num_inflight} of {most} places are taken and "
-                f"this request needs {wanted}; try again later",
-                type="rate_limit_error",
-                code="queue_full",
-            )
+        wanted, most, taken = self.request.num_outputs, self.front.limits.max_inflight, self.front.num_inflight
+        if taken + wanted > most:
+            full = f"the queue is full: {taken} of {most} places are taken and this request needs {wanted}"
+            raise ApiError(429, f"{full}; try again later", code="queue_full", type="rate_limit_error")
         self._places = wanted
         self.front.num_inflight += wanted
 
@@ -46,13 +42,6 @@ class Generation:
             raise openai.server_error(self.front.supervisor.reason or "")
         prompts = await self._tokenise(pair)
         max_tokens = [self._max_tokens(prompt, pair) for prompt in prompts]
-        for prompt in prompts:
-            if max(prompt) >= pair.vocab_size:
-                raise ApiError(
-                    400,
-                    f"prompt: expected token ids below {pair.vocab_size}, the vocabulary's size, got {max(prompt)}",
-                    param="prompt",
-                )
         stop_ids = [] if self.request.ignore_eos else sorted(self.front.tokenizer.eos_token_ids)
         self._timer = asyncio.get_running_loop().call_later(self.front.limits.request_timeout_s, self._expire)
         sampling = self.request.sampling
@@ -61,72 +50,58 @@ class Generation:
                 choice = len(self.outputs)
                 seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + j) & openai.MAX_SEED)
                 submit = Submit(f"{self.answer.id}-{choice}", prompt, max_tokens[i], stop_ids, seeded)
-                output = Output(
-                    submit,
-                    choice,
-                    self.request.stop,
-                    self.front.detokenizer(),
-                    self._sink,
-                    self.front.supervisor.cancel,
-                )
+                detokenizer, cancel = self.front.detokenizer(), self.front.supervisor.cancel
+                output = Output(submit, choice, self.request.stops, detokenizer, self._sink, cancel)
                 self.front.supervisor.submit(output)
                 self.outputs.append(output)
 
     async def _tokenise(self, pair: Ready) -> list[list[int]]:
         tokenizer, request = self.front.tokenizer, self.request
         most_chars = pair.max_context * self.front.limits.max_chars_per_context_token
-        chars = sum(len(m["content"]) for m in request.messages) or max(
-            (len(p) for p in request.prompts if isinstance(p, str)), default=0
-        )
+        texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
+        chars = sum(len(m["content"]) for m in request.messages) or max(map(len, texts), default=0)
         if chars > most_chars:
-            raise self._too_long(
-                f"this model's context is {pair.max_context} tokens, at most {most_chars} characters "
-                f"of text; the prompt has {chars}"
-            )
-        if request.messages:
+            most = f"this model's context is {pair.max_context} tokens, at most {most_chars} characters of text"
+            raise self._too_long(f"{most}; the prompt has {chars}")
 
-            def render() -> list[list[int]]:
-                text = tokenizer.render_chat(request.messages, add_generation_prompt=True)
-                return [tokenizer.encode(text, add_special_tokens=False)]
+        def encode() -> list[list[int]]:
+            if not request.messages:
+                return [tokenizer.encode(text, add_special_tokens=True) for text in texts]
+            text = tokenizer.render_chat(request.messages, add_generation_prompt=True)
+            return [tokenizer.encode(text, add_special_tokens=False)]
 
-            try:
-                return await asyncio.to_thread(render)
-            except ValueError as error:  # the template refuses these messages
-                raise ApiError(400, str(error), param="messages") from None
-        if isinstance(request.prompts[0], str):
-            texts = request.prompts
-            return await asyncio.to_thread(
-                lambda: [tokenizer.encode(str(text), add_special_tokens=True) for text in texts]
-            )
-        return request.prompts
+        try:
+            return await asyncio.to_thread(encode) if texts or request.messages else request.prompts
+        except ValueError as error:  # the template refuses these messages
+            raise ApiError(400, str(error), self._prompt_field) from None
 
     @property
     def _prompt_field(self) -> str:
         return "messages" if self.answer.chat else "prompt"
 
     def _too_long(self, message: str) -> ApiError:
-        return ApiError(400, message, param=self._prompt_field, code="context_length_exceeded")
+        return ApiError(400, message, self._prompt_field, "context_length_exceeded")
 
     def _max_tokens(self, prompt: list[int], pair: Ready) -> int:
         """Output tokens to reserve for. Raises ApiError when prompt and output can never fit."""
         if not prompt:
-            raise ApiError(400, "prompt: expected at least one token, got an empty prompt", param=self._prompt_field)
+            raise ApiError(400, "prompt: expected at least one token, got an empty prompt", self._prompt_field)
+        if max(prompt) >= pair.vocab_size:
+            message = f"prompt: expected token ids below {pair.vocab_size}, the vocabulary's size, got {max(prompt)}"
+            raise ApiError(400, message, "prompt")
         what, most = "context", pair.max_context
         if pair.pool_tokens < most:
             what, most = "KV pool", pair.pool_tokens
         room = most - len(prompt)
+        holds = f"this model's {what} holds {most} tokens"
         if room < 1:
-            raise self._too_long(
-                f"this model's {what} holds {most} tokens; the prompt has {len(prompt)} and at least one more must fit"
-            )
+            raise self._too_long(f"{holds}; the prompt has {len(prompt)} and at least one more must fit")
         limits = self.front.limits
         default = limits.default_max_chat_tokens if self.answer.chat else limits.default_max_tokens
         wanted = self.request.max_tokens or min(default, room)
         if wanted > room:
-            raise self._too_long(
-                f"this model's {what} holds {most} tokens; the request needs {len(prompt) + wanted} "
-                f"({len(prompt)} in the prompt, {wanted} to generate)"
-            )
+            needs = f"{len(prompt) + wanted} ({len(prompt)} in the prompt, {wanted} to generate)"
+            raise self._too_long(f"{holds}; the request needs {needs}")
         return wanted
 
     async def deltas(self) -> AsyncIterator[Delta]:
@@ -145,11 +120,9 @@ class Generation:
         return Usage(prompt, completion, prompt + completion)
 
     def _expire(self) -> None:
-        timeout_s = self.front.limits.request_timeout_s
+        message = f"the request did not end within {self.front.limits.request_timeout_s:g} s"
         for output in self.outputs:
-            output.fail(
-                openai.server_error(f"the request did not end within {timeout_s:g} s", status=504, code="timeout")
-            )
+            output.fail(openai.server_error(message, status=504, code="timeout"))
             self.front.supervisor.cancel(output.attempt.request_id)
 
     def close(self) -> None:

@@ -24,10 +24,9 @@ class ApiError(Exception):
         self,
         status: int,
         message: str,
-        *,
-        type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        type: str = "invalid_request_error",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -35,16 +34,25 @@ class ApiError(Exception):
 
 
 def server_error(message: str, *, status: int = 503, code: str = "service_unavailable") -> ApiError:
-    return ApiError(status, message, type="server_error", code=code)
+    return ApiError(status, message, code=code, type="server_error")
+
+
+def check_model(name: str, served: str) -> None:
+    if name != served:
+        message = f"model {name!r} does not exist; this server serves {served!r}"
+        raise ApiError(404, message, "model", "model_not_found")
 
 
 # Fields we know and do not serve, with the values that ask for nothing. Any other value is refused.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (), "best_of": (1,), "echo": (False,), "frequency_penalty": (0, 0.0), "function_call": ("none",),
-    "functions": ([],), "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],),
-    "parallel_tool_calls": (True, False), "prediction": (), "presence_penalty": (0, 0.0), "reasoning_effort": (),
-    "response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "suffix": ("",),
-    "tool_choice": ("none",), "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
+    "best_of": (1,), "echo": (False,), "frequency_penalty": (0, 0.0), "logit_bias": ({},), "logprobs": (False,),
+    "presence_penalty": (0, 0.0), "service_tier": ("auto", "default"), "suffix": ("",),
+}  # fmt: skip
+_UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = _UNSUPPORTED | {
+    "audio": (), "function_call": ("none",), "functions": ([],), "modalities": (["text"],),
+    "parallel_tool_calls": (True, False), "prediction": (), "reasoning_effort": (),
+    "response_format": ({"type": "text"},), "tool_choice": ("none",), "tools": ([],), "top_logprobs": (0,),
+    "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],), "audio": (), "function_call": (), "name": (), "refusal": (), "tool_call_id": (),
@@ -52,236 +60,174 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class _Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False  # pads chunks against traffic analysis when true: refused
 
 
-class _Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """What both endpoints take. null means absent, as in OpenAI's clients."""
+class GenerationRequest(_Strict, kw_only=True):
+    """A decoded body: what both endpoints take."""
 
     model: str | None = None  # absent: the one model served
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None  # ours; 0 and -1: all
-    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=MAX_SEED)] | None = None
-    n: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 1.0
+    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] = 0  # ours; 0 and -1: all
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=MAX_SEED)] = msgspec.field(
+        default_factory=lambda: secrets.randbits(63)
+    )
+    n: Annotated[int, msgspec.Meta(ge=1)] = 1
+    stop: str | tuple[str, ...] = ()
+    stream: bool = False
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = None  # ours, for benchmarks
+    ignore_eos: bool = False  # ours, for benchmarks
 
     # They change nothing in the answer.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: str = ""
+    metadata: dict[str, Any] = {}
+    store: bool = False
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
 
-    best_of: Any = None
-    echo: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
-    presence_penalty: Any = None
-    service_tier: Any = None
-    suffix: Any = None
+    @property
+    def prompts(self) -> list[Any]:
+        """Of /v1/completions: strings, or lists of token ids."""
+        return []
 
-
-class CompletionBody(_Sampled, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    prompt: str | list[str | Annotated[int, msgspec.Meta(ge=0)] | list[Annotated[int, msgspec.Meta(ge=0)]]]
-
-
-class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    name: Any = None
-    refusal: Any = None
-    tool_call_id: Any = None
-    tool_calls: Any = None
-
-
-class ChatBody(_Sampled, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    messages: list[Message]
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    parallel_tool_calls: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    top_logprobs: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-
-
-class GenerationRequest(msgspec.Struct, frozen=True):
-    """A decoded, validated body; prompts are not tokenised yet."""
-
-    prompts: list[str] | list[list[int]]  # of /v1/completions
-    messages: list[dict[str, str]]  # of /v1/chat/completions, else empty
-    max_tokens: int | None
-    n: int
-    stop: tuple[str, ...]
-    stream: bool
-    include_usage: bool
-    ignore_eos: bool
-    sampling: Sampling
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """Of /v1/chat/completions: role and content each."""
+        return []
 
     @property
     def num_outputs(self) -> int:
         return max(1, len(self.prompts)) * self.n
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else self.stop
 
-Body = TypeVar("Body", CompletionBody, ChatBody)
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, max(0, self.top_k), self.seed & MAX_SEED)
 
 
-def _decode(body: bytes, kind: type[Body]) -> Body:
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: str | list[str | TokenId | list[TokenId]]
+
+    @property
+    def prompts(self) -> list[Any]:
+        if isinstance(self.prompt, str) or {type(item) for item in self.prompt} == {int}:
+            return [self.prompt]
+        return self.prompt
+
+
+class TextPart(_Strict):
+    type: Annotated[str, msgspec.Meta(pattern="^text$")]
+    text: str
+
+
+class Message(_Strict):
+    role: Annotated[str, msgspec.Meta(pattern="^(system|developer|user|assistant)$")]
+    content: str | Annotated[list[TextPart], msgspec.Meta(min_length=1)]
+
+    def plain(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(GenerationRequest):
+    given: Annotated[list[Message], msgspec.Meta(min_length=1)] = msgspec.field(name="messages")
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [message.plain() for message in self.given]
+
+
+Request = TypeVar("Request", CompletionRequest, ChatRequest)
+
+
+def _decode(data: bytes, kind: type[Request], unsupported: dict[str, tuple[Any, ...]]) -> Request:
     try:
-        return msgspec.json.decode(body, type=kind)
+        body = _asked(msgspec.json.decode(data, type=dict[str, Any]), kind, unsupported)
+        if isinstance(messages := body.get("messages"), list):
+            body["messages"] = [
+                _asked(message, Message, _UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
+                for i, message in enumerate(messages)
+            ]
+        return msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
         text = str(error)
         where = re.search(r"at `\$\.(\w+)", text) or re.search(r"(?:unknown|required) field `(\w+)`", text)
-        raise ApiError(400, text, param=where[1] if where else None) from None
+        raise ApiError(400, text, where[1] if where else None) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-def _refuse_unsupported(struct: msgspec.Struct, table: dict[str, tuple[Any, ...]], where: str = "") -> None:
-    for name in struct.__struct_fields__:
-        value = getattr(struct, name)
-        if name not in table or value is None:
-            continue
+def _asked(value: Any, kind: type[_Strict], unsupported: dict[str, tuple[Any, ...]], where: str = "") -> Any:
+    """The object `value` without what asks for nothing: null for a field of `kind`, as OpenAI's clients send it, and
+    the harmless values of `unsupported`.
+    """
+    if not isinstance(value, dict):
+        return value  # convert says what it should be
+    asked = {}
+    for name, given in value.items():
+        if name not in unsupported:
+            if given is not None or name not in kind.__struct_encode_fields__:
+                asked[name] = given
         # type() too: False == 0, but logprobs=0 asks for something and logprobs=false does not
-        if not any(type(value) is type(harmless) and value == harmless for harmless in table[name]):
-            raise ApiError(
-                400, f"{where}{name} is not supported by this server", param=where + name, code="unsupported_parameter"
-            )
+        elif not any(type(given) is type(harmless) and given == harmless for harmless in (None, *unsupported[name])):
+            message = f"{where}{name} is not supported by this server"
+            raise ApiError(400, message, where + name, "unsupported_parameter")
+    return asked
 
 
-def _sampled(body: _Sampled, limits: Limits, model: str) -> dict[str, Any]:
-    """The fields of GenerationRequest that both endpoints share."""
-    if body.model is not None and body.model != model:
-        raise ApiError(
-            404,
-            f"model {body.model!r} does not exist; this server serves {model!r}",
-            param="model",
-            code="model_not_found",
-        )
-    _refuse_unsupported(body, _UNSUPPORTED)
-    n = body.n or 1
-    if n > limits.max_n:
-        raise ApiError(400, f"n: expected at most {limits.max_n}, got {n}", param="n")
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > limits.max_stop:
-        raise ApiError(400, f"stop: expected at most {limits.max_stop} strings, got {len(stop)}", param="stop")
-    for text in stop:
+def _check(request: GenerationRequest, limits: Limits, model: str) -> None:
+    check_model(model if request.model is None else request.model, model)
+    if request.n > limits.max_n:
+        raise ApiError(400, f"n: expected at most {limits.max_n}, got {request.n}", "n")
+    if len(request.stops) > limits.max_stop:
+        message = f"stop: expected at most {limits.max_stop} strings, got {len(request.stops)}"
+        raise ApiError(400, message, "stop")
+    for text in request.stops:
         if not 1 <= len(text) <= limits.max_stop_chars:
-            raise ApiError(
-                400,
-                f"stop: expected strings of 1 to {limits.max_stop_chars} characters, got one of {len(text)}",
-                param="stop",
-            )
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options is only allowed when stream is true", param="stream_options")
-    if body.stream_options is not None and body.stream_options.include_obfuscation:
-        raise ApiError(
-            400,
-            "stream_options.include_obfuscation is not supported by this server",
-            param="stream_options",
-            code="unsupported_parameter",
-        )
-    return {
-        "n": n,
-        "stop": tuple(stop),
-        "stream": bool(body.stream),
-        "include_usage": body.stream_options is not None and body.stream_options.include_usage,
-        "ignore_eos": bool(body.ignore_eos),
-        "sampling": Sampling(
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=max(0, body.top_k or 0),
-            seed=secrets.randbits(63) if body.seed is None else body.seed & MAX_SEED,
-        ),
-    }
+            message = f"stop: expected strings of 1 to {limits.max_stop_chars} characters, got one of {len(text)}"
+            raise ApiError(400, message, "stop")
+    if request.stream_options and not request.stream:
+        raise ApiError(400, "stream_options is only allowed when stream is true", "stream_options")
+    if request.stream_options and request.stream_options.include_obfuscation:
+        message = "stream_options.include_obfuscation is not supported by this server"
+        raise ApiError(400, message, "stream_options", "unsupported_parameter")
 
 
 def parse_completion(data: bytes, limits: Limits, model: str) -> GenerationRequest:
-    body = _decode(data, CompletionBody)
-    shared = _sampled(body, limits, model)
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        prompts: Any = [prompt]
-    elif prompt and all(isinstance(item, int) for item in prompt):
-        prompts = [prompt]
-    elif all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) for item in prompt):
-        prompts = prompt
-    else:
-        raise ApiError(
-            400,
-            "prompt: expected a string, an array of strings, an array of token ids or an array "
-            "of arrays of token ids, got a mixture",
-            param="prompt",
-        )
-    if not 1 <= len(prompts) <= limits.max_prompts:
-        raise ApiError(400, f"prompt: expected 1 to {limits.max_prompts} prompts, got {len(prompts)}", param="prompt")
-    return GenerationRequest(prompts=prompts, messages=[], max_tokens=body.max_tokens, **shared)
-
-
-def _message(message: Message, where: str) -> dict[str, str]:
-    _refuse_unsupported(message, _UNSUPPORTED_IN_MESSAGE, where + ".")
-    role = "system" if message.role == "developer" else message.role
-    if role not in ("system", "user", "assistant"):
-        raise ApiError(
-            400, f"{where}.role: expected system, developer, user or assistant, got {role!r}", param="messages"
-        )
-    if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
-    texts = []
-    for part in message.content or []:
-        if part.get("type") != "text":
-            raise ApiError(
-                400,
-                f"{where}.content: this model takes text only, got a part of type {part.get('type')!r}",
-                param="messages",
-                code="unsupported_content",
-            )
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise ApiError(
-                400,
-                f"{where}.content: expected parts {{type, text}} with a string, got the keys {sorted(part)}",
-                param="messages",
-            )
-        texts.append(part["text"])
-    if not texts:
-        raise ApiError(400, f"{where}.content: expected a string or text parts, got none", param="messages")
-    return {"role": role, "content": "".join(texts)}
+    request = _decode(data, CompletionRequest, _UNSUPPORTED)
+    _check(request, limits, model)
+    if len({type(prompt) for prompt in request.prompts}) > 1:
+        forms = "a string, an array of strings, an array of token ids or an array of arrays of token ids"
+        raise ApiError(400, f"prompt: expected {forms}, got a mixture", "prompt")
+    if not 1 <= len(request.prompts) <= limits.max_prompts:
+        message = f"prompt: expected 1 to {limits.max_prompts} prompts, got {len(request.prompts)}"
+        raise ApiError(400, message, "prompt")
+    return request
 
 
 def parse_chat(data: bytes, limits: Limits, model: str) -> GenerationRequest:
-    body = _decode(data, ChatBody)
-    shared = _sampled(body, limits, model)
-    if not body.messages:
-        raise ApiError(400, "messages: expected at least one message, got none", param="messages")
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-        raise ApiError(
-            400,
-            f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ: give one",
-            param="max_tokens",
-        )
-    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    return GenerationRequest(
-        prompts=[], messages=messages, max_tokens=body.max_completion_tokens or body.max_tokens, **shared
-    )
+    request = _decode(data, ChatRequest, _UNSUPPORTED_IN_CHAT)
+    _check(request, limits, model)
+    most, most_too = request.max_tokens, request.max_completion_tokens
+    if most and most_too and most != most_too:
+        message = f"max_tokens ({most}) and max_completion_tokens ({most_too}) differ: give one"
+        raise ApiError(400, message, "max_tokens")
+    return msgspec.structs.replace(request, max_tokens=most_too or most)
 
 
 class Usage(msgspec.Struct):
@@ -321,10 +267,8 @@ class Answer:
 
     def _chunk(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        body: dict[str, Any] = {**self.head, "object": kind, "choices": choices}
-        if self.include_usage:
-            body["usage"] = usage
-        return event(body)
+        told = {"usage": usage} if self.include_usage else {}
+        return event({**self.head, "object": kind, "choices": choices, **told})
 
 
 def event(body: Any) -> bytes:
