@@ -1,5 +1,7 @@
 """Prometheus metrics. Everything but the token times comes from the workers' events and gauges."""
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from pagewire.serve.messages import Event, Gauges
@@ -13,58 +15,29 @@ _TRANSFERS = {"transfer_total": "total", "transfer_late": "transfer_late", "join
 
 class Metrics:
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "pagewire_requests",
-            "Ended choices: stop, length, cancelled, failed; refused bodies: rejected",
-            ["outcome"],
-            registry=registry,
-        )
-        self.prompt_tokens = Counter("pagewire_prompt_tokens", "Prompt tokens of answered choices", registry=registry)
-        self.output_tokens = Counter("pagewire_output_tokens", "Tokens generated", registry=registry)
-        self.ttft = Histogram(
-            "pagewire_time_to_first_token_seconds",
-            "From the body's arrival to the first token",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.inter_token = Histogram(
-            "pagewire_inter_token_seconds", "Between two tokens of one choice", buckets=_SECONDS, registry=registry
-        )
-        self.queue = Histogram(
-            "pagewire_queue_seconds",
-            "Waiting in P (queue_p) and in D (queue_d)",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.prefill = Histogram("pagewire_prefill_seconds", "A prompt's forwards", buckets=_SECONDS, registry=registry)
-        self.transfer = Histogram(
-            "pagewire_kv_transfer_seconds",
-            "A handoff: total; from P's last forward to COMMIT (transfer_late); from there to D's ACK (join_wait)",
-            ["part"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.kv_bytes = Counter("pagewire_kv_transfer_bytes", "KV bytes moved from P to D", registry=registry)
-        self.pages = Gauge(
-            "pagewire_pages",
-            "Pages by owner; free + active + cached + leased == total",
-            ["role", "state"],
-            registry=registry,
-        )
-        self.running = Gauge("pagewire_running_requests", "Requests being computed", ["role"], registry=registry)
-        self.waiting = Gauge(
-            "pagewire_waiting_requests", "Requests waiting in a model process", ["role"], registry=registry
-        )
-        self.inflight = Gauge("pagewire_inflight_requests", "Choices admitted and not yet ended", registry=registry)
-        self.ready = Gauge("pagewire_ready", "1 when a whole pair can answer", registry=registry)
-        self.recovered = Gauge(
-            "pagewire_recovered_attempts",
-            "Attempts made anew because a process or a transfer was lost",
-            registry=registry,
-        )
-        self.restarts = Gauge("pagewire_restarts", "Times a model process was started again", registry=registry)
+        self.registry = CollectorRegistry()
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        seconds = partial(Histogram, buckets=_SECONDS, registry=self.registry)
+        outcomes = "Ended choices: stop, length, cancelled, failed; refused bodies: rejected"
+        self.requests = counter("pagewire_requests", outcomes, ["outcome"])
+        self.prompt_tokens = counter("pagewire_prompt_tokens", "Prompt tokens of answered choices")
+        self.output_tokens = counter("pagewire_output_tokens", "Tokens generated")
+        self.ttft = seconds("pagewire_time_to_first_token_seconds", "From the body's arrival to the first token")
+        self.inter_token = seconds("pagewire_inter_token_seconds", "Between two tokens of one choice")
+        self.queue = seconds("pagewire_queue_seconds", "Waiting in P (queue_p) and in D (queue_d)", ["stage"])
+        self.prefill = seconds("pagewire_prefill_seconds", "A prompt's forwards")
+        parts = "total; from P's last forward to COMMIT (transfer_late); from there to D's ACK (join_wait)"
+        self.transfer = seconds("pagewire_kv_transfer_seconds", f"A handoff: {parts}", ["part"])
+        self.kv_bytes = counter("pagewire_kv_transfer_bytes", "KV bytes moved from P to D")
+        pages = "Pages by owner; free + active + cached + leased == total"
+        self.pages = gauge("pagewire_pages", pages, ["role", "state"])
+        self.running = gauge("pagewire_running_requests", "Requests being computed", ["role"])
+        self.waiting = gauge("pagewire_waiting_requests", "Requests waiting in a model process", ["role"])
+        self.inflight = gauge("pagewire_inflight_requests", "Choices admitted and not yet ended")
+        self.ready = gauge("pagewire_ready", "1 when a whole pair can answer")
+        lost = "Attempts made anew because a process or a transfer was lost"
+        self.recovered = gauge("pagewire_recovered_attempts", lost)
+        self.restarts = gauge("pagewire_restarts", "Times a model process was started again")
 
     def on_event(self, event: Event) -> None:
         seconds = event.duration_us / 1e6
@@ -84,9 +57,8 @@ class Metrics:
 
     def forget(self, role: str) -> None:
         """Its gauges are of a process that is gone."""
-        self.running.remove_by_labels({"role": role})
-        self.waiting.remove_by_labels({"role": role})
-        self.pages.remove_by_labels({"role": role})
+        for gauge in (self.running, self.waiting, self.pages):
+            gauge.remove_by_labels({"role": role})
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -23,11 +23,9 @@ class EventLog:
         if not event.request_id:
             self._steps.append(event)
             return
-        if event.request_id not in self._requests:
-            self._requests[event.request_id] = []
-            if len(self._requests) > self._max_requests:
-                self._requests.popitem(last=False)
-        events = self._requests[event.request_id]
+        events = self._requests.setdefault(event.request_id, [])
+        if len(self._requests) > self._max_requests:
+            self._requests.popitem(last=False)
         if len(events) < MAX_EVENTS_PER_REQUEST:
             events.append(event)
 
@@ -47,36 +45,23 @@ class EventLog:
         events = [event for events in self._requests.values() for event in events] + list(self._steps)
         events.sort(key=lambda event: event.start_us)
         rows: list[dict[str, Any]] = []
-        lanes: dict[tuple[str, str], list[int]] = {}  # (role, name) -> the end of each lane's last span
+        ends: dict[tuple[str, str], list[int]] = {}  # (role, name) -> the end of each lane's last span
         tids: dict[tuple[str, str, int], int] = {}
         for event in events:
-            ends = lanes.setdefault((event.role, event.name), [])
             # spans that overlap (two requests in one phase) go to lanes of their own
-            lane = next((i for i, end in enumerate(ends) if end <= event.start_us), len(ends))
-            ends[lane : lane + 1] = [event.start_us + event.duration_us]
+            lanes = ends.setdefault((event.role, event.name), [])
+            lane = next((i for i, end in enumerate(lanes) if end <= event.start_us), len(lanes))
+            lanes[lane : lane + 1] = [event.start_us + event.duration_us]
             tid = tids.setdefault((event.role, event.name, lane), len(tids) + 1)
             args = {**event.args, "request_id": event.request_id} if event.request_id else event.args
-            rows.append(
-                {
-                    "name": event.name,
-                    "cat": event.role,
-                    "pid": PIDS.get(event.role, 0),
-                    "tid": tid,
-                    "ts": event.start_us,
-                    "args": args,
-                }
-                | ({"ph": "X", "dur": event.duration_us} if event.duration_us else {"ph": "i", "s": "t"})
-            )
-        for role in {role for role, _, _ in tids}:
-            rows.append({"ph": "M", "name": "process_name", "pid": PIDS.get(role, 0), "tid": 0, "args": {"name": role}})
+            kind = {"ph": "X", "dur": event.duration_us} if event.duration_us else {"ph": "i", "s": "t"}
+            place = {"cat": event.role, "pid": PIDS.get(event.role, 0), "tid": tid, "ts": event.start_us}
+            rows.append({"name": event.name, "args": args, **place, **kind})
+
+        def named(what: str, role: str, tid: int, name: str) -> dict[str, Any]:
+            return {"ph": "M", "name": what, "pid": PIDS.get(role, 0), "tid": tid, "args": {"name": name}}
+
+        rows += [named("process_name", role, 0, role) for role in {role for role, _, _ in tids}]
         for (role, name, lane), tid in tids.items():
-            rows.append(
-                {
-                    "ph": "M",
-                    "name": "thread_name",
-                    "pid": PIDS.get(role, 0),
-                    "tid": tid,
-                    "args": {"name": f"{name} {lane + 1}" if lane else name},
-                }
-            )
+            rows.append(named("thread_name", role, tid, f"{name} {lane + 1}" if lane else name))
         return msgspec.json.encode({"traceEvents": rows, "displayTimeUnit": "ms"})
