@@ -110,7 +110,7 @@ def test_rope_spellings(tiny: Path, keys: dict, theta: float, scaling: RopeScali
         ({"rms_norm_eps": -1.0}, "rms_norm_eps: expected a positive number, got -1.0"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false, got 1"),
-        ({"quantization_config": {"bits": 4}}, "expected unquantised weights"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: expected None, got .*bits"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, got 0.5"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "expected 'default', 'linear' or 'llama3', got 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "expected factor, got nothing"),
@@ -141,7 +141,7 @@ def test_a_config_we_do_not_compute_is_refused(tiny: Path, keys: dict, message: 
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "no such file"), ("{", "expected a JSON file"), ("[1]", "expected a JSON object, got list")],
+    [(None, "No such file"), ("{", "expected a JSON file"), ("[1]", "expected a JSON object, got list")],
     ids=["missing", "cut", "list"],
 )
 def test_an_unreadable_config_is_refused(tiny: Path, content: str | None, message: str) -> None:
@@ -220,7 +220,7 @@ def test_a_pickle_is_never_read(tiny: Path) -> None:
         ({EMBED: "../elsewhere.safetensors"}, "expected the name of a .safetensors file, got '../elsewhere"),
         ({EMBED: "pytorch_model.bin"}, "expected the name of a .safetensors file, got 'pytorch_model.bin'"),
         ({EMBED: 7}, "expected the name of a .safetensors file, got 7"),
-        ({EMBED: "model-00009-of-00002.safetensors"}, "model-00009-of-00002.safetensors: .*no such file"),
+        ({EMBED: "model-00009-of-00002.safetensors"}, "model-00009-of-00002.safetensors: .*No such file"),
         ({"model.other.weight": "model-00001-of-00002.safetensors"}, "expected a tensor model.other.weight"),
     ],
     ids=["empty", "elsewhere", "pickle", "number", "absent-file", "absent-tensor"],

@@ -77,8 +77,8 @@ def test_transformers_reads_our_tiny_file_alike(tmp_path: Path) -> None:
     "metadata, message",
     [
         ({"general.architecture": "qwen2"}, "general.architecture: expected 'llama', got 'qwen2'"),
-        ({"llama.block_count": None}, "expected metadata llama.block_count, got none"),
-        ({"llama.block_count": "two"}, "llama.block_count: expected an integer, got STRING"),
+        ({"llama.block_count": None}, "expected llama.block_count, got nothing"),
+        ({"llama.block_count": "two"}, "llama.block_count: expected an integer, got 'two'"),
         ({"llama.block_count": 3}, "expected a tensor model.layers.2.* got none"),
         ({"llama.block_count": 1}, "expected only the tensors of a 1-layer Llama, got 9 more"),
         ({"llama.feed_forward_length": 64}, r"gate_proj.weight: expected shape \(64, 64\).*got \(128, 64\)"),

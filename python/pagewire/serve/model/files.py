@@ -21,7 +21,7 @@ def is_gguf(path: Path) -> bool:
 def load_config(path: str | Path) -> ModelConfig:
     """The config of the model at `path`. Raises ModelError. Loads no torch and no weights."""
     path = Path(path)
-    return gguf.read_config(path) if is_gguf(path) else hf.read_config(path)
+    return gguf.config_of(gguf.GGUFFile(path)) if is_gguf(path) else hf.read_config(path)
 
 
 def open_weights(path: str | Path) -> Weights:

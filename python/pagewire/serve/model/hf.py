@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from pagewire.serve.model.config import ModelConfig, ModelError, RopeScaling
+from pagewire.serve.model.metadata import Metadata
 from pagewire.serve.model.weights import check_shapes
 
 if TYPE_CHECKING:
@@ -17,15 +18,11 @@ STORED_DTYPES = ("F32", "F16", "BF16")
 # Mistral without a sliding window is Llama without biases.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
-_REQUIRED = object()
-
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; raises ModelError if it is missing or not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: expected a JSON file, got no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: expected a JSON file, got {error}") from error
     if not isinstance(value, dict):
@@ -41,35 +38,34 @@ def read_config(path: Path) -> ModelConfig:
     """
     file = path / "config.json"
     raw = read_json(file)
-    where = str(file)
+    metadata = Metadata(raw.get, str(file))
+    get, where = metadata.get, metadata.where
     mistral = _check_architecture(raw, where) == "MistralForCausalLM"
-    num_qo_heads = _int(raw, "num_attention_heads", where)
-    hidden_size = _int(raw, "hidden_size", where)
-    rope_theta, rope_scaling = _rope(raw, where)
-    if raw.get("head_dim") is None and (num_qo_heads < 1 or hidden_size % num_qo_heads):
-        raise ModelError(
-            f"{where}: expected head_dim, or hidden_size to be a multiple of num_attention_heads, "
-            f"got {hidden_size} and {num_qo_heads}"
-        )
+    num_qo_heads, hidden_size = get("num_attention_heads", int), get("hidden_size", int)
+    head_dim = get("head_dim", int, None)
+    if head_dim is None and (num_qo_heads < 1 or hidden_size % num_qo_heads):
+        expected = "expected head_dim, or hidden_size to be a multiple of num_attention_heads"
+        raise ModelError(f"{where}: {expected}, got {hidden_size} and {num_qo_heads}")
+    rope_theta, rope_scaling = _rope(metadata)
     config = ModelConfig(
         name=path.resolve().name,
-        num_layers=_int(raw, "num_hidden_layers", where),
+        num_layers=get("num_hidden_layers", int),
         hidden_size=hidden_size,
         num_qo_heads=num_qo_heads,
         # Llama's default is one KV head per query head, Mistral's is 8: there it must be said.
-        num_kv_heads=_int(raw, "num_key_value_heads", where, _REQUIRED if mistral else num_qo_heads),
-        head_dim=_int(raw, "head_dim", where, None) or hidden_size // num_qo_heads,
-        intermediate_size=_int(raw, "intermediate_size", where),
-        vocab_size=_int(raw, "vocab_size", where),
-        max_context=_int(raw, "max_position_embeddings", where),
-        rms_norm_eps=_number(raw, "rms_norm_eps", where),
+        num_kv_heads=get("num_key_value_heads", int, *(() if mistral else (num_qo_heads,))),
+        head_dim=hidden_size // num_qo_heads if head_dim is None else head_dim,
+        intermediate_size=get("intermediate_size", int),
+        vocab_size=get("vocab_size", int),
+        max_context=get("max_position_embeddings", int),
+        rms_norm_eps=get("rms_norm_eps", float),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tie_word_embeddings=_bool(raw, "tie_word_embeddings", where),
-        attention_bias=_bool(raw, "attention_bias", where),
-        mlp_bias=_bool(raw, "mlp_bias", where),
-        bos_token_id=_int(raw, "bos_token_id", where, None),
-        eos_token_ids=_eos_token_ids(path, raw, where),
+        tie_word_embeddings=get("tie_word_embeddings", bool, False),
+        attention_bias=get("attention_bias", bool, False),
+        mlp_bias=get("mlp_bias", bool, False),
+        bos_token_id=get("bos_token_id", int, None),
+        eos_token_ids=_eos_token_ids(path, metadata),
     )
     config.check(where)
     return config
@@ -83,17 +79,18 @@ class HFWeights:
         self._file_of: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for file, names in weight_files(path).items():
-            opened = _open(file)
+            try:
+                opened: Any = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file}: expected a complete safetensors file, got {error}") from error
             stored = set(opened.keys())
-            for name in stored if names is None else names:
+            for name in names or stored:
                 if name not in stored:
                     raise ModelError(f"{file}: expected a tensor {name} (from the index), got none")
                 described = opened.get_slice(name)
-                shapes[name] = tuple(described.get_shape())
-                if described.get_dtype() not in STORED_DTYPES and not name.endswith("rotary_emb.inv_freq"):
-                    raise ModelError(
-                        f"{file}: {name}: expected dtype {', '.join(STORED_DTYPES)}, got {described.get_dtype()}"
-                    )
+                shapes[name], dtype = tuple(described.get_shape()), described.get_dtype()
+                if dtype not in STORED_DTYPES and not name.endswith("rotary_emb.inv_freq"):
+                    raise ModelError(f"{file}: {name}: expected dtype {', '.join(STORED_DTYPES)}, got {dtype}")
                 self._file_of[name] = opened
         check_shapes(shapes, self.config, str(path))
 
@@ -102,11 +99,11 @@ class HFWeights:
         return tensor
 
 
-def weight_files(path: Path) -> dict[Path, list[str] | None]:
-    """Weight file -> the tensors it must hold (None: whatever it holds). Raises ModelError."""
+def weight_files(path: Path) -> dict[Path, list[str]]:
+    """Weight file -> the tensors to read from it (none named: all). Raises ModelError."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
-        return {single: None}
+        return {single: []}
     if not index.is_file():
         pickles = sorted(p.name for p in path.glob("*.bin"))
         found = f"{pickles[0]}, a pickle, which is never read" if pickles else "neither"
@@ -114,118 +111,63 @@ def weight_files(path: Path) -> dict[Path, list[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: weight_map: expected a non-empty object, got {type(weight_map).__name__}")
-    files: dict[Path, list[str] | None] = {}
-    by_name: dict[str, list[str]] = {}
+    files: dict[Path, list[str]] = {}
     for tensor, file in weight_map.items():
         # A shard is a plain name in this directory: an index must not lead the reader elsewhere.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(f"{index}: {tensor}: expected the name of a .safetensors file, got {file!r}")
-        by_name.setdefault(file, []).append(tensor)
-    for file, tensors in sorted(by_name.items()):
-        files[path / file] = tensors
+        files.setdefault(path / file, []).append(tensor)
     return files
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise ModelError(f"{file}: expected a safetensors file (from the index), got no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: expected a complete safetensors file, got {error}") from error
 
 
 def _check_architecture(raw: Mapping[str, Any], where: str) -> str:
     """The architecture, once everything that would change its computation is known to be absent."""
     architectures = raw.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+    if architectures not in [[name] for name in ARCHITECTURES]:
         raise ModelError(f"{where}: architectures: expected one of {list(ARCHITECTURES)}, got {architectures!r}")
-    architecture: str = architectures[0]
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{where}: hidden_act: expected 'silu', got {raw['hidden_act']!r}")
-    if raw.get("quantization_config") is not None:
-        raise ModelError(
-            f"{where}: expected unquantised weights (float32, float16 or bfloat16), got a quantization_config"
-        )
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"{where}: partial_rotary_factor: expected 1.0, got {raw['partial_rotary_factor']!r}")
-    # An absent sliding_window means 4096 to Mistral.
-    if architecture == "MistralForCausalLM" and raw.get("sliding_window", 4096) is not None:
-        raise ModelError(
-            f"{where}: sliding_window: expected null (windows are not supported), "
-            f"got {raw.get('sliding_window', 'nothing, which means 4096')!r}"
-        )
-    return architecture
+    for key, computed in (("hidden_act", "silu"), ("quantization_config", None), ("partial_rotary_factor", 1.0)):
+        if raw.get(key, computed) != computed:
+            raise ModelError(f"{where}: {key}: expected {computed!r}, got {raw[key]!r}")
+    window = raw.get("sliding_window", "nothing, which means 4096")
+    if architectures == ["MistralForCausalLM"] and window is not None:
+        raise ModelError(f"{where}: sliding_window: expected null (windows are not supported), got {window!r}")
+    return str(architectures[0])
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+def _rope(config: Metadata) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from the classic keys (rope_theta, rope_scaling) or from rope_parameters."""
-    parameters = raw.get("rope_parameters")
-    scaling = raw.get("rope_scaling") if parameters is None else parameters
-    theta_from = raw if parameters is None or "rope_theta" not in parameters else parameters
-    theta = _number(theta_from, "rope_theta", where, 10000.0)
+    parameters = config.get("rope_parameters", dict, None)
+    scaling = config.get("rope_scaling", dict, None) if parameters is None else parameters
+    theta = config.get("rope_theta", float, 10000.0)
     if scaling is None:
         return theta, None
-    if not isinstance(scaling, dict):
-        raise ModelError(f"{where}: rope_scaling: expected null or an object, got {scaling!r}")
+    get = Metadata(scaling.get, config.where).get
+    if parameters is not None:
+        theta = get("rope_theta", float, theta)
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, RopeScaling("linear", factor=_number(scaling, "factor", where))
+        return theta, RopeScaling("linear", factor=get("factor", float))
     if kind == "llama3":
         return theta, RopeScaling(
             "llama3",
-            factor=_number(scaling, "factor", where),
-            low_freq_factor=_number(scaling, "low_freq_factor", where),
-            high_freq_factor=_number(scaling, "high_freq_factor", where),
-            original_max_context=_int(scaling, "original_max_position_embeddings", where),
+            factor=get("factor", float),
+            low_freq_factor=get("low_freq_factor", float),
+            high_freq_factor=get("high_freq_factor", float),
+            original_max_context=get("original_max_position_embeddings", int),
         )
+    where = config.where
     raise ModelError(f"{where}: rope_scaling type: expected 'default', 'linear' or 'llama3', got {kind!r}")
 
 
-def _eos_token_ids(path: Path, raw: Mapping[str, Any], where: str) -> tuple[int, ...]:
+def _eos_token_ids(path: Path, config: Metadata) -> tuple[int, ...]:
     """Every id that ends a text: config.json's and generation_config.json's, in that order."""
-    sources = [(raw, where)]
-    generation = path / "generation_config.json"
+    sources, generation = [config], path / "generation_config.json"
     if generation.is_file():
-        sources.append((read_json(generation), str(generation)))
+        sources.append(Metadata(read_json(generation).get, str(generation)))
     ids: list[int] = []
-    for source, file in sources:
-        value = source.get("eos_token_id")
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        for token_id in values:
-            if type(token_id) is not int:
-                raise ModelError(f"{file}: eos_token_id: expected an integer or a list of them, got {value!r}")
-            ids.append(token_id)
+    for source in sources:
+        found = source.get("eos_token_id", int | list[int], [])
+        ids += found if isinstance(found, list) else [found]
     return tuple(dict.fromkeys(ids))
-
-
-def _get(raw: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
-    value = raw.get(key)
-    if value is not None:
-        return value
-    if default is _REQUIRED:
-        raise ModelError(f"{where}: expected {key}, got nothing")
-    return default
-
-
-def _int(raw: Mapping[str, Any], key: str, where: str, default: Any = _REQUIRED) -> Any:
-    value = _get(raw, key, where, default)
-    if value is not None and type(value) is not int:  # bool is an int to isinstance
-        raise ModelError(f"{where}: {key}: expected an integer, got {value!r}")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, where: str, default: Any = _REQUIRED) -> float:
-    value = _get(raw, key, where, default)
-    if type(value) not in (int, float):
-        raise ModelError(f"{where}: {key}: expected a number, got {value!r}")
-    return float(value)
-
-
-def _bool(raw: Mapping[str, Any], key: str, where: str) -> bool:
-    value = _get(raw, key, where, False)
-    if type(value) is not bool:
-        raise ModelError(f"{where}: {key}: expected true or false, got {value!r}")
-    return value

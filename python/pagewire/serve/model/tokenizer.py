@@ -192,7 +192,10 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def _load_gguf(path: Path) -> Tokenizer:
     file = GGUFFile(path)
     config = config_of(file)
-    pieces, token_types = (file.texts("tokenizer.ggml.tokens"), file.integers("tokenizer.ggml.token_type"))
+    pieces, token_types = (
+        file.get("tokenizer.ggml.tokens", list[str]),
+        file.get("tokenizer.ggml.token_type", list[int]),
+    )
     if len(token_types) != len(pieces):
         raise ModelError(
             f"{path}: tokenizer.ggml.token_type: expected {len(pieces)} entries (one per token), got {len(token_types)}"
@@ -211,14 +214,14 @@ def _load_gguf(path: Path) -> Tokenizer:
     tokenizer.add_tokens([AddedToken(p, special=False, normalized=False) for p in user])
     variables = {}
     for name in ("bos", "eos", "padding", "unknown"):
-        token_id = file.integer(f"tokenizer.ggml.{name}_token_id", None)
+        token_id = file.get(f"tokenizer.ggml.{name}_token_id", int, None)
         if token_id is not None:
             if not 0 <= token_id < len(pieces):
                 raise ModelError(
                     f"{path}: tokenizer.ggml.{name}_token_id: expected 0 to {len(pieces) - 1}, got {token_id}"
                 )
             variables[{"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token")] = pieces[token_id]
-    if file.flag("tokenizer.ggml.add_bos_token", adds_bos):
+    if file.get("tokenizer.ggml.add_bos_token", bool, adds_bos):
         if config.bos_token_id is None:
             raise ModelError(f"{path}: tokenizer.ggml.add_bos_token: expected a bos_token_id with it, got none")
         bos = variables["bos_token"]
@@ -229,7 +232,7 @@ def _load_gguf(path: Path) -> Tokenizer:
         tokenizer,
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
-        chat_template=file.text("tokenizer.chat_template", None),
+        chat_template=file.get("tokenizer.chat_template", str, None),
         template_variables=variables,
         where=str(path),
     )
@@ -237,7 +240,7 @@ def _load_gguf(path: Path) -> Tokenizer:
 
 def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """(tokenizer, whether this kind puts BOS first if the file does not say)."""
-    kind = file.text("tokenizer.ggml.model")
+    kind = file.get("tokenizer.ggml.model", str)
     if kind != "gpt2":
         raise ModelError(
             f"{file.path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE), got {kind!r}; "
@@ -248,13 +251,13 @@ def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.T
         "smollm": ([pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)], False),
         "llama-bpe": ([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), _byte_level(use_regex=False)], True),
     }
-    pre = file.text("tokenizer.ggml.pre", "gpt-2")
+    pre = file.get("tokenizer.ggml.pre", str, "gpt-2")
     if pre not in splits:
         raise ModelError(f"{file.path}: tokenizer.ggml.pre: expected one of {', '.join(splits)}, got {pre!r}")
-    merges = [tuple(merge.split(" ")) for merge in file.texts("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges", list[str])]
     try:
         # Llama 3 takes a whole word that is a token as that token, before any merge.
-        model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")  # type: ignore[arg-type]
+        model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{file.path}: tokenizer.ggml.merges: expected pairs of pieces, got {error}") from error
     tokenizer = tokenizers.Tokenizer(model)
