@@ -4,6 +4,7 @@ import json
 import re
 
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from pagewire.serve.model.config import ModelError
 
@@ -28,14 +29,10 @@ def piece_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int, where: str) ->
     return pieces, "Strip" in kinds
 
 
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 onwards."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
+# GPT-2's alphabet: printable bytes stand for themselves, the others, in order, for U+0100 onwards
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+_OTHERS = (byte for byte in range(256) if chr(byte) not in _ALPHABET)
+_BYTE_OF_CHAR = {char: ord(char) if ord(char) < 256 else next(_OTHERS) for char in _ALPHABET}
 
 
 def _byte_level_piece(piece: str) -> bytes:

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from pagewire.serve.model.chat_template import compile_template
-from pagewire.serve.model.config import ModelError
+from pagewire.serve.model.config import ModelConfig, ModelError
 from pagewire.serve.model.files import is_gguf, load_config
 from pagewire.serve.model.gguf import GGUFFile, config_of
 from pagewire.serve.model.hf import read_json
@@ -29,8 +29,6 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -45,9 +43,7 @@ class Tokenizer:
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
-        *,
-        vocab_size: int,
-        eos_token_ids: Sequence[int],
+        config: ModelConfig,
         chat_template: str | None,
         template_variables: Mapping[str, str],
         where: str,
@@ -60,15 +56,14 @@ class Tokenizer:
             ModelError: ids past vocab_size, an unknown decoder, or a template that does not parse.
         """
         self._tokenizer = tokenizer
-        self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
+        self.vocab_size, self.eos_token_ids = config.vocab_size, config.eos_token_ids
         num_pieces = max(tokenizer.get_vocab().values(), default=-1) + 1
-        if not 0 < num_pieces <= vocab_size:
-            raise ModelError(
-                f"{where}: expected token ids from 0 to at most {vocab_size - 1} (vocab_size), got {num_pieces} ids"
-            )
-        self._pieces, self._drops_first_space = piece_bytes(tokenizer, vocab_size, where)
+        if not 0 < num_pieces <= self.vocab_size:
+            expected = f"expected token ids from 0 to at most {self.vocab_size - 1} (vocab_size)"
+            raise ModelError(f"{where}: {expected}, got {num_pieces} ids")
+        self._pieces, self._drops_first_space = piece_bytes(tokenizer, self.vocab_size, where)
         self._template = compile_template(chat_template, where) if chat_template is not None else None
-        self._template_variables = dict(template_variables)
+        self._template_variables = template_variables
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -139,13 +134,10 @@ class Detokenizer:
 
 
 def _load_directory(path: Path) -> Tokenizer:
-    config = load_config(path)
     file = path / "tokenizer.json"
     try:
         # from_str, not from_file: an unreadable file should say so as a missing one does
         tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file}: expected the model's tokenizer, got no such file") from None
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{file}: expected a tokenizer of the tokenizers library, got {error}") from error
     # Neither a maximum length nor padding may change what a prompt encodes to.
@@ -158,14 +150,7 @@ def _load_directory(path: Path) -> Tokenizer:
         chat_template: str | None = template_file.read_text(encoding="utf-8")
     else:
         chat_template = _default_template(settings.get("chat_template"), settings_file)
-    return Tokenizer(
-        tokenizer,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
-        chat_template=chat_template,
-        template_variables=_special_tokens(settings),
-        where=str(path),
-    )
+    return Tokenizer(tokenizer, load_config(path), chat_template, _special_tokens(settings), str(path))
 
 
 def _default_template(value: Any, file: Path) -> str | None:
@@ -197,30 +182,26 @@ def _load_gguf(path: Path) -> Tokenizer:
         file.get("tokenizer.ggml.token_type", list[int]),
     )
     if len(token_types) != len(pieces):
-        raise ModelError(
-            f"{path}: tokenizer.ggml.token_type: expected {len(pieces)} entries (one per token), got {len(token_types)}"
-        )
+        expected = f"tokenizer.ggml.token_type: expected {len(pieces)} entries (one per token)"
+        raise ModelError(f"{path}: {expected}, got {len(token_types)}")
     # An unused token pads the vocabulary: it has an id but no text.
     vocab = {p: i for i, (p, t) in enumerate(zip(pieces, token_types, strict=True)) if t != _UNUSED}
-    num_used = len(pieces) - token_types.count(_UNUSED)
-    if len(vocab) != num_used:
-        raise ModelError(
-            f"{path}: tokenizer.ggml.tokens: expected no piece twice, got {num_used - len(vocab)} repeated"
-        )
+    num_repeated = len(pieces) - token_types.count(_UNUSED) - len(vocab)
+    if num_repeated:
+        raise ModelError(f"{path}: tokenizer.ggml.tokens: expected no piece twice, got {num_repeated} repeated")
     tokenizer, adds_bos = _byte_level_bpe(file, vocab)
     special = [p for p, t in zip(pieces, token_types, strict=True) if t == _CONTROL]
     user = [p for p, t in zip(pieces, token_types, strict=True) if t == _USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in special])
     tokenizer.add_tokens([AddedToken(p, special=False, normalized=False) for p in user])
     variables = {}
-    for name in ("bos", "eos", "padding", "unknown"):
-        token_id = file.get(f"tokenizer.ggml.{name}_token_id", int, None)
+    for name, short in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
+        key = f"tokenizer.ggml.{name}_token_id"
+        token_id = file.get(key, int, None)
         if token_id is not None:
             if not 0 <= token_id < len(pieces):
-                raise ModelError(
-                    f"{path}: tokenizer.ggml.{name}_token_id: expected 0 to {len(pieces) - 1}, got {token_id}"
-                )
-            variables[{"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token")] = pieces[token_id]
+                raise ModelError(f"{path}: {key}: expected 0 to {len(pieces) - 1}, got {token_id}")
+            variables[f"{short}_token"] = pieces[token_id]
     if file.get("tokenizer.ggml.add_bos_token", bool, adds_bos):
         if config.bos_token_id is None:
             raise ModelError(f"{path}: tokenizer.ggml.add_bos_token: expected a bos_token_id with it, got none")
@@ -228,24 +209,15 @@ def _load_gguf(path: Path) -> Tokenizer:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, config.bos_token_id)]
         )
-    return Tokenizer(
-        tokenizer,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
-        chat_template=file.get("tokenizer.chat_template", str, None),
-        template_variables=variables,
-        where=str(path),
-    )
+    return Tokenizer(tokenizer, config, file.get("tokenizer.chat_template", str, None), variables, str(path))
 
 
 def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """(tokenizer, whether this kind puts BOS first if the file does not say)."""
     kind = file.get("tokenizer.ggml.model", str)
     if kind != "gpt2":
-        raise ModelError(
-            f"{file.path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE), got {kind!r}; "
-            "serve the model from its Hugging Face directory"
-        )
+        expected = f"{file.path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE)"
+        raise ModelError(f"{expected}, got {kind!r}; serve the model from its Hugging Face directory")
     splits = {
         "gpt-2": ([_byte_level(use_regex=True)], False),
         "smollm": ([pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)], False),
