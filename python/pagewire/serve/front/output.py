@@ -38,19 +38,14 @@ class StopText:
         if ends:
             self._held = ""
             return held[: min(ends)], True
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        longest = min(len(held), max(map(len, self._stops), default=0))
+        keep = next((n for n in range(longest, 0, -1) if any(stop.startswith(held[-n:]) for stop in self._stops)), 0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
 
     def finish(self) -> str:
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that `stop` begins with; `stop` itself is not in `text`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Output:
@@ -74,7 +69,6 @@ class Output:
         self.num_losses = 0  # attempts in a row that were lost before D emitted a token
         self.choice = choice
         self.outcome = ""  # "stop" | "length" | "cancelled" | "failed", once it ended
-        self.created = time.monotonic()
         self.token_times: list[float] = []  # one per token taken in order, CLOCK_MONOTONIC seconds
         self._sink = sink
         self._cancel = cancel

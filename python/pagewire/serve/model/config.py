@@ -1,5 +1,6 @@
 """What a Llama-family model is, apart from its weights. No torch here: the front reads it too."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,42 +62,31 @@ class ModelConfig:
             value = getattr(self, field)
             if not 1 <= value <= limit:
                 raise ModelError(f"{where}: {field}: expected 1 to {limit}, got {value}")
+        for wrong in (*self._wrong(), *self._wrong_rope()):
+            raise ModelError(f"{where}: {wrong}")
+
+    def _wrong(self) -> Iterator[str]:
         if self.num_qo_heads % self.num_kv_heads:
-            raise ModelError(
-                f"{where}: expected num_qo_heads to be a multiple of num_kv_heads, "
-                f"got {self.num_qo_heads} and {self.num_kv_heads}"
-            )
+            got = f"{self.num_qo_heads} and {self.num_kv_heads}"
+            yield f"expected num_qo_heads to be a multiple of num_kv_heads, got {got}"
         if self.head_dim % 2:
-            raise ModelError(f"{where}: head_dim: expected an even number (RoPE pairs), got {self.head_dim}")
+            yield f"head_dim: expected an even number (RoPE pairs), got {self.head_dim}"
         for field in ("rms_norm_eps", "rope_theta"):
             if not getattr(self, field) > 0:
-                raise ModelError(f"{where}: {field}: expected a positive number, got {getattr(self, field)}")
-        for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
-            if not 0 <= token_id < self.vocab_size:
-                raise ModelError(
-                    f"{where}: bos/eos token id: expected 0 to {self.vocab_size - 1} (vocab_size), got {token_id}"
-                )
-        self._check_rope(where)
+                yield f"{field}: expected a positive number, got {getattr(self, field)}"
+        for token_id in (self.bos_token_id, *self.eos_token_ids):
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                yield f"bos/eos token id: expected 0 to {self.vocab_size - 1} (vocab_size), got {token_id}"
 
-    def _check_rope(self, where: str) -> None:
-        rope = self.rope_scaling
-        if rope is None:
-            return
+    def _wrong_rope(self) -> Iterator[str]:
+        rope = self.rope_scaling or RopeScaling("linear")
         if not rope.factor > 0:
-            raise ModelError(f"{where}: RoPE scaling factor: expected a positive number, got {rope.factor}")
-        if rope.kind == "llama3":
-            if not 0 < rope.low_freq_factor < rope.high_freq_factor:
-                raise ModelError(
-                    f"{where}: llama3 RoPE scaling: expected 0 < low_freq_factor < "
-                    f"high_freq_factor, got {rope.low_freq_factor} and {rope.high_freq_factor}"
-                )
-            if rope.original_max_context < 1:
-                raise ModelError(
-                    f"{where}: llama3 RoPE scaling: expected "
-                    f"original_max_position_embeddings >= 1, got {rope.original_max_context}"
-                )
-        if rope.kind == "factors" and (len(rope.factors) != self.head_dim // 2 or not all(f > 0 for f in rope.factors)):
-            raise ModelError(
-                f"{where}: rope_freqs.weight: expected {self.head_dim // 2} positive numbers "
-                f"(head_dim / 2), got {len(rope.factors)}"
-            )
+            yield f"RoPE scaling factor: expected a positive number, got {rope.factor}"
+        if rope.kind == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
+            got = f"{rope.low_freq_factor} and {rope.high_freq_factor}"
+            yield f"llama3 RoPE scaling: expected 0 < low_freq_factor < high_freq_factor, got {got}"
+        if rope.kind == "llama3" and rope.original_max_context < 1:
+            yield f"llama3: expected original_max_position_embeddings of at least 1, got {rope.original_max_context}"
+        num_pairs = self.head_dim // 2
+        if rope.kind == "factors" and not (len(rope.factors) == num_pairs and all(f > 0 for f in rope.factors)):
+            yield f"rope_freqs.weight: expected {num_pairs} positive numbers (head_dim / 2), got {len(rope.factors)}"

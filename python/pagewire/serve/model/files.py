@@ -9,13 +9,11 @@ from pagewire.serve.model.weights import Weights
 
 def is_gguf(path: Path) -> bool:
     """True for a GGUF file, False for a directory; raises ModelError for anything else."""
-    if path.is_dir():
-        return False
-    if not path.exists():
-        raise ModelError(f"{path}: expected a Hugging Face directory or a .gguf file, got no such file")
-    if path.is_file() and path.suffix == ".gguf":
-        return True
-    raise ModelError(f"{path}: expected a Hugging Face directory or a .gguf file, got another kind of file")
+    gguf_file = path.is_file() and path.suffix == ".gguf"
+    if not gguf_file and not path.is_dir():
+        found = "another kind of file" if path.exists() else "no such file"
+        raise ModelError(f"{path}: expected a Hugging Face directory or a .gguf file, got {found}")
+    return gguf_file
 
 
 def load_config(path: str | Path) -> ModelConfig:

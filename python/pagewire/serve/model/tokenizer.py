@@ -156,8 +156,7 @@ def _load_directory(path: Path) -> Tokenizer:
 def _default_template(value: Any, file: Path) -> str | None:
     """chat_template is a string, or a list of named ones of which "default" is ours."""
     if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-        value = named.get("default")
+        value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
     if value is not None and not isinstance(value, str):
         raise ModelError(f"{file}: chat_template: expected text, got {type(value).__name__}")
     return value
@@ -165,13 +164,9 @@ def _default_template(value: Any, file: Path) -> str | None:
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """bos_token, eos_token and their like: each a string, or an object with one as content."""
-    tokens = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            value = value.get("content")
-        if key in ("bos_token", "eos_token", "unk_token", "pad_token") and isinstance(value, str):
-            tokens[key] = value
-    return tokens
+    found = {key: settings.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in found.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def _load_gguf(path: Path) -> Tokenizer:

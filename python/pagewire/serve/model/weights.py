@@ -34,14 +34,10 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[LM_HEAD] = (config.vocab_size, hidden)
     attention = {"q": (q_size, hidden), "k": (kv_size, hidden), "v": (kv_size, hidden), "o": (hidden, q_size)}
     mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    for i in range(config.num_layers):
-        layer = f"model.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (hidden,)
-        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-        for block, projections, bias in (
-            ("self_attn", attention, config.attention_bias),
-            ("mlp", mlp, config.mlp_bias),
-        ):
+    blocks = (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias))
+    for layer in (f"model.layers.{i}." for i in range(config.num_layers)):
+        shapes[layer + "input_layernorm.weight"] = shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+        for block, projections, bias in blocks:
             for short, shape in projections.items():
                 shapes[f"{layer}{block}.{short}_proj.weight"] = shape
                 if bias:
@@ -62,10 +58,8 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, wher
             raise ModelError(f"{where}: {name}: expected shape {shape} (from the config), got {tuple(found[name])}")
     extra = sorted(name for name in found if name not in expected and not _is_redundant(name, config))
     if extra:
-        raise ModelError(
-            f"{where}: expected only the tensors of a {config.num_layers}-layer Llama, "
-            f"got {len(extra)} more, first {extra[0]}"
-        )
+        expected_only = f"expected only the tensors of a {config.num_layers}-layer Llama"
+        raise ModelError(f"{where}: {expected_only}, got {len(extra)} more, first {extra[0]}")
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
