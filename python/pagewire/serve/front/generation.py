@@ -84,11 +84,9 @@ class Generation:
 
     def _max_tokens(self, prompt: list[int], pair: Ready) -> int:
         """Output tokens to reserve for. Raises ApiError when prompt and output can never fit."""
-        if not prompt:
-            raise ApiError(400, "prompt: expected at least one token, got an empty prompt", self._prompt_field)
-        if max(prompt) >= pair.vocab_size:
-            message = f"prompt: expected token ids below {pair.vocab_size}, the vocabulary's size, got {max(prompt)}"
-            raise ApiError(400, message, "prompt")
+        openai.expect(bool(prompt), self._prompt_field, "expected at least one token, got an empty prompt")
+        vocabulary = f"token ids below {pair.vocab_size}, the vocabulary's size"
+        openai.expect(max(prompt) < pair.vocab_size, "prompt", f"expected {vocabulary}, got {max(prompt)}")
         what, most = "context", pair.max_context
         if pair.pool_tokens < most:
             what, most = "KV pool", pair.pool_tokens

@@ -37,6 +37,11 @@ def server_error(message: str, *, status: int = 503, code: str = "service_unavai
     return ApiError(status, message, code=code, type="server_error")
 
 
+def expect(ok: bool, param: str, message: str) -> None:
+    if not ok:
+        raise ApiError(400, f"{param}: {message}", param)
+
+
 def check_model(name: str, served: str) -> None:
     if name != served:
         message = f"model {name!r} does not exist; this server serves {served!r}"
@@ -192,17 +197,15 @@ def _asked(value: Any, kind: type[_Strict], unsupported: dict[str, tuple[Any, ..
 
 def _check(request: GenerationRequest, limits: Limits, model: str) -> None:
     check_model(model if request.model is None else request.model, model)
-    if request.n > limits.max_n:
-        raise ApiError(400, f"n: expected at most {limits.max_n}, got {request.n}", "n")
-    if len(request.stops) > limits.max_stop:
-        message = f"stop: expected at most {limits.max_stop} strings, got {len(request.stops)}"
-        raise ApiError(400, message, "stop")
+    expect(request.n <= limits.max_n, "n", f"expected at most {limits.max_n}, got {request.n}")
+    num_stops = len(request.stops)
+    expect(num_stops <= limits.max_stop, "stop", f"expected at most {limits.max_stop} strings, got {num_stops}")
     for text in request.stops:
-        if not 1 <= len(text) <= limits.max_stop_chars:
-            message = f"stop: expected strings of 1 to {limits.max_stop_chars} characters, got one of {len(text)}"
-            raise ApiError(400, message, "stop")
-    if request.stream_options and not request.stream:
-        raise ApiError(400, "stream_options is only allowed when stream is true", "stream_options")
+        lengths = f"1 to {limits.max_stop_chars} characters"
+        expect(
+            1 <= len(text) <= limits.max_stop_chars, "stop", f"expected strings of {lengths}, got one of {len(text)}"
+        )
+    expect(request.stream or not request.stream_options, "stream_options", "only allowed when stream is true")
     if request.stream_options and request.stream_options.include_obfuscation:
         message = "stream_options.include_obfuscation is not supported by this server"
         raise ApiError(400, message, "stream_options", "unsupported_parameter")
@@ -211,12 +214,10 @@ def _check(request: GenerationRequest, limits: Limits, model: str) -> None:
 def parse_completion(data: bytes, limits: Limits, model: str) -> GenerationRequest:
     request = _decode(data, CompletionRequest, _UNSUPPORTED)
     _check(request, limits, model)
-    if len({type(prompt) for prompt in request.prompts}) > 1:
-        forms = "a string, an array of strings, an array of token ids or an array of arrays of token ids"
-        raise ApiError(400, f"prompt: expected {forms}, got a mixture", "prompt")
-    if not 1 <= len(request.prompts) <= limits.max_prompts:
-        message = f"prompt: expected 1 to {limits.max_prompts} prompts, got {len(request.prompts)}"
-        raise ApiError(400, message, "prompt")
+    prompts, most = request.prompts, limits.max_prompts
+    forms = "a string, an array of strings, an array of token ids or an array of arrays of token ids"
+    expect(len({type(prompt) for prompt in prompts}) <= 1, "prompt", f"expected {forms}, got a mixture")
+    expect(1 <= len(prompts) <= most, "prompt", f"expected 1 to {most} prompts, got {len(prompts)}")
     return request
 
 
@@ -224,9 +225,8 @@ def parse_chat(data: bytes, limits: Limits, model: str) -> GenerationRequest:
     request = _decode(data, ChatRequest, _UNSUPPORTED_IN_CHAT)
     _check(request, limits, model)
     most, most_too = request.max_tokens, request.max_completion_tokens
-    if most and most_too and most != most_too:
-        message = f"max_tokens ({most}) and max_completion_tokens ({most_too}) differ: give one"
-        raise ApiError(400, message, "max_tokens")
+    same = None in (most, most_too) or most == most_too
+    expect(same, "max_tokens", f"expected what max_completion_tokens says ({most_too}), or one of the two, got {most}")
     return msgspec.structs.replace(request, max_tokens=most_too or most)
 
 

@@ -1,6 +1,6 @@
 """One bounded list of events behind /debug/requests and /debug/trace."""
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from typing import Any
 
 import msgspec
@@ -33,9 +33,9 @@ class EventLog:
         """Newest first: the events of each request in time order, and microseconds per phase."""
         found = []
         for request_id, events in reversed(self._requests.items()):
-            phases: dict[str, int] = {}
+            phases: Counter[str] = Counter()
             for event in events:
-                phases[event.name] = phases.get(event.name, 0) + event.duration_us
+                phases[event.name] += event.duration_us
             ordered = sorted(events, key=lambda event: event.start_us)
             found.append({"request_id": request_id, "phases_us": phases, "events": ordered})
         return found

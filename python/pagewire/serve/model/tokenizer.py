@@ -172,10 +172,8 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def _load_gguf(path: Path) -> Tokenizer:
     file = GGUFFile(path)
     config = config_of(file)
-    pieces, token_types = (
-        file.get("tokenizer.ggml.tokens", list[str]),
-        file.get("tokenizer.ggml.token_type", list[int]),
-    )
+    pieces = file.get("tokenizer.ggml.tokens", list[str])
+    token_types = file.get("tokenizer.ggml.token_type", list[int])
     if len(token_types) != len(pieces):
         expected = f"tokenizer.ggml.token_type: expected {len(pieces)} entries (one per token)"
         raise ModelError(f"{path}: {expected}, got {len(token_types)}")
@@ -185,10 +183,9 @@ def _load_gguf(path: Path) -> Tokenizer:
     if num_repeated:
         raise ModelError(f"{path}: tokenizer.ggml.tokens: expected no piece twice, got {num_repeated} repeated")
     tokenizer, adds_bos = _byte_level_bpe(file, vocab)
-    special = [p for p, t in zip(pieces, token_types, strict=True) if t == _CONTROL]
-    user = [p for p, t in zip(pieces, token_types, strict=True) if t == _USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in special])
-    tokenizer.add_tokens([AddedToken(p, special=False, normalized=False) for p in user])
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [p for p, t in zip(pieces, token_types, strict=True) if t == kind]
+        tokenizer.add_tokens([AddedToken(p, special=special, normalized=False) for p in added])
     variables = {}
     for name, short in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
         key = f"tokenizer.ggml.{name}_token_id"
