@@ -10,11 +10,14 @@ import time
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta, Struct, field
 
 from pagewire.serve.front.limits import Limits
 from pagewire.serve.messages import Sampling
 
 MAX_SEED = 2**63 - 1
+Request = TypeVar("Request", bound="GenerationRequest")
+TokenId = Annotated[int, Meta(ge=0)]
 
 
 class ApiError(Exception):
@@ -65,27 +68,21 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class _Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool = False
     include_obfuscation: bool = False  # pads chunks against traffic analysis when true: refused
 
 
-class GenerationRequest(_Strict, kw_only=True):
+class GenerationRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """A decoded body: what both endpoints take."""
 
     model: str | None = None  # absent: the one model served
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 1.0
-    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] = 0  # ours; 0 and -1: all
-    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=MAX_SEED)] = msgspec.field(
-        default_factory=lambda: secrets.randbits(63)
-    )
-    n: Annotated[int, msgspec.Meta(ge=1)] = 1
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0  # ours; 0 and -1: all
+    seed: Annotated[int, Meta(ge=-(2**63), le=MAX_SEED)] = field(default_factory=lambda: secrets.randbits(63))
+    n: Annotated[int, Meta(ge=1)] = 1
     stop: str | tuple[str, ...] = ()
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -121,9 +118,6 @@ class GenerationRequest(_Strict, kw_only=True):
         return Sampling(self.temperature, self.top_p, max(0, self.top_k), self.seed & MAX_SEED)
 
 
-TokenId = Annotated[int, msgspec.Meta(ge=0)]
-
-
 class CompletionRequest(GenerationRequest):
     prompt: str | list[str | TokenId | list[TokenId]]
 
@@ -134,14 +128,14 @@ class CompletionRequest(GenerationRequest):
         return self.prompt
 
 
-class TextPart(_Strict):
-    type: Annotated[str, msgspec.Meta(pattern="^text$")]
+class TextPart(Struct, forbid_unknown_fields=True):
+    type: Annotated[str, Meta(pattern="^text$")]
     text: str
 
 
-class Message(_Strict):
-    role: Annotated[str, msgspec.Meta(pattern="^(system|developer|user|assistant)$")]
-    content: str | Annotated[list[TextPart], msgspec.Meta(min_length=1)]
+class Message(Struct, forbid_unknown_fields=True):
+    role: Annotated[str, Meta(pattern="^(system|developer|user|assistant)$")]
+    content: str | Annotated[list[TextPart], Meta(min_length=1)]
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -149,25 +143,20 @@ class Message(_Strict):
 
 
 class ChatRequest(GenerationRequest):
-    given: Annotated[list[Message], msgspec.Meta(min_length=1)] = msgspec.field(name="messages")
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    given: Annotated[list[Message], Meta(min_length=1)] = field(name="messages")
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
 
     @property
     def messages(self) -> list[dict[str, str]]:
         return [message.plain() for message in self.given]
 
 
-Request = TypeVar("Request", CompletionRequest, ChatRequest)
-
-
 def _decode(data: bytes, kind: type[Request], unsupported: dict[str, tuple[Any, ...]]) -> Request:
     try:
         body = _asked(msgspec.json.decode(data, type=dict[str, Any]), kind, unsupported)
         if isinstance(messages := body.get("messages"), list):
-            body["messages"] = [
-                _asked(message, Message, _UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
-                for i, message in enumerate(messages)
-            ]
+            refused = _UNSUPPORTED_IN_MESSAGE
+            body["messages"] = [_asked(m, Message, refused, f"messages[{i}].") for i, m in enumerate(messages)]
         return msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
         text = str(error)
@@ -177,7 +166,7 @@ def _decode(data: bytes, kind: type[Request], unsupported: dict[str, tuple[Any, 
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-def _asked(value: Any, kind: type[_Strict], unsupported: dict[str, tuple[Any, ...]], where: str = "") -> Any:
+def _asked(value: Any, kind: type[Struct], unsupported: dict[str, tuple[Any, ...]], where: str = "") -> Any:
     """The object `value` without what asks for nothing: null for a field of `kind`, as OpenAI's clients send it, and
     the harmless values of `unsupported`.
     """
@@ -201,10 +190,8 @@ def _check(request: GenerationRequest, limits: Limits, model: str) -> None:
     num_stops = len(request.stops)
     expect(num_stops <= limits.max_stop, "stop", f"expected at most {limits.max_stop} strings, got {num_stops}")
     for text in request.stops:
-        lengths = f"1 to {limits.max_stop_chars} characters"
-        expect(
-            1 <= len(text) <= limits.max_stop_chars, "stop", f"expected strings of {lengths}, got one of {len(text)}"
-        )
+        expected = f"expected strings of 1 to {limits.max_stop_chars} characters"
+        expect(1 <= len(text) <= limits.max_stop_chars, "stop", f"{expected}, got one of {len(text)}")
     expect(request.stream or not request.stream_options, "stream_options", "only allowed when stream is true")
     if request.stream_options and request.stream_options.include_obfuscation:
         message = "stream_options.include_obfuscation is not supported by this server"
@@ -230,7 +217,7 @@ def parse_chat(data: bytes, limits: Limits, model: str) -> GenerationRequest:
     return msgspec.structs.replace(request, max_tokens=most_too or most)
 
 
-class Usage(msgspec.Struct):
+class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int

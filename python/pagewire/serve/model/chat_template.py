@@ -2,31 +2,26 @@
 
 import json
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
-import jinja2.sandbox
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pagewire.serve.model.config import ModelError
 
 
 def compile_template(source: str, where: str) -> jinja2.Template:
     """The template in a sandbox: it is data of the model's author, not our code."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    # plain JSON: jinja2's own filter escapes for HTML
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise ModelError(f"{where}: chat template: expected a jinja2 template, got {error}") from error
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    """Plain JSON: jinja2's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -150,13 +150,8 @@ def _rope(config: Metadata) -> tuple[float, RopeScaling | None]:
     if kind == "linear":
         return theta, RopeScaling("linear", factor=get("factor", float))
     if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            factor=get("factor", float),
-            low_freq_factor=get("low_freq_factor", float),
-            high_freq_factor=get("high_freq_factor", float),
-            original_max_context=get("original_max_position_embeddings", int),
-        )
+        factor, low, high = (get(key, float) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        return theta, RopeScaling("llama3", factor, low, high, get("original_max_position_embeddings", int))
     where = config.where
     raise ModelError(f"{where}: rope_scaling type: expected 'default', 'linear' or 'llama3', got {kind!r}")
 

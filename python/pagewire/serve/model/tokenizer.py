@@ -107,11 +107,8 @@ class Tokenizer:
         if self._template is None:
             raise ValueError("this model has no chat template: use plain completions")
         try:
-            return self._template.render(
-                **self._template_variables,
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-            )
+            told = {**self._template_variables, "messages": [dict(message) for message in messages]}
+            return self._template.render(told, add_generation_prompt=add_generation_prompt)
         # A template is a program of the model's author: it may fail in any way.
         except Exception as error:
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
@@ -197,10 +194,8 @@ def _load_gguf(path: Path) -> Tokenizer:
     if file.get("tokenizer.ggml.add_bos_token", bool, adds_bos):
         if config.bos_token_id is None:
             raise ModelError(f"{path}: tokenizer.ggml.add_bos_token: expected a bos_token_id with it, got none")
-        bos = variables["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, config.bos_token_id)]
-        )
+        bos, special_tokens = variables["bos_token"], [(variables["bos_token"], config.bos_token_id)]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special_tokens)
     return Tokenizer(tokenizer, config, file.get("tokenizer.chat_template", str, None), variables, str(path))
 
 
