@@ -56,12 +56,9 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, wher
             raise ModelError(f"{where}: expected a tensor {name} of shape {shape}, got none")
         if tuple(found[name]) != shape:
             raise ModelError(f"{where}: {name}: expected shape {shape} (from the config), got {tuple(found[name])}")
-    extra = sorted(name for name in found if name not in expected and not _is_redundant(name, config))
+    # Some tied checkpoints repeat the embedding as lm_head; old ones store RoPE frequencies.
+    known = {*expected, LM_HEAD} if config.tie_word_embeddings else expected.keys()
+    extra = sorted(name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq"))
     if extra:
-        expected_only = f"expected only the tensors of a {config.num_layers}-layer Llama"
-        raise ModelError(f"{where}: {expected_only}, got {len(extra)} more, first {extra[0]}")
-
-
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Old checkpoints store RoPE frequencies; some tied ones repeat the embedding as lm_head."""
-    return name.endswith("rotary_emb.inv_freq") or (name == LM_HEAD and config.tie_word_embeddings)
+        only = f"expected only the tensors of a {config.num_layers}-layer Llama"
+        raise ModelError(f"{where}: {only}, got {len(extra)} more, first {extra[0]}")
