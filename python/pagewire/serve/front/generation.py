@@ -24,7 +24,7 @@ class Generation:
         self.answer = Answer(bool(request.messages), front.model, options is not None and options.include_usage)
         self.outputs: list[Output] = []
         self._sink: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
-        self._places = 0
+        self._prompt_field = "messages" if self.answer.chat else "prompt"
         self._timer: asyncio.TimerHandle | None = None
 
     def admit(self) -> None:
@@ -32,7 +32,6 @@ class Generation:
         if taken + wanted > most:
             full = f"the queue is full: {taken} of {most} places are taken and this request needs {wanted}"
             raise ApiError(429, f"{full}; try again later", code="queue_full", type="rate_limit_error")
-        self._places = wanted
         self.front.num_inflight += wanted
 
     async def submit(self) -> None:
@@ -74,10 +73,6 @@ class Generation:
             return await asyncio.to_thread(encode) if texts or request.messages else request.prompts
         except ValueError as error:  # the template refuses these messages
             raise ApiError(400, str(error), self._prompt_field) from None
-
-    @property
-    def _prompt_field(self) -> str:
-        return "messages" if self.answer.chat else "prompt"
 
     def _too_long(self, message: str) -> ApiError:
         return ApiError(400, message, self._prompt_field, "context_length_exceeded")
@@ -124,15 +119,13 @@ class Generation:
             self.front.supervisor.cancel(output.attempt.request_id)
 
     def close(self) -> None:
-        """Cancels what still runs, gives the places back, and records what happened."""
-        self.front.num_inflight -= self._places
-        self._places = 0
+        """Once: cancels what still runs, gives the places back, and records what happened."""
+        self.front.num_inflight -= self.request.num_outputs
         if self._timer:
             self._timer.cancel()
         for output in self.outputs:
             output.abandon()
             self._record(output)
-        self.outputs = []
 
     def _record(self, output: Output) -> None:
         metrics, times = self.front.metrics, output.token_times
