@@ -22,15 +22,16 @@ import torch
 import pagewire as pw
 from pagewire.transfer.channel import Channel, Codec, wait
 from pagewire.transfer.codec import FrameCodec
-from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Reserve, crc32c
+from pagewire.transfer.frames import Ack, Block, Chunk, Commit, Credit, Reserve, crc32c
 from pagewire.transfer.handoff import Begin, Dropped, Push, Send, Start, Unpack
-from pagewire.transfer.packing import Packing
+from pagewire.transfer.packing import Packing, held, new_hello
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from pagewire.transfer.shm import Arena
 
 STAGING_BYTES = 64 << 20
 FORWARD_TOKENS = 512  # prompt tokens whose layers are ready together
+LINK = 1
 PIECE = struct.Struct("<III")  # staging slot, bytes, CRC32C
 SLOT = struct.Struct("<I")
 
@@ -41,6 +42,8 @@ def now_ms() -> int:
 
 class Side:
     """What both processes have: a cache with room for the longest prompt, the arena, two sockets and a pipe."""
+
+    roles: tuple[str, str]  # ours, theirs
 
     def __init__(self, args: argparse.Namespace, frames: socket.socket, pieces: socket.socket, pipe: Connection):
         torch.set_num_threads(1)
@@ -53,10 +56,10 @@ class Side:
             part.fill_(1)
         self.page_size = args.page_size
         self.pages = pw.PageAllocator(num_pages)
-        self.packing = Packing(self.cache, b"f" * 32)
-        self.memory = torch.ones(
-            self.packing.wire.packed_bytes(args.layers, args.heads, max(args.prompts)), dtype=torch.uint8
-        )
+        hellos = [new_hello(role, self.cache, b"f" * 32) for role in self.roles]
+        self.packing = Packing(self.cache, *hellos)
+        block = Block(0, 0, args.layers, 0, args.heads)
+        self.memory = torch.ones(self.packing.wire.block_bytes(block, max(args.prompts)), dtype=torch.uint8)
         codec = FrameCodec()
         self.channel = Channel(frames, Codec(codec.encode, codec.decode), name="the other side")
         self.pieces = pieces
@@ -69,12 +72,14 @@ class Side:
 
 
 class P(Side):
+    roles = "prefill", "decode"
+
     def serve(self, arena: Arena) -> None:
         """Does what the pipe says until it closes."""
         self.arena = arena
         self.shuffle()
-        wire, slots = self.packing.wire, (arena.num_staging_slots, arena.staging_slot_bytes)
-        self.sender = Sender(self.pages, self.page_size, wire, *slots, now_ms=now_ms)
+        self.sender = Sender(self.pages, self.page_size, now_ms=now_ms)
+        self.sender.link(LINK, self.packing.wire, arena.num_staging_slots, arena.staging_slot_bytes)
         self.credits = list(range(arena.num_staging_slots))
         while True:
             try:
@@ -84,22 +89,22 @@ class P(Side):
             getattr(self, what)(*arguments)
 
     def ours(self, request_id: str, num_tokens: int) -> None:
-        self.sender.submit(request_id, tuple(range(num_tokens)))
+        self.sender.submit(request_id, tuple(range(num_tokens)), (LINK,))
         self.pipe.send("ready")
         handlers = {Reserve: self.sender.reserve, Credit: self.sender.credit, Ack: self.sender.ack}
         while True:
             for frame in self.channel.poll():
-                for action in handlers[type(frame)](frame):
+                for action in handlers[type(frame)](LINK, frame):
                     if isinstance(action, Dropped):
                         return
                     assert isinstance(action, Begin), action
                     self.compute(request_id, num_tokens)
             send = self.sender.next_send()
             if isinstance(send, Push):
-                packed = self.packing.pack(
-                    send.pages, send.layers, send.tokens, self.arena.staging_slot(send.staging_slot)
-                )
-                self.channel.send(self.sender.chunk_frame(send, *packed))
+                out = self.arena.staging_slot(send.staging_slot)
+                packed = self.packing.pack(send.pages, send.block, send.tokens, out)
+                for action in self.sender.pushed(send, *packed):
+                    self.channel.send(action.frame)
             elif isinstance(send, Send):
                 self.channel.send(send.frame)
             else:
@@ -108,7 +113,7 @@ class P(Side):
     def compute(self, request_id: str, num_tokens: int) -> None:
         """In no time."""
         for start in range(0, num_tokens, FORWARD_TOKENS):
-            for layer in range(self.packing.wire.num_layers):
+            for layer in range(self.cache.num_layers):
                 self.sender.layer_ready(request_id, layer, start, min(start + FORWARD_TOKENS, num_tokens))
         self.sender.prefilled(request_id, first_token=1)
 
@@ -136,15 +141,17 @@ class P(Side):
 class D(Side):
     """Times both ways, from the first word to P until everything is in place."""
 
+    roles = "decode", "prefill"
+
     def begin(self) -> Arena:
         arena = Arena.create(*self.packing.staging(STAGING_BYTES, FORWARD_TOKENS))
         self.arena = arena
         self.shuffle()
         self.receiver = Receiver(
-            self.pages, self.page_size, self.packing.wire, vocab_size=2, max_waiting=1, timeout_ms=60_000,
+            self.pages, self.page_size, (held(self.cache),), vocab_size=2, max_waiting=1, timeout_ms=60_000,
             now_ms=now_ms, new_capability=lambda: secrets.token_bytes(16),
         )  # fmt: skip
-        self.receiver.link(arena.num_staging_slots)
+        self.receiver.link(LINK, self.packing.wire, arena.num_staging_slots)
         return arena
 
     def ours(self, request_id: str, num_tokens: int) -> tuple[float, list[int]]:
@@ -152,17 +159,17 @@ class D(Side):
         self.ask("ours", request_id, num_tokens)
         sizes: list[int] = []
         start_s = time.perf_counter()
-        actions = self.receiver.submit(request_id, tuple(range(num_tokens)), num_tokens)
+        actions = self.receiver.submit(request_id, tuple(range(num_tokens)), num_tokens, links=(LINK,))
         while not self.carry_out(actions):
             wait([self.channel], None)
             actions = []
             for frame in self.channel.poll():
                 if isinstance(frame, Chunk):
                     sizes.append(frame.payload_bytes)
-                    actions += self.receiver.chunk(frame)
+                    actions += self.receiver.chunk(LINK, frame)
                 else:
                     assert isinstance(frame, Commit), frame
-                    actions += self.receiver.commit(frame)
+                    actions += self.receiver.commit(LINK, frame)
         seconds = time.perf_counter() - start_s
         self.receiver.release(request_id)
         return seconds, sizes
@@ -174,9 +181,9 @@ class D(Side):
             match action:
                 case Send(frame):
                     self.channel.send(frame)
-                case Unpack(chunk, pages):
+                case Unpack(_, chunk, pages):
                     problem = self.packing.unpack(chunk, pages, self.arena.staging_slot(chunk.slot))
-                    started |= self.carry_out(self.receiver.unpacked(chunk, problem))
+                    started |= self.carry_out(self.receiver.unpacked(action, problem))
                 case Start():
                     started = True
                 case _:

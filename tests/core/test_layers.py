@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "pagewire"
 
@@ -32,6 +34,7 @@ LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 # what a part of serve/, a module or a folder, may import of the others
 SHARED = {"channel", "config", "messages"}
+WITHOUT_TORCH = ("channel", "tls")  # of transfer/: what the front may import
 SERVE = dict.fromkeys(SHARED, SHARED) | {
     "front": {"front", *SHARED},
     "worker": {"worker", "model", *SHARED},
@@ -93,7 +96,10 @@ def test_front_and_worker_do_not_know_each_other_and_the_model_knows_neither():
 
 def test_the_front_has_no_torch():
     """Neither in front/ nor in what it may import. That the cli reads a tokenizer without it is test_front.py's."""
-    shared = [*(PACKAGE / "serve" / f"{part}.py" for part in SHARED), PACKAGE / "transfer/channel.py"]
+    shared = [
+        *(PACKAGE / "serve" / f"{part}.py" for part in SHARED),
+        *(PACKAGE / "transfer" / f"{part}.py" for part in WITHOUT_TORCH),
+    ]
     files = [*(PACKAGE / "serve/front").rglob("*.py"), *shared]
     assert len(files) > 9
     for path in files:
@@ -101,11 +107,12 @@ def test_the_front_has_no_torch():
         assert not any(name.split(".")[0] == "torch" for name in names), path
         assert imported(path) <= {"serve", "transfer"}, path
         of_transfer = {name for name in names if name.startswith("pagewire.transfer")}
-        assert all(f"{name}.".startswith("pagewire.transfer.channel.") for name in of_transfer), path
+        assert {name.split(".")[2] for name in of_transfer if name.count(".") > 1} <= set(WITHOUT_TORCH), path
 
 
-def test_the_channel_needs_nothing_that_is_not_in_every_python():
-    assert {name.split(".")[0] for name in modules(PACKAGE / "transfer/channel.py")} <= sys.stdlib_module_names
+@pytest.mark.parametrize("part", WITHOUT_TORCH)
+def test_channel_and_tls_need_nothing_that_is_not_in_every_python(part):
+    assert {name.split(".")[0] for name in modules(PACKAGE / f"transfer/{part}.py")} <= sys.stdlib_module_names
 
 
 def test_kernels_import_only_torch_triton_and_siblings():

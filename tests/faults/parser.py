@@ -26,21 +26,25 @@ def resealed(data: bytes) -> bytes:
 LAYERS = HEADS = HEAD_DIM = 4096
 TOKENS, PAYLOAD = 1 << 24, 1 << 31
 BOUNDS = {  # written out: the parser's own say nothing against themselves. At most so many, or so many bytes
-    "num_layers": LAYERS, "layer_stop": LAYERS, "digests": LAYERS, "num_kv_heads": HEADS, "head_stop": HEADS,
+    "layer_stop": LAYERS, "digests": LAYERS, "head_stop": HEADS, "group": 63, "groups": 64, "blocks": 64,
     "head_dim": HEAD_DIM, "head_dim_v": HEAD_DIM, "num_tokens": TOKENS, "token_stop": TOKENS, "num_slots": 1 << 16,
     "slot": (1 << 16) - 1, "slot_bytes": PAYLOAD, "payload_bytes": PAYLOAD, "request_id": 128, "reason": 1024,
-    "capability": 16, "incarnation": 16, "fingerprint": 32, "prompt_sha256": 32, "wire_dtypes": 6,
+    "capability": 16, "incarnation": 16, "fingerprint": 32, "prompt_sha256": 32, "wire_dtypes": 6, "tenant": 128,
+    "staging": 1024,
 }  # fmt: skip
-AT_LEAST_ONE = {"num_layers", "num_kv_heads", "head_dim", "num_tokens", "payload_bytes", "wire_dtypes"}
+AT_LEAST_ONE = {"groups", "head_dim", "num_tokens", "payload_bytes", "wire_dtypes"}
 
 
-def check_bounds(frame: frames.Frame) -> None:
+def check_bounds(frame: frames.Frame | frames.Held | frames.Block) -> None:
     values = vars(frame)
+    for record in (*values.get("groups", ()), *values.get("blocks", ())):
+        check_bounds(record)
     for name, value in values.items():
         size = len(value.encode() if isinstance(value, str) else value) if not isinstance(value, int) else value
         assert (name in AT_LEAST_ONE) <= size <= BOUNDS.get(name, 1 << 64), f"{name}: {value!r:.99}"
         if name.endswith("_stop"):
-            assert values[name.replace("_stop", "_start")] < value, f"{name}: {value}"
+            empty = isinstance(frame, frames.Held) and value == values[name.replace("_stop", "_start")]
+            assert empty or values[name.replace("_stop", "_start")] < value, f"{name}: {value}"
 
 
 def check(data: bytes) -> bool:

@@ -39,22 +39,24 @@ def config_of(model: str, pool_tokens: int) -> WorkerConfig:
 
 def phases(pair: Stepped, request_id: str) -> tuple[Phase | None, Phase | None]:
     """At P, at D."""
-    lives = pair.p._sender._live if pair.p._sender else {}, pair.d._receiver._live
+    lives = pair.p._sender._live, pair.d._receiver._live
     return tuple(live[request_id].phase if request_id in live else None for live in lives)
 
 
 def granted(pair: Stepped, side: str) -> set[int]:
     """Generations that this side holds and of which it waits for the other."""
     if side == "p":
-        return {one.reserve.generation for one in pair.p._sender._live.values() if one.reserve}
+        sender = pair.p._sender
+        return {of.generation for request_id in sender.request_ids() for of in sender.reserves(request_id).values()}
     return {one.generation for one in pair.d._receiver._live.values() if one.phase is Phase.RECEIVING}
 
 
 def _on_their_way(pair: Stepped) -> bool:
     """Chunks that P has sent and D has not read."""
-    coverage = pair.d._receiver._live["a"].coverage
-    arrived = sum(stop - start for ranges in coverage._ranges for start, stop in ranges)  # tokens of a layer and head
-    return pair.p.requests["a"].pushed_bytes > arrived * pair.p.peer.packing._packed_bytes(1, 1, 1)
+    (leg,) = pair.d._receiver._live["a"].legs.values()
+    every = leg.coverage._ranges.values()
+    arrived = sum(stop - start for ranges in every for start, stop in ranges)  # tokens of a layer and head
+    return pair.p.requests["a"].pushed_bytes > arrived * pair.link_of("p").packing.wire.packed_bytes(0, 1, 1, 1)
 
 
 def _num_computed(pair: Stepped) -> int:
@@ -205,8 +207,9 @@ class Rig:
             allocator = worker.engine.allocator
             assert sum(allocator.counts().values()) == allocator.num_pages == allocator.num_free
             assert not worker.requests and not worker._submits and not any(worker.batches)
-        assert not p._sender._live and not p._sender._early and not d._receiver._live and not d._receiver._unpacking
-        assert not p._sender._sent_staging and len(p._sender._credits) == self.pair.arena.num_staging_slots
-        assert len(d._receiver._granted_staging) == self.pair.arena.num_staging_slots
+        assert not p._sender._live and not p._sender._pushing and not d._receiver._live and not d._receiver._unpacking
+        (of_p,), (of_d,) = p._sender._links.values(), d._receiver._links.values()
+        assert not of_p.early and not of_p.sent_staging and len(of_p.credits) == self.pair.arena.num_staging_slots
+        assert len(of_d.granted_staging) == self.pair.arena.num_staging_slots
         gc.collect()
         assert self.fds() == self.num_fds

@@ -71,7 +71,7 @@ def cut(framed: bytes) -> bytes:
 
 def damage(rig: Rig, side: str, how) -> list[str]:
     """Arms it; the kind of frame that it hit, once it did."""
-    channel = getattr(rig.pair, side).peer._transport
+    channel = rig.pair.link_of(side).transport
     hit: list[str] = []
 
     def send(frame) -> None:
@@ -89,11 +89,11 @@ def damage(rig: Rig, side: str, how) -> list[str]:
 
 def frame_fault(how):
     def fault(rig: Rig, side: str, state: str) -> None:
-        peer = getattr(rig.pair, side).peer
+        link = rig.pair.link_of(side)
         hit = damage(rig, side, how)
         rig.settle()
         if not hit:
-            peer.send(Abort("nobody", 1, "planted"))
+            link.transport.send(Abort("nobody", 1, "planted"))
         assert hit
         for name in ("next", "whole_p"):  # what a gap or a torn frame hides until the next frame, these show
             rig.submit(name)
@@ -164,7 +164,7 @@ def cancel(rig: Rig, side: str, state: str) -> None:
 
 
 def drop(rig: Rig, side: str, state: str) -> None:
-    getattr(rig.pair, side).peer.drop("planted")
+    rig.pair.drop(side)
     rig.settle()
     assert rig.lost and "b" not in rig.recovered and all(why != "" for why in rig.recovered.values())
 

@@ -17,8 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # what `python -m pagewire` does, but that the tests' many kills do not have it wait longer and longer
 QUICK = (
-    "import sys; from pagewire.serve.front import process, supervisor; from pagewire.__main__ import main;"
-    "supervisor.BACKOFF_S = 0.01; supervisor.MAX_BACKOFF_S = 0.2; {patch}sys.exit(main())"
+    "import sys; from pagewire.serve.front import links, process; from pagewire.__main__ import main;"
+    "links.BACKOFF_S = 0.01; links.MAX_BACKOFF_S = 0.2; {patch}sys.exit(main())"
 )
 FAKE = f"process.WORKER_COMMAND = (sys.executable, {str(Path(__file__).with_name('fake_worker.py'))!r});"
 

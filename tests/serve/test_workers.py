@@ -19,7 +19,7 @@ from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.messages import Finished, Pair, Sampling
 from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.worker import process
-from pagewire.serve.worker.peer import Peer
+from pagewire.serve.worker.peers import Peers
 from pagewire.transfer.channel import frame
 from pagewire.transfer.frames import Ack
 from pagewire.transfer.packing import new_hello
@@ -172,17 +172,17 @@ def test_a_flood_of_frames_does_not_keep_d_from_its_work(model: Path) -> None:
     cache = pw.PagedKVCache.allocate(
         num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu"
     )
-    p = Peer(new_hello("prefill", cache, bytes.fromhex(fingerprint(model))), cache, config)
+    p = Peers(new_hello("prefill", cache, bytes.fromhex(fingerprint(model))), cache, config)
     try:
-        d.channels["decode"].send(Pair(1, p.incarnation.hex(), ""))
+        d.channels["decode"].send(Pair(1, p.incarnation, ""))
         p.pair(Pair(1, d.ready["decode"].incarnation, d.ready["decode"].address))
-        d.until(lambda: p.join() or p.link == 1, 10)
+        d.until(lambda: p.join() or 1 in p.links, 10)
         d.until(lambda: d.linked == {"decode": 1})
         d.submit("victim", prompt_of(20), 400, local=True)
         d.until(lambda: len(d.tokens["victim"]) > 20)
         before = d.rss_mb("decode")
-        flood = b"".join(frame(p._transport._codec.encode(Ack("x", 1))) for _ in range(100_000))
-        with p._transport._sock.dup() as sock:
+        flood = b"".join(frame(p.links[1].transport._codec.encode(Ack("x", 1))) for _ in range(100_000))
+        with p.links[1].transport._sock.dup() as sock:
             sock.setblocking(True)
 
             def send() -> None:
@@ -293,4 +293,4 @@ def test_a_pair_ends_with_its_front(pair: Workers) -> None:
         channel.close()
         pair.closed.add(role)
     assert (pair.exit_code("decode"), pair.exit_code("prefill")) == (0, 0)
-    assert "the front closed, exiting" in pair.stderr("decode")
+    assert "decode: the front: the other end closed" in pair.stderr("decode")

@@ -84,7 +84,7 @@ def test_a_layer_leaves_before_the_next_is_computed(pair: Stepped) -> None:
     def watched(*args, on_layer, **kwargs):
         def watch(layer: int) -> None:
             on_layer(layer)
-            sent_at_layer.append(len(pair.p._sender._sent_staging))
+            sent_at_layer.append(len(next(iter(pair.p._sender._links.values())).sent_staging))
 
         return forward(*args, on_layer=watch, **kwargs)
 
@@ -193,19 +193,19 @@ def test_nan_fails_its_own_request_only(pair: Stepped, side: str, patch: pytest.
 def test_packing_that_raises_fails_its_request_only(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
-    pack = pair.p.peer.packing.pack
+    pack = pair.link_of("p").packing.pack
 
-    def broken(pages, layers, tokens, out):
-        if layers[0] == 1 and "a" in pair.p.requests and pages == pair.p.requests["a"].pages:
+    def broken(pages, block, tokens, out):
+        if block.layer_start == 1 and "a" in pair.p.requests and pages == pair.p.requests["a"].pages:
             raise RuntimeError("no pack")
-        return pack(pages, layers, tokens, out)
+        return pack(pages, block, tokens, out)
 
-    patch.setattr(pair.p.peer.packing, "pack", broken)
+    patch.setattr(pair.link_of("p").packing, "pack", broken)
     pair.until_ended("a")
     assert pair.ends["a"] == [Failed("a", "RuntimeError: no pack", retry=True)]
     patch.undo()
     check()
-    assert len(pair.p._sender._credits) == pair.arena.num_staging_slots
+    assert len(next(iter(pair.p._sender._links.values())).credits) == pair.arena.num_staging_slots
 
 
 def test_a_corrupt_payload_fails_its_request_only(pair: Stepped, patch: pytest.MonkeyPatch) -> None:
@@ -214,9 +214,9 @@ def test_a_corrupt_payload_fails_its_request_only(pair: Stepped, patch: pytest.M
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     push_one = pair.p._push_one
 
-    def corrupt(sender, push):
-        push_one(sender, push)
-        if push.request_id == "a" and push.layers == (2, 3):
+    def corrupt(push, link):
+        push_one(push, link)
+        if push.request_id == "a" and push.block.layers == (2, 3):
             pair.arena.staging_slot(push.staging_slot)[5] ^= 1
 
     patch.setattr(pair.p, "_push_one", corrupt)
@@ -231,12 +231,12 @@ def test_kv_that_differs_is_found_by_digest(pair: Stepped, patch: pytest.MonkeyP
     """D unpacks into the wrong place: every checksum holds, the digests do not."""
     check = bystander(pair)
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
-    unpack = pair.d.peer.packing.unpack
+    unpack = pair.link_of("d").packing.unpack
 
     def misplaced(chunk, pages, staging):
         return unpack(chunk, pages[::-1] if chunk.request_id == "a" else pages, staging)
 
-    patch.setattr(pair.d.peer.packing, "unpack", misplaced)
+    patch.setattr(pair.link_of("d").packing, "unpack", misplaced)
     pair.until_ended("a")
     patch.undo()
     assert pair.reported("kv_verify", "a")[0].args["equal"] == 0
@@ -349,7 +349,7 @@ def test_a_link_lost_after_any_number_of_turns(pair: Stepped, side: str, num_tur
     pair.until_ended("lone")
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.turns(num_turns)
-    getattr(pair, side).peer.drop("planted")
+    pair.drop(side)
     pair.until(lambda: len(pair.unlinked) == 2)
     pair.until(pair.pages_free)
     assert pair.ends["a"] in ([], [Finished("a", "length", MAX_TOKENS)])
@@ -396,7 +396,7 @@ def test_p_holds_few_frames_during_a_forward(pair: Stepped, patch: pytest.Monkey
 
     def flooded(layer: int, chunks: list) -> None:
         for _ in range(100):
-            pair.d.peer.send(Abort("nobody", 99, "flood"))
+            pair.link_of("d").transport.send(Abort("nobody", 99, "flood"))
         on_layer(layer, chunks)
         held.append(len(pair.p._frames))
 
@@ -464,7 +464,7 @@ def test_a_frame_that_is_not_the_peers_to_send_changes_nothing(pair: Stepped) ->
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.until(lambda: "a" in pair.p.requests)
     for frame in (Ack("a", 1), Commit("a", 99, b"?" * 16, 5, b"h" * 32, ())):
-        pair.p.peer.send(frame)
+        pair.link_of("p").transport.send(frame)
     pair.until_ended("a")
     assert pair.ends["a"] == [Finished("a", "length", MAX_TOKENS)]
     check()
@@ -483,7 +483,7 @@ def test_bytes_that_are_no_frame_end_the_link_and_the_next_one_works(pair: Stepp
     pair.until(lambda: 1 in pair.tokens["running"])
     pair.submit("coming", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.until(lambda: "coming" in pair.p.requests)
-    Channel(pair.p.peer._transport._sock, Codec(bytes, bytes), name="raw").send(noise)
+    Channel(pair.link_of("p").transport._sock, Codec(bytes, bytes), name="raw").send(noise)
     pair.until(lambda: len(pair.unlinked) == 2)
     assert {role for role, _ in pair.unlinked} == {"prefill", "decode"}
     assert any("cannot be read" in unlinked.reason for _, unlinked in pair.unlinked)

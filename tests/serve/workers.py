@@ -215,19 +215,19 @@ class Stepped(FrontEnd):
         super().__init__()
         from pagewire.serve.worker.decode import DecodeWorker
         from pagewire.serve.worker.engine import Engine
-        from pagewire.serve.worker.peer import Peer
+        from pagewire.serve.worker.peers import Peers
         from pagewire.serve.worker.prefill import PrefillWorker
         from pagewire.transfer.packing import new_hello
 
         p_engine, d_engine = Engine(config), Engine(config_of_d or config)
-        p_peer, d_peer = (
-            Peer(new_hello(role, engine.cache, b"f" * 32, engine.config.kv_wire_dtype), engine.cache, engine.config)
+        p_peers, d_peers = (
+            Peers(new_hello(role, engine.cache, b"f" * 32, engine.config.kv_wire_dtype), engine.cache, engine.config)
             for role, engine in (("prefill", p_engine), ("decode", d_engine))
         )
         self.front_of_p = Channel(self.connect("prefill"), WORKER_CODEC, name="the front")
         self.front_of_d = Channel(self.connect("decode"), WORKER_CODEC, name="the front")
-        self.p = PrefillWorker(p_engine, self.front_of_p, p_peer)
-        self.d = DecodeWorker(d_engine, self.front_of_d, d_peer.packing.wire, d_peer)
+        self.p = PrefillWorker(p_engine, self.front_of_p, p_peers)
+        self.d = DecodeWorker(d_engine, self.front_of_d, d_peers)
         for worker in (self.p, self.d):
             worker.send_ready(os.getpid())
         self.poll()
@@ -235,7 +235,15 @@ class Stepped(FrontEnd):
 
     @property
     def arena(self) -> Any:
-        return self.d.peer.arena
+        return self.link_of("d").staging
+
+    def link_of(self, side: str) -> Any:
+        """The one that stands, at "p" or "d"."""
+        (link,) = getattr(self, side).peers.links.values()
+        return link
+
+    def drop(self, side: str) -> None:
+        getattr(self, side).peers.drop(self.link_of(side).number, "planted")
 
     def turn_p(self) -> None:
         from pagewire.serve.worker.process import turn

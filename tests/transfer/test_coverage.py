@@ -1,36 +1,44 @@
-"""Coverage against a plain set of (layer, head, token)."""
+"""Coverage against a plain set of (group, layer, head, token)."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pagewire.transfer.coverage import Coverage
+from pagewire.transfer.frames import Block
 
-LAYERS, HEADS, START, STOP = 2, 3, 4, 12
+START, STOP = 4, 12
+RESERVED = (Block(0, 1, 3, 2, 5), Block(2, 0, 1, 0, 1))
 
 
 def spans(lo: int, hi: int) -> st.SearchStrategy[tuple[int, int]]:
-    return st.tuples(st.integers(lo, hi), st.integers(lo, hi))
+    return st.tuples(st.integers(lo, hi - 1), st.integers(1, hi)).map(lambda of: (of[0], min(of[0] + of[1], hi)))
 
 
-@given(st.lists(st.tuples(spans(-1, LAYERS + 1), spans(-1, HEADS + 1), spans(START - 1, STOP + 1))))
-def test_coverage_is_a_set_without_repetition(blocks: list) -> None:
-    coverage = Coverage(LAYERS, HEADS, START, STOP)
-    every = {(y, h, t) for y in range(LAYERS) for h in range(HEADS) for t in range(START, STOP)}
+def cells(block: Block, tokens: tuple[int, int]) -> set:
+    return {(block.group, y, h, t) for y in range(*block.layers) for h in range(*block.heads) for t in range(*tokens)}
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), spans(0, 4), spans(0, 6), spans(START - 1, STOP + 1))))
+def test_coverage_is_a_set_without_repetition(chunks: list) -> None:
+    coverage = Coverage(RESERVED, START, STOP)
+    every = set().union(*(cells(block, (START, STOP)) for block in RESERVED))
     covered: set = set()
-    for layers, heads, tokens in blocks:
-        block = {(y, h, t) for y in range(*layers) for h in range(*heads) for t in range(*tokens)}
-        fits = bool(block) and block <= every and not block & covered
-        assert (coverage.problem(layers, heads, tokens) is None) == fits
+    for group, layers, heads, tokens in chunks:
+        block = Block(group, *layers, *heads)
+        of = cells(block, tokens)
+        fits = of <= every and not of & covered
+        assert (coverage.problem(block, tokens) is None) == fits
         if fits:
-            coverage.add(layers, heads, tokens)
-            covered |= block
+            coverage.add(block, tokens)
+            covered |= of
         assert coverage.complete == (covered == every)
 
 
 @given(st.permutations(range(START, STOP)))
 def test_one_token_at_a_time_in_any_order(tokens: list[int]) -> None:
-    coverage = Coverage(LAYERS, HEADS, START, STOP)
+    coverage = Coverage(RESERVED, START, STOP)
     for token in tokens:
         assert not coverage.complete
-        coverage.add((0, LAYERS), (0, HEADS), (token, token + 1))
+        for block in RESERVED:
+            coverage.add(block, (token, token + 1))
     assert coverage.complete

@@ -9,13 +9,28 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pagewire.transfer import frames
-from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Frame, FrameError, Hello, Reserve, crc32c
+from pagewire.transfer.frames import (
+    Abort,
+    Ack,
+    Block,
+    Chunk,
+    Commit,
+    Credit,
+    Frame,
+    FrameError,
+    Held,
+    Hello,
+    Reserve,
+    crc32c,
+)
 from pagewire.types import StoredScaleKind
 
 HELLO = Hello(
-    "decode", "bfloat16", "none", 30, 3, 64, 64, 16, 1 << 20, b"i" * 16, b"f" * 32, ("float8_e4m3fn", "bfloat16")
-)
-RESERVE = Reserve("cmpl-1-0", 7, b"c" * 16, 0, 300, 5000)
+    "decode", 16, 1 << 20, b"i" * 16, b"f" * 32,
+    (Held(15, 30, 0, 3, 64, 64, "bfloat16", "none"), Held(0, 2, 0, 1, 576, 0, "int8", "token_head")),
+    ("float8_e4m3fn", "bfloat16"), "team-a", b"handle",
+)  # fmt: skip
+RESERVE = Reserve("cmpl-1-0", 7, b"c" * 16, 0, 300, 5000, (Block(0, 15, 20, 1, 3), Block(1, 0, 2, 0, 1)))
 CHUNK = Chunk(
     request_id="cmpl-1-0", generation=7, capability=b"c" * 16, fingerprint=b"f" * 32, group=0,
     layer_start=3, layer_stop=4, head_start=0, head_stop=3, head_dim=64, head_dim_v=64,
@@ -44,7 +59,8 @@ def resealed(data: bytes) -> bytes:
 def in_bounds(frame: Frame) -> bool:
     for field in fields(frame):
         value = getattr(frame, field.name)
-        sizes = {"request_id": 128, "reason": 1024, "capability": 16, "incarnation": 16, "fingerprint": 32}
+        sizes = {"request_id": 128, "reason": 1024, "capability": 16, "incarnation": 16, "fingerprint": 32,
+                 "tenant": 128, "staging": 1024}  # fmt: skip
         if field.name in sizes:
             data = value.encode() if isinstance(value, str) else value
             if len(data) > sizes[field.name]:
@@ -62,7 +78,7 @@ def test_round_trip(frame: Frame) -> None:
 
 def test_the_bytes_are_what_the_format_says() -> None:
     data = frames.encode(Credit(0x0102), 0x0304)
-    assert data[:20] == b"PWKV" + bytes([2, 0, 2, 0, 6, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0, 0])
+    assert data[:20] == b"PWKV" + bytes([3, 0, 3, 0, 6, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0, 0])
     assert data[20:28] == bytes([4, 3, 0, 0, 2, 1, 0, 0])
     assert data[28:] == struct.pack("<I", crc32c(data[:28]))
     assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C
@@ -128,8 +144,8 @@ def test_unknown_tlvs_are_skipped() -> None:
     ("offset", "value", "reason"),
     [
         (0, b"XXXX", "magic"),
-        (6, b"\x03\0", "version: expected 2, got 2 that needs 3"),
-        (4, b"\x01\0\x01\0", "version: expected 2, got 1 that needs 1"),
+        (6, b"\x04\0", "version: expected 3, got 3 that needs 4"),
+        (4, b"\x02\0\x02\0", "version: expected 3, got 2 that needs 2"),
         (8, b"\x63\0", "kind"),
         (10, b"\xff\xff", "num_tlvs"),
         (12, b"\x01\0\0\0", "features: unknown bits 0x1"),
@@ -159,6 +175,8 @@ def test_a_newer_version_that_still_speaks_ours_is_read() -> None:
         {"payload_bytes": 1 << 40},
         {"head_dim": 0},
         {"slot": 1 << 20},
+        {"group": 64},
+        {"checksum": 1 << 64},
         {"request_id": "x" * 129},
     ],
     ids=lambda change: f"{next(iter(change))}={str(next(iter(change.values())))[:9]}",
@@ -170,13 +188,52 @@ def test_values_out_of_bounds_can_neither_be_made_nor_sent(change: dict) -> None
 
 @by_kind
 def test_whatever_is_within_its_bounds_fits_a_frame(frame: Frame) -> None:
-    longest = {"request_id": "x" * 128, "reason": "x" * 1024, "digests": (b"d" * 32,) * frames.MAX_LAYERS}
+    longest = {
+        "request_id": "x" * 128, "reason": "x" * 1024, "digests": (b"d" * 32,) * frames.MAX_LAYERS,
+        "tenant": "x" * 128, "staging": b"x" * 1024, "groups": HELLO.groups[:1] * 64,
+        "blocks": tuple(Block(group, 0, 1, 0, 1) for group in range(64)),
+    }  # fmt: skip
     frame = replace(frame, **{name: value for name, value in longest.items() if hasattr(frame, name)})
     data = encode(frame)
     assert len(data) <= frames.MAX_FRAME_BYTES and decode(data) == frame
     for name in longest.keys() & vars(frame).keys():
         with pytest.raises(FrameError):
             encode(replace(frame, **{name: getattr(frame, name) + longest[name][:1]}))
+
+
+@pytest.mark.parametrize(
+    ("frame", "change", "reason"),
+    [
+        (HELLO, {"groups": ()}, "0 groups"),
+        (HELLO, {"groups": (Held(0, 0, 0, 0, 64, 64, "bfloat16", "none"),)}, "0 layers"),
+        (HELLO, {"groups": (Held(0, 4096, 0, 1, 64, 64, "bfloat16", "none"),) * 2}, "8192 layers"),
+        (RESERVE, {"num_cached": 300}, "num_cached 300 of 300"),
+        (RESERVE, {"blocks": RESERVE.blocks[::-1]}, r"groups \[1, 0\]"),
+        (RESERVE, {"blocks": (Block(0, 0, 1, 0, 1), Block(0, 0, 1, 0, 1))}, r"groups \[0, 0\]"),
+        (COMMIT, {"digests": (b"d" * 31,)}, "not SHA-256"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_that_do_not_go_together_are_no_frame(frame: Frame, change: dict, reason: str) -> None:
+    with pytest.raises(FrameError, match=reason):
+        replace(frame, **change)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (lambda: Held(0, 0, 0, 1, 64, 64, "bfloat16", "none"), "0 layers, 1 heads"),
+        (lambda: Held(3, 2, 0, 1, 64, 64, "bfloat16", "none"), "-1 layers"),
+        (lambda: Held(0, 1, 0, 1, 64, 64, "int8", "none"), "scale_kind none of int8"),
+        (lambda: Held(0, 1, 0, 1, 0, 64, "bfloat16", "none"), "head_dim: 0"),
+        (lambda: Block(0, 1, 1, 0, 1), r"layer range: \[1, 1\)"),
+        (lambda: Block(0, 0, 1, 2, 1), r"head range: \[2, 1\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_area_that_is_none_cannot_be_made(record, reason: str) -> None:
+    with pytest.raises(FrameError, match=reason):
+        record()
 
 
 def test_scale_kinds_are_those_of_packed_rows():

@@ -5,19 +5,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagewire.transfer import grouping
+from pagewire.transfer.frames import Block
 from pagewire.transfer.grouping import Grouping
 
 TOKEN_BYTES = 10  # of one layer
 
 
-def make(num_layers: int, max_tokens: int) -> Grouping[str]:
-    return Grouping(num_layers, max_tokens, max_tokens * TOKEN_BYTES, lambda layers, tokens: layers * tokens * 10)
+def make(max_tokens: int) -> Grouping[str]:
+    def num_bytes(block: Block, tokens: int) -> int:
+        return (block.layer_stop - block.layer_start) * tokens * TOKEN_BYTES
+
+    return Grouping(max_tokens * TOKEN_BYTES, num_bytes)
+
+
+def layers_of(num_layers: int, group: int = 0) -> Block:
+    return Block(group, 2, 2 + num_layers, 0, 1)
 
 
 def drained(groups: Grouping[str], idle: bool = False) -> list[tuple]:
     taken = []
-    while group := groups.take(idle):
-        taken.append((group.owner, group.layers, group.tokens))
+    while piece := groups.take(idle):
+        layers = tuple(layer - 2 for layer in piece.block.layers)
+        taken.append((piece.owner, layers, piece.tokens))
     return taken
 
 
@@ -32,9 +41,9 @@ def drained(groups: Grouping[str], idle: bool = False) -> list[tuple]:
     ],
 )
 def test_what_fits_leaves_together(max_tokens: int, expected: list) -> None:
-    groups = make(5, max_tokens)
+    groups = make(max_tokens)
     for layer in range(5):
-        groups.add("a", layer, 3, 10)
+        groups.add("a", layers_of(5), 2 + layer, 3, 10)
     assert drained(groups) == [("a", *of) for of in expected]
 
 
@@ -42,25 +51,34 @@ def test_a_group_that_is_not_full_leaves_only_an_idle_link_and_if_it_is_worth_it
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(grouping, "IDLE_CHUNK_BYTES", 2 * 7 * TOKEN_BYTES)
-    groups = make(4, 100)
-    groups.add("a", 0, 0, 7)
+    groups = make(100)
+    groups.add("a", layers_of(4), 2 + 0, 0, 7)
     assert drained(groups, idle=True) == []
-    groups.add("a", 1, 0, 7)
+    groups.add("a", layers_of(4), 2 + 1, 0, 7)
     assert drained(groups) == []
     assert drained(groups, idle=True) == [("a", (0, 2), (0, 7))]
-    groups.add("a", 2, 0, 7)
-    groups.add("a", 3, 0, 7)
+    groups.add("a", layers_of(4), 2 + 2, 0, 7)
+    groups.add("a", layers_of(4), 2 + 3, 0, 7)
     assert drained(groups) == [("a", (2, 4), (0, 7))]
 
 
 def test_a_full_group_does_not_wait_behind_another_owners() -> None:
-    groups = make(2, 10)
-    groups.add("small", 0, 0, 1)
-    groups.add("large", 0, 0, 9)
+    groups = make(10)
+    groups.add("small", layers_of(2), 2, 0, 1)
+    groups.add("large", layers_of(2), 2, 0, 9)
     assert drained(groups) == [("large", (0, 1), (0, 9))]
     assert groups.holds("small") and not groups.holds("large")
     groups.drop("small")
     assert not groups.holds("small") and drained(groups, idle=True) == []
+
+
+def test_groups_of_layers_do_not_mix() -> None:
+    groups = make(100)
+    for group in (0, 1):
+        groups.add("a", layers_of(2, group), 2, 0, 7)
+    groups.add("a", layers_of(2, 1), 3, 0, 7)
+    piece = groups.take(idle=False)
+    assert (piece.block, piece.tokens) == (layers_of(2, 1), (0, 7)) and groups.take(idle=False) is None
 
 
 @given(
@@ -74,10 +92,10 @@ def test_every_cell_leaves_once_and_no_chunk_is_too_large(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouping, "IDLE_CHUNK_BYTES", 3 * TOKEN_BYTES)
-        groups, taken, at = make(num_layers, max_tokens), [], 0
+        groups, taken, at = make(max_tokens), [], 0
         for span in spans:
             for layer in range(num_layers):
-                groups.add("a", layer, at, at + span)
+                groups.add("a", layers_of(num_layers), 2 + layer, at, at + span)
                 if idle.pop():
                     taken += drained(groups, idle=True)
             at += span

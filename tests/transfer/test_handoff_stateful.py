@@ -24,6 +24,7 @@ from pagewire.transfer.handoff import (
     Refused,
     RequestFailed,
     Send,
+    Share,
     Start,
     Unpack,
     prompt_sha256,
@@ -36,7 +37,8 @@ PAGE_SIZE = 4
 D_PAGES, P_PAGES = 9, 6
 NUM_STAGING_SLOTS = 2
 WIRE = small_wire(num_layers=3)
-STAGING_SLOT_BYTES = WIRE.packed_bytes(1, WIRE.num_kv_heads, 4)  # or two layers of 2 tokens, or all of one
+HEADS = 2
+STAGING_SLOT_BYTES = WIRE.packed_bytes(0, 1, HEADS, 4)  # or two layers of 2 tokens, or all of one
 TIMEOUT_MS = 1000
 
 
@@ -47,10 +49,12 @@ class Handoff(RuleBasedStateMachine):
         self.capabilities = 0
         self.d_pages, self.p_pages = PageAllocator(D_PAGES), PageAllocator(P_PAGES)
         self.receiver = Receiver(
-            self.d_pages, PAGE_SIZE, WIRE, vocab_size=100, max_waiting=3,
+            self.d_pages, PAGE_SIZE, WIRE.groups, vocab_size=100, max_waiting=3,
             timeout_ms=TIMEOUT_MS, now_ms=lambda: self.now_ms, new_capability=self.new_capability,
         )  # fmt: skip
+        self.sender = Sender(self.p_pages, PAGE_SIZE, now_ms=lambda: self.now_ms)
         self.linked = False
+        self.number = 0  # of the link
         self.local: set[str] = set()
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.max_tokens: dict[str, int] = {}
@@ -59,6 +63,7 @@ class Handoff(RuleBasedStateMachine):
         self.prefilling: dict[str, int] = {}  # tokens computed
         self.computed: set[str] = set()  # prefilled, no ACK yet
         self.unpacking: list[Unpack] = []
+        self.pushing: list[Push] = []
         self.running: list[str] = []
         self.arrived: dict[int, set] = {}  # generation -> (layer, head, token) in D's pages
         self.sent_chunks: list[Chunk] = []
@@ -80,10 +85,9 @@ class Handoff(RuleBasedStateMachine):
         self.to_p: deque[bytes] = deque()
         self.p_codec, self.d_codec = FrameCodec(), FrameCodec()
         self.sent_to: dict[FrameCodec, list[bytes]] = {self.p_codec: [], self.d_codec: []}
-        self.sender = Sender(
-            self.p_pages, PAGE_SIZE, WIRE, NUM_STAGING_SLOTS, STAGING_SLOT_BYTES, now_ms=lambda: self.now_ms
-        )
-        self.d(self.receiver.link(NUM_STAGING_SLOTS))
+        self.number += 1
+        self.sender.link(self.number, WIRE, NUM_STAGING_SLOTS, STAGING_SLOT_BYTES)
+        self.receiver.link(self.number, WIRE, NUM_STAGING_SLOTS)
 
     @precondition(lambda self: self.linked)
     @rule()
@@ -95,14 +99,14 @@ class Handoff(RuleBasedStateMachine):
         self.to_d.clear()
         self.to_p.clear()
         waits_for_d = {i.request_id for i in self.receiver._live.values() if i.phase is not Phase.RUNNING} - self.local
-        actions = self.receiver.lost()
+        actions = self.receiver.lost(self.number)
         dropped = {action.request_id for action in actions if isinstance(action, Dropped)}
         assert dropped == waits_for_d
         self.d(actions)
         at_p = set(self.sender.request_ids())
-        actions = self.sender.lost()
+        actions = self.sender.lost(self.number)
         assert {action.request_id for action in actions} == at_p
-        assert self.p_pages.num_free == P_PAGES
+        assert self.p_pages.num_free == P_PAGES or self.pushing
         self.p(actions)
         self.front_drops(dropped | at_p)
 
@@ -147,19 +151,22 @@ class Handoff(RuleBasedStateMachine):
     def d(self, actions: list) -> None:
         for action in actions:
             match action:
-                case Send(frame):
-                    assert self.linked and getattr(frame, "request_id", None) not in self.local
+                case Send(frame, number):
+                    assert (
+                        self.linked and number == self.number and getattr(frame, "request_id", None) not in self.local
+                    )
                     self.send(frame, self.d_codec, self.p_codec, self.to_p)
                 case Begin(request_id, pages):
                     assert request_id in self.local
                     assert len(pages) * PAGE_SIZE >= len(self.prompts[request_id]) + self.max_tokens[request_id]
                     self.running.append(request_id)
-                case Unpack(chunk, pages):
+                case Unpack(number, chunk, pages):
+                    assert number == self.number
                     prompt = self.prompts[chunk.request_id]
                     assert 0 <= chunk.token_start < chunk.token_stop <= len(prompt)
                     assert all(self.d_pages.state(page) == "active" for page in pages)
                     self.unpacking.append(action)
-                case Start(request_id, _, commit):
+                case Start(request_id, _, (Share(_, _, commit),)):
                     assert self.arrived[commit.generation] == self.every_cell(request_id)
                     assert commit.prompt_sha256 == prompt_sha256(self.prompts[request_id])
                     self.running.append(request_id)
@@ -172,7 +179,8 @@ class Handoff(RuleBasedStateMachine):
     def p(self, actions: list) -> None:
         for action in actions:
             match action:
-                case Send(frame):
+                case Send(frame, number):
+                    assert self.linked and number == self.number
                     self.send(frame, self.p_codec, self.d_codec, self.to_d)
                 case Begin(request_id, pages):
                     assert len(pages) * PAGE_SIZE >= len(self.prompts[request_id])
@@ -198,8 +206,8 @@ class Handoff(RuleBasedStateMachine):
     def every_cell(self, request_id: str) -> set:
         return {
             (layer, head, token)
-            for layer in range(WIRE.num_layers)
-            for head in range(WIRE.num_kv_heads)
+            for layer in range(3)
+            for head in range(HEADS)
             for token in range(len(self.prompts[request_id]))
         }
 
@@ -222,7 +230,8 @@ class Handoff(RuleBasedStateMachine):
         request_id = self.d_submits.popleft()
         prompt = self.prompts[request_id]
         num_tokens = len(prompt) + self.max_tokens[request_id]
-        actions = self.receiver.submit(request_id, prompt, num_tokens, local=request_id in self.local)
+        links = () if request_id in self.local else (self.number,)
+        actions = self.receiver.submit(request_id, prompt, num_tokens, links=links)
         if not self.linked and request_id not in self.local:
             assert actions == [Dropped(request_id)]
             self.front_drops({request_id})
@@ -232,7 +241,7 @@ class Handoff(RuleBasedStateMachine):
     @rule(problem=st.sampled_from([None, None, None, "not here"]))
     def submit_reaches_p(self, problem: str | None) -> None:
         request_id = self.p_submits.popleft()
-        self.p(self.sender.submit(request_id, self.prompts[request_id], problem))
+        self.p(self.sender.submit(request_id, self.prompts[request_id], (self.number,), problem))
 
     def any_request(self, number: int) -> str:
         """One that still lives somewhere, if there is any."""
@@ -268,7 +277,7 @@ class Handoff(RuleBasedStateMachine):
         request_id = list(self.prefilling)[number % len(self.prefilling)]
         start = self.prefilling[request_id]
         stop = min(start + num_tokens, len(self.prompts[request_id]))
-        for layer in range(WIRE.num_layers):
+        for layer in range(3):
             self.sender.layer_ready(request_id, layer, start, stop)
         self.prefilling[request_id] = stop
         if stop == len(self.prompts[request_id]):
@@ -281,20 +290,27 @@ class Handoff(RuleBasedStateMachine):
                 self.computed.add(request_id)
                 self.p(self.sender.prefilled(request_id, 7))
 
-    @rule(packing_fails=st.sampled_from([False, False, False, True]))
-    def push(self, packing_fails: bool = False) -> None:
+    @rule()
+    def push(self) -> None:
         send = self.sender.next_send()
         if isinstance(send, Send):
             self.p([send])
-        elif isinstance(send, Push) and packing_fails:
-            self.p(self.sender.not_pushed(send, "pack raised"))
         elif isinstance(send, Push):
-            (layer, next_layer), (start, stop) = send.layers, send.tokens
-            num_bytes = WIRE.packed_bytes(next_layer - layer, WIRE.num_kv_heads, stop - start)
-            assert num_bytes <= STAGING_SLOT_BYTES
-            chunk = self.sender.chunk_frame(send, num_bytes, 0)
-            self.sent_chunks.append(chunk)
-            self.p([Send(chunk)])
+            assert WIRE.block_bytes(send.block, send.tokens[1] - send.tokens[0]) <= STAGING_SLOT_BYTES
+            self.pushing.append(send)
+
+    @precondition(lambda self: self.pushing)
+    @rule(number=st.integers(0, 99), packing_fails=st.sampled_from([False, False, False, True]))
+    def pushed(self, number: int, packing_fails: bool = False) -> None:
+        """Pushes may end in any order, and after their request did."""
+        push = self.pushing.pop(number % len(self.pushing))
+        if packing_fails:
+            self.p(self.sender.not_pushed(push, "pack raised"))
+            return
+        num_bytes = WIRE.block_bytes(push.block, push.tokens[1] - push.tokens[0])
+        actions = self.sender.pushed(push, num_bytes, 0)
+        self.sent_chunks += [send.frame for send in actions if isinstance(send, Send) and isinstance(send.frame, Chunk)]
+        self.p(actions)
 
     @precondition(lambda self: self.to_p)
     @rule()
@@ -302,7 +318,7 @@ class Handoff(RuleBasedStateMachine):
         if frame := self.received(self.p_codec, self.to_p):
             handle = {Reserve: self.sender.reserve, Credit: self.sender.credit,
                       Ack: self.sender.ack, Abort: self.sender.abort}[type(frame)]  # fmt: skip
-            self.p(handle(frame))
+            self.p(handle(self.number, frame))
 
     # ------------------------------------------------------------------ D works
 
@@ -311,13 +327,16 @@ class Handoff(RuleBasedStateMachine):
     def frame_reaches_d(self) -> None:
         if frame := self.received(self.d_codec, self.to_d):
             receiver = self.receiver
-            self.d({Chunk: receiver.chunk, Commit: receiver.commit, Abort: receiver.abort}[type(frame)](frame))
+            self.d(
+                {Chunk: receiver.chunk, Commit: receiver.commit, Abort: receiver.abort}[type(frame)](self.number, frame)
+            )
 
     @precondition(lambda self: self.unpacking)
     @rule(number=st.integers(0, 99), problem=st.sampled_from([None, None, None, "checksum"]))
     def unpacked(self, number: int, problem: str | None = None) -> None:
         """Unpacks may end in any order, and after their request did."""
-        chunk = self.unpacking.pop(number % len(self.unpacking)).chunk
+        unpack = self.unpacking.pop(number % len(self.unpacking))
+        chunk = unpack.chunk
         if not problem:
             self.arrived.setdefault(chunk.generation, set()).update(
                 (layer, head, token)
@@ -325,7 +344,7 @@ class Handoff(RuleBasedStateMachine):
                 for head in range(chunk.head_start, chunk.head_stop)
                 for token in range(chunk.token_start, chunk.token_stop)
             )
-        self.d(self.receiver.unpacked(chunk, problem))
+        self.d(self.receiver.unpacked(unpack, problem))
 
     @precondition(lambda self: self.running)
     @rule()
@@ -354,7 +373,8 @@ class Handoff(RuleBasedStateMachine):
                 (self.to_p, self.frame_reaches_p),
                 (self.to_d, self.frame_reaches_d),
                 (self.prefilling, lambda: self.forward(len(self.to_d), 5)),
-                (self.can_push(), lambda: self.push(packing_fails=False)),
+                (self.can_push(), self.push),
+                (self.pushing, lambda: self.pushed(len(self.to_d))),
                 (self.unpacking, lambda: self.unpacked(len(self.to_p))),
                 (self.running, self.decode_ends),
             )
@@ -362,7 +382,8 @@ class Handoff(RuleBasedStateMachine):
         ]
 
     def can_push(self) -> bool:
-        return bool(self.sender._commits or (self.sender._unpushed._full and self.sender._credits))
+        links = self.sender._links.values()
+        return bool(self.sender._commits or any(link.unpushed._full and link.credits for link in links))
 
     @rule(choices=st.lists(st.integers(0, 7), min_size=5, max_size=40))
     def play(self, choices: list[int]) -> None:
@@ -379,12 +400,15 @@ class Handoff(RuleBasedStateMachine):
     def old_chunk_again(self, number: int) -> None:
         """Taken only with exact coverage, so at most it fails its own request."""
         self.honest = False
-        self.d(self.receiver.chunk(self.sent_chunks[number % len(self.sent_chunks)]))
+        self.d(self.receiver.chunk(self.number, self.sent_chunks[number % len(self.sent_chunks)]))
+
+    def granted_staging(self) -> set[int]:
+        return self.receiver._links[self.number].granted_staging if self.linked else set()
 
     def granted(self) -> list:
         return [i for i in self.receiver._live.values() if i.phase is Phase.RECEIVING]
 
-    @precondition(lambda self: self.granted() and self.receiver._granted_staging)
+    @precondition(lambda self: self.granted() and self.granted_staging())
     @rule(
         number=st.integers(0, 99),
         change=st.sampled_from([{"capability": b"x" * 16}, {"generation": 10**6}, {"request_id": "nobody"}]),
@@ -393,27 +417,28 @@ class Handoff(RuleBasedStateMachine):
         """Whoever does not know the reservation cannot write into it."""
         self.honest = False
         incoming = self.granted()[number % len(self.granted())]
-        chunk = self.chunk_for(incoming, min(self.receiver._granted_staging))
+        chunk = self.chunk_for(incoming, min(self.granted_staging()))
         before = list(self.receiver._live)
-        actions = self.receiver.chunk(replace(chunk, **change))
-        assert actions == [Send(Credit(chunk.slot))]
+        actions = self.receiver.chunk(self.number, replace(chunk, **change))
+        assert actions == [Send(Credit(chunk.slot), self.number)]
         assert list(self.receiver._live) == before
         self.d(actions)
 
-    @precondition(lambda self: self.granted() and self.receiver._granted_staging)
+    @precondition(lambda self: self.granted() and self.granted_staging())
     @rule(
         number=st.integers(0, 99),
         change=st.sampled_from(
             [
                 {"token_start": 15, "token_stop": 16},
                 {"layer_start": 3, "layer_stop": 4},
-                {"layer_stop": 4, "payload_bytes": WIRE.packed_bytes(4, 2, 1)},
+                {"layer_stop": 4, "payload_bytes": WIRE.packed_bytes(0, 4, 2, 1)},
                 {"head_start": 1, "head_stop": 3},
                 {"payload_bytes": 1},
                 {"head_dim": 5},
                 {"dtype": "int8"},
                 {"fingerprint": b"g" * 32},
                 {"group": 1},
+                {"checksum_kind": "none"},
             ]
         ),
     )
@@ -421,31 +446,32 @@ class Handoff(RuleBasedStateMachine):
         """Fails its own request; nothing is unpacked."""
         self.honest = False
         incoming = self.granted()[number % len(self.granted())]
-        chunk = self.chunk_for(incoming, min(self.receiver._granted_staging))
-        actions = self.receiver.chunk(replace(chunk, **change))
-        assert actions[0] == Send(Credit(chunk.slot))
+        chunk = self.chunk_for(incoming, min(self.granted_staging()))
+        actions = self.receiver.chunk(self.number, replace(chunk, **change))
+        assert actions[0] == Send(Credit(chunk.slot), self.number)
         assert isinstance(actions[1], RequestFailed) and actions[1].request_id == incoming.request_id
         self.d(actions)
 
-    @precondition(lambda self: len(self.receiver._granted_staging) < NUM_STAGING_SLOTS and self.granted())
+    @precondition(lambda self: len(self.granted_staging()) < NUM_STAGING_SLOTS and self.granted())
     @rule(number=st.integers(0, 99))
     def chunk_in_a_staging_slot_being_read(self, number: int) -> None:
         self.honest = False
         incoming = self.granted()[number % len(self.granted())]
         chunk = self.chunk_for(incoming, min(self.being_read()))
-        assert [type(action) for action in self.receiver.chunk(chunk)] == [Refused]
+        assert [type(action) for action in self.receiver.chunk(self.number, chunk)] == [Refused]
 
     def being_read(self) -> set[int]:
-        return {slot for (_, slot), i in self.receiver._unpacking.items() if i.link == self.receiver._link}
+        return {slot for number, slot in self.receiver._unpacking if number == self.number}
 
     def chunk_for(self, incoming, staging_slot: int) -> Chunk:
         """The first token of layer 0, as its sender would have said it."""
+        reserve = incoming.legs[self.number].reserve
         return Chunk(
             request_id=incoming.request_id, generation=incoming.generation,
-            capability=incoming.capability, fingerprint=WIRE.fingerprint, group=0, layer_start=0,
+            capability=reserve.capability, fingerprint=WIRE.fingerprint, group=0, layer_start=0,
             layer_stop=1, head_start=0, head_stop=2, head_dim=4, head_dim_v=4, token_start=0,
             token_stop=1, dtype="float32", scale_kind="none", checksum_kind="crc32c", checksum=0,
-            payload_bytes=WIRE.packed_bytes(1, 2, 1), slot=staging_slot,
+            payload_bytes=WIRE.packed_bytes(0, 1, 2, 1), slot=staging_slot,
         )  # fmt: skip
 
     @precondition(lambda self: self.granted())
@@ -454,10 +480,10 @@ class Handoff(RuleBasedStateMachine):
         """`Start` is only for exact coverage of the very prompt: checked where it is carried out."""
         incoming = self.granted()[number % len(self.granted())]
         commit = Commit(
-            incoming.request_id, incoming.generation, incoming.capability, 7,
+            incoming.request_id, incoming.generation, incoming.legs[self.number].reserve.capability, 7,
             prompt_sha256(self.prompts[incoming.request_id]), (),
         )  # fmt: skip
-        actions = self.receiver.commit(replace(commit, **change))
+        actions = self.receiver.commit(self.number, replace(commit, **change))
         assert not (change and any(isinstance(action, Start) for action in actions))
         self.d(actions)
 
@@ -474,21 +500,25 @@ class Handoff(RuleBasedStateMachine):
         mine = Counter()
         for outgoing in self.sender._live.values():
             mine["leased" if outgoing.phase is Phase.DRAINING else "active"] += len(outgoing.pages)
+        gone = {one for one in self.sender._pushing.values() if one.phase is Phase.GONE}
+        mine["leased"] += sum(len(outgoing.pages) for outgoing in gone)
         assert mine["active"] == self.p_pages.counts()["active"]
         assert mine["leased"] == self.p_pages.counts()["leased"]
 
     @invariant()
     def staging_slots_are_conserved(self) -> None:
         if not self.linked:
-            assert not self.receiver._granted_staging
+            assert not self.granted_staging()
             return
         every = set(range(NUM_STAGING_SLOTS))
-        assert self.receiver._granted_staging | self.being_read() == every
-        assert self.receiver._granted_staging.isdisjoint(self.being_read())
-        assert set(self.sender._credits) | self.sender._sent_staging == every
-        assert self.sender._sent_staging.isdisjoint(self.sender._credits)
+        assert self.granted_staging() | self.being_read() == every
+        assert self.granted_staging().isdisjoint(self.being_read())
+        link = self.sender._links[self.number]
+        assert set(link.credits) | link.sent_staging == every and len(link.credits) == len(set(link.credits))
+        assert link.sent_staging.isdisjoint(link.credits)
         if self.honest:  # P never writes into a staging slot that D reads
-            assert set(self.sender._credits).isdisjoint(self.being_read())
+            writing = {slot for number, slot in self.sender._pushing if number == self.number}
+            assert self.being_read().isdisjoint(writing | set(link.credits))
 
     @invariant()
     def a_side_ends_a_request_once(self) -> None:
@@ -508,9 +538,18 @@ class Handoff(RuleBasedStateMachine):
                 break
             self.pages_are_conserved()
             self.staging_slots_are_conserved()
+        while self.pushing:  # of a link that is gone, or a request
+            self.pushed(0)
+        while self.unpacking:
+            self.unpacked(0)
         assert not self.receiver._live and not self.sender._live
+        assert not self.receiver._unpacking and not self.sender._pushing
         assert self.d_pages.num_free == D_PAGES and self.p_pages.num_free == P_PAGES
-        assert self.frame_is_missing or len(self.sender._credits) == NUM_STAGING_SLOTS
+        assert (
+            self.frame_is_missing
+            or not self.linked
+            or len(self.sender._links[self.number].credits) == NUM_STAGING_SLOTS
+        )
         assert set(self.answered) == set(self.prompts)
 
 

@@ -2,13 +2,19 @@
 
 import itertools
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 
 from pagewire.transfer.codec import FrameCodec
-from pagewire.transfer.frames import DTYPES, FrameError, Hello, encode
-from pagewire.transfer.handoff import Stored
+from pagewire.transfer.frames import DTYPES, FrameError, Held, Hello, encode
 from pagewire.transfer.negotiation import negotiate
+
+
+class Stored(NamedTuple):
+    dtype: str
+    scale_kind: str
+
 
 FLOATS = [Stored(dtype, "none") for dtype in DTYPES[:3]]
 SCALED = [Stored(dtype, kind) for dtype in DTYPES[3:] for kind in ("tensor", "head", "token_head")]
@@ -16,15 +22,19 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def hello(role: str, cache: Stored, *wire_dtypes: str) -> Hello:
-    return Hello(role, *cache, 2, 2, 8, 8, 0, 0, b"i" * 16, b"f" * 32, wire_dtypes or DTYPES)
+    return holding(role, Held(0, 2, 0, 2, 8, 8, *cache), wire_dtypes=wire_dtypes or DTYPES)
+
+
+def holding(role: str, *groups: Held, **fields) -> Hello:
+    return Hello(role, 0, 0, b"i" * 16, b"f" * 32, groups, **fields)
 
 
 def both(p: Hello, d: Hello) -> Stored:
     """What each end finds from its own HELLO and the other's as it came."""
     at_p = negotiate(p, FrameCodec().decode(FrameCodec().encode(d)))
-    at_d = negotiate(FrameCodec().decode(FrameCodec().encode(p)), d)
-    assert at_p == at_d
-    return at_p
+    at_d = negotiate(d, FrameCodec().decode(FrameCodec().encode(p)))
+    assert at_p == at_d and at_p.fingerprint == b"f" * 32
+    return Stored(at_p.groups[0].dtype, at_p.groups[0].scale_kind)
 
 
 @pytest.mark.parametrize(
@@ -65,19 +75,45 @@ def test_nothing_in_common_is_refused_at_both_ends() -> None:
         negotiate(p, d)
 
 
+@pytest.mark.parametrize("wire_dtypes", [(), ("int8", "int8")])
+def test_a_hello_that_makes_no_sense_is_no_frame(wire_dtypes: tuple) -> None:
+    with pytest.raises(FrameError, match="wire_dtypes"):
+        replace(hello("decode", FLOATS[0]), wire_dtypes=wire_dtypes)
+
+
+A, B = Held(0, 8, 0, 4, 8, 8, *FLOATS[0]), Held(0, 2, 0, 1, 64, 0, "int8", "token_head")
+NONE = Held(0, 0, 0, 0, 1, 0, "float32", "none")
+
+
+def test_every_group_is_what_both_hold_and_has_a_dtype_of_its_own() -> None:
+    p = holding("prefill", A, B)
+    d = holding("decode", replace(A, layer_start=6, layer_stop=12, head_start=1, head_stop=2, dtype="bfloat16"), B)
+    found = negotiate(p, d)
+    assert found == negotiate(d, p)
+    assert found.groups == (Held(6, 8, 1, 2, 8, 8, "bfloat16", "none"), B)
+    stage = holding("decode", NONE, B)  # of other layers: nothing of the first group, whatever its width
+    assert negotiate(stage, p).groups[1] == B and negotiate(stage, p).groups[0].layers == (0, 0)
+
+
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("theirs", "sentence"),
     [
-        ({"wire_dtypes": ()}, "wire_dtypes"),
-        ({"wire_dtypes": ("int8", "int8")}, "wire_dtypes"),
-        ({"cache_dtype": "int8"}, "cache_scale_kind none of int8"),
-        ({"cache_scale_kind": "head"}, "cache_scale_kind head of float32"),
+        ({"fingerprint": b"g" * 32}, "fingerprint: expected 6666666666666666, got 6767676767676767"),
+        ({"tenant": "b"}, "tenant: expected a, got b"),
+        ({"groups": (A, B)}, "groups: expected 1, got 2"),
+        ({"groups": (replace(A, head_dim=16),)}, "group 0: head_dim: expected 8, got 16"),
+        ({"groups": (replace(A, head_dim_v=0),)}, "group 0: head_dim_v: expected 8, got 0"),
+        (
+            {"groups": (replace(A, head_start=4, head_stop=8),)},
+            r"nothing is held by both: layers \(0, 8\) x heads \(0, 4\) here, layers \(0, 8\) x heads \(4, 8\) there",
+        ),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_hello_that_makes_no_sense_is_no_frame(change: dict, sentence: str) -> None:
-    with pytest.raises(FrameError, match=sentence):
-        replace(hello("decode", FLOATS[0]), **change)
+def test_two_that_cannot_be_joined_are_refused_with_both_values(theirs: dict, sentence: str) -> None:
+    ours = holding("decode", A, tenant="a")
+    with pytest.raises(ValueError, match=sentence):
+        negotiate(ours, replace(ours, role="prefill", **theirs))
 
 
 def test_a_dtype_of_a_later_version_is_not_in_common(monkeypatch: pytest.MonkeyPatch) -> None:

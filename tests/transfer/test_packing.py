@@ -7,64 +7,70 @@ import torch
 
 import pagewire as pw
 from pagewire.transfer import packing as module
-from pagewire.transfer.frames import MAX_STAGING_SLOTS, Chunk
-from pagewire.transfer.handoff import Stored
-from pagewire.transfer.packing import MAX_CHUNK_BYTES, Packing
+from pagewire.transfer.frames import MAX_STAGING_SLOTS, Block, Chunk, Held
+from pagewire.transfer.handoff import Wire
+from pagewire.transfer.packing import MAX_CHUNK_BYTES, Packing, new_hello
 from pagewire.transfer.shm import STAGING_ALIGN, Arena
-from pagewire.types import dtype_name
 
 LAYERS, HEADS, DIM, PAGE_SIZE, NUM_PAGES = 5, 2, 8, 4, 12
 P_PAGES, D_PAGES = [7, 1, 10, 4], [3, 11, 0, 8]
 
 
-def make(dtype: torch.dtype = torch.float32, wire: Stored | None = None, **geometry) -> Packing:
+def make(role: str = "decode", wire_dtype: str | None = None, **geometry) -> Packing:
     fields = dict(num_layers=LAYERS, num_pages=NUM_PAGES, page_size=PAGE_SIZE, num_kv_heads=HEADS, head_dim=DIM)
-    cache = pw.PagedKVCache.allocate(**{**fields, **geometry}, dtype=dtype, device="cpu")
-    return Packing(cache, b"f" * 32, wire, kept=Stored(dtype_name(dtype), "none"))
+    cache = pw.PagedKVCache.allocate(**{**fields, **geometry}, dtype=torch.float32, device="cpu")
+    ours = new_hello(role, cache, b"f" * 32, wire_dtype)
+    return Packing(cache, ours, dataclasses.replace(ours, role="prefill" if role == "decode" else "decode"))
 
 
 def filled(packing: Packing) -> Packing:
     generator = torch.Generator().manual_seed(1)
-    for cache in (*packing._cache.k, *packing._cache.v):
+    for cache in (*packing._caches[0].k, *packing._caches[0].v):
         cache.copy_(torch.randn(cache.shape, generator=generator).to(cache.dtype))
     return packing
 
 
 def chunk_of(packing: Packing, layers: tuple[int, int], tokens: tuple[int, int], packed: tuple[int, int]) -> Chunk:
     wire, (num_bytes, checksum) = packing.wire, packed
+    of = wire.groups[0]
     return Chunk(
         request_id="a", generation=1, capability=b"c" * 16, fingerprint=wire.fingerprint, group=0,
         layer_start=layers[0], layer_stop=layers[1], head_start=0, head_stop=HEADS, head_dim=DIM, head_dim_v=DIM,
-        token_start=tokens[0], token_stop=tokens[1], dtype=wire.dtype, scale_kind=wire.scale_kind,
+        token_start=tokens[0], token_stop=tokens[1], dtype=of.dtype, scale_kind=of.scale_kind,
         checksum_kind="crc32c", checksum=checksum, payload_bytes=num_bytes, slot=0,
     )  # fmt: skip
 
 
+def block_of(layers: tuple[int, int]) -> Block:
+    return Block(0, *layers, 0, HEADS)
+
+
 def rows(packing: Packing, pages: list[int], tokens: tuple[int, int]) -> torch.Tensor:
     slots = pw.page_slots(torch.tensor(pages), *tokens, PAGE_SIZE)
-    return torch.stack([cache.flatten(0, 1)[slots] for cache in (*packing._cache.k, *packing._cache.v)])
+    return torch.stack([cache.flatten(0, 1)[slots] for cache in (*packing._caches[0].k, *packing._caches[0].v)])
 
 
-@pytest.mark.parametrize("wire", [None, Stored("bfloat16", "none")], ids=str)
+@pytest.mark.parametrize("wire", [None, "bfloat16"], ids=str)
 @pytest.mark.parametrize("layers", [[(0, 5)], [(0, 2), (2, 3), (3, 5)], [(i, i + 1) for i in range(5)]])
-def test_any_cut_into_layers_brings_the_same(layers: list, wire: Stored | None) -> None:
-    p, d, arena = filled(make(wire=wire)), make(wire=wire), Arena.create(1, 16384)
+def test_any_cut_into_layers_brings_the_same(layers: list, wire: str | None) -> None:
+    p, d, arena = filled(make("prefill", wire)), make("decode", wire), Arena.create(1, 16384)
     for tokens in ((0, 7), (7, 14)):
         for of in layers:
             staging = arena.staging_slot(0)
-            chunk = chunk_of(p, of, tokens, p.pack(P_PAGES, of, tokens, staging))
-            assert chunk.payload_bytes == p.wire.packed_bytes(of[1] - of[0], HEADS, tokens[1] - tokens[0])
+            chunk = chunk_of(p, of, tokens, p.pack(P_PAGES, block_of(of), tokens, staging))
+            assert chunk.payload_bytes == p.wire.packed_bytes(0, of[1] - of[0], HEADS, tokens[1] - tokens[0])
             assert d.unpack(chunk, D_PAGES, staging) is None
     expected = rows(p, P_PAGES, (0, 14))
     assert torch.equal(rows(d, D_PAGES, (0, 14)), expected.bfloat16().float() if wire else expected)
-    assert Packing(d._cache, b"f" * 32, wire).digests(D_PAGES, 14) == p.digests(P_PAGES, 14)
+    digests = d.digests(D_PAGES, [block_of((0, 5))], (0, 14))
+    assert digests == p.digests(P_PAGES, [block_of((0, 5))], (0, 14)) and len(set(digests)) == LAYERS
 
 
 def test_a_payload_that_changes_while_it_is_read_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """P writes into the staging slot again at the worst moment: between the checksum and the unpacking."""
-    p, d, arena = filled(make()), make(), Arena.create(1, 16384)
+    p, d, arena = filled(make("prefill")), make(), Arena.create(1, 16384)
     staging = arena.staging_slot(0)
-    chunk = chunk_of(p, (0, 5), (0, 14), p.pack(P_PAGES, (0, 5), (0, 14), staging))
+    chunk = chunk_of(p, (0, 5), (0, 14), p.pack(P_PAGES, block_of((0, 5)), (0, 14), staging))
     crc32c = module.crc32c
 
     def and_then_tampered(data: object) -> int:
@@ -78,10 +84,10 @@ def test_a_payload_that_changes_while_it_is_read_is_not_unpacked(monkeypatch: py
 
 
 def test_a_payload_that_is_not_what_was_packed_changes_nothing() -> None:
-    p, d, arena = filled(make()), filled(make()), Arena.create(1, 16384)
+    p, d, arena = filled(make("prefill")), filled(make()), Arena.create(1, 16384)
     before = rows(d, D_PAGES, (0, 14))
     staging = arena.staging_slot(0)
-    chunk = chunk_of(p, (0, 5), (0, 14), p.pack(P_PAGES, (0, 5), (0, 14), staging))
+    chunk = chunk_of(p, (0, 5), (0, 14), p.pack(P_PAGES, block_of((0, 5)), (0, 14), staging))
     staging[chunk.payload_bytes - 1] ^= 1
     assert "CRC32C: expected 0x" in d.unpack(chunk, D_PAGES, staging)
     for change, words in (
@@ -93,13 +99,23 @@ def test_a_payload_that_is_not_what_was_packed_changes_nothing() -> None:
 
 
 def test_slots_are_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, calls, page_slots = make(), [], pw.page_slots
+    p, calls, page_slots = make("prefill"), [], pw.page_slots
     monkeypatch.setattr(module.pw, "page_slots", lambda *args: calls.append(args) or page_slots(*args))
     buffer = torch.empty(16384, dtype=torch.uint8)
     for layer in range(LAYERS):
         for tokens in ((0, 7), (7, 14)):
-            p.pack(P_PAGES, (layer, layer + 1), tokens, buffer)
+            p.pack(P_PAGES, block_of((layer, layer + 1)), tokens, buffer)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("head_dim_v", [0, 8])
+@pytest.mark.parametrize("kind", ["none", "tensor", "head", "token_head"])
+def test_a_wire_knows_the_bytes_of_packed_rows(kind: str, head_dim_v: int) -> None:
+    dtype = "bfloat16" if kind == "none" else "int8"
+    wire = Wire(b"f" * 32, (Held(0, 1, 0, 1, 5, head_dim_v, dtype, kind),))
+    for layers, heads, tokens in ((1, 1, 1), (3, 2, 7), (2, 5, 16)):
+        shape = pw.PackedShape(layers, heads, tokens, 5, head_dim_v, getattr(torch, dtype), kind)
+        assert wire.packed_bytes(0, layers, heads, tokens) == shape.num_bytes
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 import pagewire as pw
-from pagewire.transfer.frames import Chunk
-from pagewire.transfer.handoff import Stored
-from pagewire.transfer.negotiation import negotiate
+from pagewire.transfer.frames import Block, Chunk, Held
 from pagewire.transfer.packing import Packing, new_hello
 from pagewire.types import FLOAT_DTYPES, KV_DTYPES, QUANT_MAX, dtype_name
 
 LAYERS, PAGE_SIZE, HEADS, DIM, TOKENS = 2, 3, 2, 8, 7
 P_PAGES, D_PAGES = [4, 0, 2], [1, 3, 0]
+BLOCK = Block(0, 0, LAYERS, 0, HEADS)
 CACHES = [(d, "none") for d in FLOAT_DTYPES] + [(d, s) for d in QUANT_MAX for s in ("tensor", "head", "token_head")]
 WIRES = [None, *KV_DTYPES]  # None: P's own
 KINDS = {0: "tensor", 1: "head", 3: "token_head"}
@@ -125,11 +124,15 @@ def same(a: Rows, b: Rows) -> bool:
     )
 
 
+def stored(held: Held) -> tuple[str, str]:
+    return held.dtype, held.scale_kind
+
+
 def send(p: Packing, d: Packing) -> pw.PackedKV:
     """All layers and tokens as one chunk; returns the payload."""
-    wire = d.wire
-    staging = torch.zeros(wire.packed_bytes(LAYERS, HEADS, TOKENS), dtype=torch.uint8)
-    num_bytes, checksum = p.pack(P_PAGES, (0, LAYERS), (0, TOKENS), staging)
+    wire = d.wire.groups[0]
+    staging = torch.zeros(d.wire.packed_bytes(0, LAYERS, HEADS, TOKENS), dtype=torch.uint8)
+    num_bytes, checksum = p.pack(P_PAGES, BLOCK, (0, TOKENS), staging)
     chunk = Chunk(
         request_id="a", generation=1, capability=b"c" * 16, fingerprint=b"f" * 32, group=0, layer_start=0,
         layer_stop=LAYERS, head_start=0, head_stop=HEADS, head_dim=DIM, head_dim_v=DIM, token_start=0,
@@ -137,7 +140,8 @@ def send(p: Packing, d: Packing) -> pw.PackedKV:
         payload_bytes=num_bytes, slot=0,
     )  # fmt: skip
     assert d.unpack(chunk, D_PAGES, staging) is None
-    return pw.PackedKV.wrap(staging, d._shape(LAYERS, HEADS, TOKENS))
+    shape = pw.PackedShape(LAYERS, HEADS, TOKENS, DIM, DIM, getattr(torch, wire.dtype), wire.scale_kind)
+    return pw.PackedKV.wrap(staging, shape)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -150,23 +154,24 @@ def test_all_triples(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         p_cache, d_cache = source(*of_p), make(*of_d, seed=2)
         p_hello = new_hello("prefill", p_cache, b"f" * 32)
         d_hello = new_hello("decode", d_cache, b"f" * 32, dtype_name(asked or of_p[0]))
-        wire = negotiate(p_hello, d_hello)
-        kept = Stored(d_hello.cache_dtype, d_hello.cache_scale_kind)
-        p, d = Packing(p_cache, b"f" * 32, wire, kept), Packing(d_cache, b"f" * 32, wire)
+        p, d = Packing(p_cache, p_hello, d_hello), Packing(d_cache, d_hello, p_hello)
+        assert p.wire == d.wire
+        wire, kept = d.wire.groups[0], d_hello.groups[0]
         packed = send(p, d)
         for held, sent, arrived in zip(
             cached(p_cache, P_PAGES), on_wire(packed), cached(d_cache, D_PAGES), strict=True
         ):
-            if wire == (dtype_name(of_p[0]), of_p[1]):
+            if stored(wire) == (dtype_name(of_p[0]), of_p[1]):
                 assert same(sent, held)
             else:
                 unequal.append(compare(sent, held, wire.scale_kind))
-            if wire == kept and wire.scale_kind in ("none", "token_head"):
+            if stored(wire) == stored(kept) and wire.scale_kind in ("none", "token_head"):
                 assert same(arrived, sent)
             else:
                 unequal.append(compare(arrived, sent, kept.scale_kind))
-        of_p_digests = p.digests(P_PAGES, TOKENS)
-        assert of_p_digests == (() if kept.scale_kind in ("tensor", "head") else d.digests(D_PAGES, TOKENS))
+        digests = d.digests(D_PAGES, [BLOCK], (0, TOKENS))
+        assert p.digests(P_PAGES, [BLOCK], (0, TOKENS)) == digests
+        assert len(digests) == (0 if kept.scale_kind in ("tensor", "head") else LAYERS)
         num += 1
     assert num == 1008
     assert sum(unequal) / len(unequal) < 0.005  # fp32 and fp64 part next to a tie only
@@ -176,14 +181,16 @@ def test_scales_that_belong_to_the_cache_stay_as_they_are() -> None:
     """What D's tensor and head scales cannot hold saturates: nothing else in its cache depends on a request."""
     p_cache, d_cache = make(torch.float32, "none", 1), make(torch.int8, "head", 2)
     before = [scales.clone() for scales in (*d_cache.k_scale, *d_cache.v_scale)]
-    wire = Stored("float32", "none")
-    send(Packing(p_cache, b"f" * 32, wire), Packing(d_cache, b"f" * 32, wire))
+    p_hello, d_hello = new_hello("prefill", p_cache, b"f" * 32), new_hello("decode", d_cache, b"f" * 32, "float32")
+    send(Packing(p_cache, p_hello, d_hello), Packing(d_cache, d_hello, p_hello))
     assert all(map(torch.equal, before, (*d_cache.k_scale, *d_cache.v_scale)))
     token = d_cache.k[0][D_PAGES[2], 0, 0]  # token 6 came from page 2: 3e4, inf, NaN
     assert token[:3].tolist() == [127, 127, 0]
 
 
 def test_a_side_packs_only_scales_that_it_has() -> None:
-    packing = Packing(make(torch.float8_e4m3fn, "tensor", 1), b"f" * 32, Stored("float8_e4m3fn", "head"))
+    """As D, whose wire has P's."""
+    cache, other = make(torch.float8_e4m3fn, "tensor", 1), make(torch.float8_e4m3fn, "head", 1)
+    packing = Packing(cache, new_hello("decode", cache, b"f" * 32), new_hello("prefill", other, b"f" * 32))
     with pytest.raises(ValueError, match="this cache packs scale kind tensor, not head"):
-        packing.pack(P_PAGES, (0, 1), (0, 3), torch.empty(4096, dtype=torch.uint8))
+        packing.pack(P_PAGES, BLOCK, (0, 3), torch.empty(4096, dtype=torch.uint8))

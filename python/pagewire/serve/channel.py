@@ -78,6 +78,10 @@ class AsyncChannel:
         except (asyncio.IncompleteReadError, ConnectionError):
             raise StopAsyncIteration from None
 
+    def abort(self) -> None:
+        self._waiting.clear()
+        self._writer.transport.abort()
+
     async def close(self) -> None:
         self._waiting.clear()
         self._writer.close()

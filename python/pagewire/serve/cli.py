@@ -8,18 +8,24 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import uvicorn
 
 from pagewire.serve.config import DTYPES, KV_DTYPES, WorkerConfig
 from pagewire.serve.front.app import make_app
 from pagewire.serve.front.front import Front
 from pagewire.serve.front.limits import Limits
+from pagewire.serve.front.process import WORKER_COMMAND, WorkerProcess, thread_environment
+from pagewire.serve.front.remote import ROLES, Address, RemoteWorker, at
 from pagewire.serve.front.supervisor import Supervisor
+from pagewire.serve.front.worker import Worker
 from pagewire.serve.model import ModelError, default_model_path
 from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
+from pagewire.transfer.tls import Tls, resolve
 
 DRAIN_POLL_S = 0.05
 
@@ -32,7 +38,19 @@ def parser() -> argparse.ArgumentParser:
     """Defaults that the model processes also know come from WorkerConfig."""
     config, limits = WorkerConfig(model=""), Limits()
     p = argparse.ArgumentParser(prog="pagewire serve", description="Serve a model from two processes, P and D.")
-    p.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is required")
+    p.add_argument("--role", choices=("all", "front", "prefill", "decode"), default="all",
+                   help="all (default): the front, a P and a D on this machine; front: HTTP for the --peer processes; "
+                   "prefill or decode: one model process that waits for a front on --host and --port")  # fmt: skip
+    p.add_argument("--peer", action="append", default=[], metavar="ROLE@HOST:PORT",
+                   help="of --role front: a prefill or decode process; once for each")  # fmt: skip
+    p.add_argument("--tls-ca", help="PEM; with certificate and key: TLS 1.3 between front, P and D")
+    p.add_argument("--tls-certificate", help="PEM; its DNS name is front.pagewire, prefill.pagewire or decode.pagewire")
+    p.add_argument("--tls-key", help="PEM")
+    p.add_argument("--kv-port", type=int, default=config.kv_port, help="of --role decode: for KV; 0 (default): any")
+    p.add_argument("--tenant", default=config.tenant, help="P and D of different ones do not exchange KV")
+    p.add_argument(
+        "--host", default="127.0.0.1", help="beyond loopback an API key or, for a model process, TLS is required"
+    )
     p.add_argument("--port", type=int, default=8000, help="0: any free port, printed on stdout")
     p.add_argument("--model", help="a Hugging Face directory or a .gguf file; default: SmolLM2-135M-Instruct")
     p.add_argument("--served-model-name", help="the name clients use; default: the file's or folder's")
@@ -142,6 +160,28 @@ async def _serve(front: Front, supervisor: Supervisor, sock: socket.socket, api_
     return await tasks[0]
 
 
+def _tls(*files: str | None) -> Tls | None:
+    if not any(files):
+        return None
+    ca, certificate, key = files
+    if ca is None or certificate is None or key is None:
+        raise ServeError("--tls-ca, --tls-certificate, --tls-key: expected all three or none")
+    return Tls(ca, certificate, key)
+
+
+def _sources(config: WorkerConfig, colocated: bool, peers: list[Address]) -> dict[str, Callable[[], Awaitable[Worker]]]:
+    if not peers:
+        roles = ("colocated",) if colocated else ("decode", "prefill")
+        return {role: partial(WorkerProcess.spawn, role, config) for role in roles}
+    return {str(peer): partial(RemoteWorker.dial, peer, config.tls) for peer in peers}
+
+
+def _run_worker(role: str, address: str, config: WorkerConfig) -> int:
+    """Never returns: this process becomes the model process."""
+    args = ("--role", role, "--config-json", msgspec.json.encode(config).decode(), "--listen", address)
+    os.execve(WORKER_COMMAND[0], [*WORKER_COMMAND, *args], thread_environment(config))
+
+
 def main(argv: list[str]) -> int:
     try:
         return _main(argv)
@@ -155,8 +195,13 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     api_key = args.api_key or os.environ.get("PAGEWIRE_API_KEY") or None
+    if (args.role == "front") != bool(args.peer) or (args.colocated and args.role != "all"):
+        raise ServeError("--peer: expected with --role front, once for each model process; --colocated with --role all")
     path = Path(args.model) if args.model else default_model_path()
     config = WorkerConfig(
+        tls=_tls(args.tls_ca, args.tls_certificate, args.tls_key),
+        kv_port=args.kv_port,
+        tenant=args.tenant,
         model=str(path),
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
@@ -178,8 +223,13 @@ def _main(argv: list[str]) -> int:
         if args.max_queue < 1 or not args.request_timeout > 0:
             raise ValueError("--max-queue and --request-timeout: expected more than 0")
         config.check()
+        peers = [Address.parse(peer) for peer in args.peer]
+        for peer in peers if config.tls is None else ():
+            resolve(peer.url, None)
     except ValueError as error:
         raise ServeError(str(error)) from None
+    if args.role in ROLES:
+        return _run_worker(args.role, at(args.host, args.port), config)
     name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
     limits = Limits(max_inflight=args.max_queue, request_timeout_s=args.request_timeout)
     with listen(args.host, args.port, api_key) as sock:
@@ -187,15 +237,15 @@ def _main(argv: list[str]) -> int:
         front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits)
         host, port = sock.getsockname()[:2]
         print(
-            f"pagewire: http://{f'[{host}]' if ':' in host else host}:{port} serves {name} "
-            f"from {'one process' if args.colocated else 'two processes, P and D'}",
+            f"pagewire: http://{at(host, port)} serves {name} "
+            f"from {', '.join(args.peer) or ('one process' if args.colocated else 'two processes, P and D')}",
             flush=True,
         )
 
         async def run() -> str | None:
             front.supervisor = Supervisor(
-                config, colocated=args.colocated, recover=args.on_failure == "recover", on_events=front.on_events,
-                on_gauges=front.metrics.on_gauges, forget=front.metrics.forget,
+                config, _sources(config, args.colocated, peers), recover=args.on_failure == "recover",
+                on_events=front.on_events, on_gauges=front.metrics.on_gauges, forget=front.metrics.forget,
             )  # fmt: skip
             return await _serve(front, front.supervisor, sock, api_key)
 

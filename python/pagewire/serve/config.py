@@ -3,14 +3,16 @@
 The front runs
 
     python -m pagewire.serve.worker --role prefill|decode|colocated --config-json JSON
-                                    --control-fd N
+                                    --control-fd N | --listen HOST:PORT
 
 with JSON a `WorkerConfig`. The descriptor is an end of an AF_UNIX SOCK_STREAM pair, handed over with `pass_fds`, that
-leads to the front. A config that cannot work ends the process with one sentence on stderr and exit code 2, before
-`Ready`.
+leads to the front; without one, fronts connect. A config that cannot work ends the process with one sentence on stderr
+and exit code 2, before `Ready`.
 """
 
 import msgspec
+
+from pagewire.transfer.tls import Tls
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
@@ -34,6 +36,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     handoff_timeout_ms: int = 60_000  # how long a handoff may make no progress
     start_timeout_s: float = 600.0  # from spawn to Ready; the first Triton compilations are in it
     worker_timeout_s: float = 30.0  # a process that is silent, or does not advance, for so long is killed
+    tls: Tls | None = None  # of the control port and of KV between machines
+    kv_port: int = 0  # D's, where P's on other machines connect; 0: any
+    tenant: str = ""  # P and D of different ones do not exchange KV
     record_dir: str | None = None  # write every request's logits here; never set from HTTP
     verify_kv: bool = False  # compare SHA-256 of P's and D's KV after every handoff
 

@@ -40,7 +40,7 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
 
 
 class Pair(msgspec.Struct, tag="pair", frozen=True):
-    """Be joined with this peer, and with no other any more. P connects to `address`; D is connected to."""
+    """Be joined with this peer, beside those of other links. P connects to `address`; D is connected to."""
 
     link: int  # grows
     incarnation: str  # of the peer: what its HELLO must say
@@ -65,6 +65,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     vocab_size: int
     incarnation: str  # of this process, random
     address: str  # where D is connected to
+    fingerprint: str = ""  # of the model, see model/fingerprint.py; "": not asked for
+    now_us: int = 0  # CLOCK_MONOTONIC, as the events have it
 
 
 class Linked(msgspec.Struct, tag="linked", frozen=True):

@@ -1,44 +1,47 @@
 """Which tokens of which layer and kv head have arrived."""
 
 from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import product
 
-from pagewire.transfer.frames import Range
+from pagewire.transfer.frames import Block, Range
+
+Cell = tuple[int, int, int]
 
 
 class Coverage:
-    """Exact coverage of layers x heads x [token_start, token_stop): none twice, none outside."""
+    """Exact coverage of blocks x [token_start, token_stop): none twice, none outside."""
 
-    def __init__(self, num_layers: int, num_heads: int, token_start: int, token_stop: int) -> None:
-        self._num_heads = num_heads
-        self._num_layers = num_layers
-        self._range = (token_start, token_stop)
-        # per (layer, head): disjoint ranges in order, neighbours joined
-        self._ranges: list[list[Range]] = [[] for _ in range(num_layers * num_heads)]
+    def __init__(self, blocks: tuple[Block, ...], token_start: int, token_stop: int) -> None:
+        self._tokens = (token_start, token_stop)
+        # per (group, layer, head): disjoint ranges in order, neighbours joined
+        self._ranges: dict[Cell, list[Range]] = {cell: [] for block in blocks for cell in cells(block)}
 
-    def problem(self, layers: Range, heads: Range, tokens: Range) -> str | None:
-        """Why the block cannot be added; None: it can."""
+    def problem(self, block: Block, tokens: Range) -> str | None:
+        """Why these tokens of the block cannot be added; None: they can."""
         start, stop = tokens
-        if not (0 <= layers[0] < layers[1] <= self._num_layers):
-            return f"layers {layers} outside [0, {self._num_layers})"
-        if not (0 <= heads[0] < heads[1] <= self._num_heads):
-            return f"heads {heads} outside [0, {self._num_heads})"
-        if not (self._range[0] <= start < stop <= self._range[1]):
-            return f"tokens {tokens} outside the reserved {self._range}"
-        if any(_overlaps(ranges, start, stop) for ranges in self._of(layers, heads)):
-            return f"tokens {tokens} of layers {layers}, heads {heads} came twice"
+        outside = next((cell for cell in cells(block) if cell not in self._ranges), None)
+        if outside is not None:
+            return "group {}, layer {}, head {} is not what was reserved".format(*outside)
+        if not (self._tokens[0] <= start < stop <= self._tokens[1]):
+            return f"tokens {tokens} outside the reserved {self._tokens}"
+        if any(_overlaps(self._ranges[cell], start, stop) for cell in cells(block)):
+            return f"tokens {tokens} of group {block.group}, layers {block.layers}, heads {block.heads} came twice"
         return None
 
-    def add(self, layers: Range, heads: Range, tokens: Range) -> None:
+    def add(self, block: Block, tokens: Range) -> None:
         """A block without a `problem`."""
-        for ranges in self._of(layers, heads):
-            _insert(ranges, *tokens)
+        for cell in cells(block):
+            _insert(self._ranges[cell], *tokens)
 
     @property
     def complete(self) -> bool:
-        return all(ranges == [self._range] for ranges in self._ranges)
+        return all(ranges == [self._tokens] for ranges in self._ranges.values())
 
-    def _of(self, layers: Range, heads: Range) -> list[list[Range]]:
-        return [self._ranges[layer * self._num_heads + head] for layer in range(*layers) for head in range(*heads)]
+
+def cells(block: Block) -> Iterator[Cell]:
+    """Its (group, layer, head)."""
+    return product((block.group,), range(*block.layers), range(*block.heads))
 
 
 def _overlaps(ranges: list[Range], start: int, stop: int) -> bool:

@@ -4,32 +4,32 @@ Everything is little-endian. A frame is
 
     prefix   magic "PWKV", version u16, min_version u16, kind u16, num_tlvs u16, features u32,
              frame_bytes u32, sequence u32
-    body     the kind's fixed fields, in the order of `_LAYOUTS`
+    body     the kind's fixed fields, in the order of its class
     TLVs     num_tlvs times: tag u16, reserved u16, length u32, value; unknown tags are skipped
     crc      CRC32C of everything before it, u32
 
 `sequence` counts a sender's frames on one connection, from 0, modulo 2^32; see `codec`. A reader
 refuses a frame whose min_version is above its own version or whose feature bits it does not know.
 Every length is bounded before it is believed: `decode` returns values within their bounds or raises
-FrameError. Whatever fits its bounds fits MAX_FRAME_BYTES.
+FrameError, and a frame beyond them cannot be made. Whatever fits its bounds fits MAX_FRAME_BYTES.
 """
 
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import google_crc32c
 
 MAGIC = b"PWKV"
-VERSION = 2  # 1, without sequence numbers, was never released
+VERSION = 3  # 1, without sequence numbers, and 2, of one group and whole caches, were never released
 KNOWN_FEATURES = 0
 
 MAX_FRAME_BYTES = 256 << 10  # a COMMIT with a digest for each of MAX_LAYERS takes half of it
 MAX_TLVS = 32
-MAX_REQUEST_ID_BYTES = 128
-MAX_REASON_BYTES = 1024
-MAX_LAYERS = 4096
+MAX_GROUPS = 64
+MAX_LAYERS = 4096  # also of all groups together
 MAX_HEADS = 4096
 MAX_HEAD_DIM = 4096
 MAX_TOKENS = 1 << 24
@@ -40,7 +40,7 @@ MAX_DEADLINE_MS = (1 << 32) - 1
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 SCALED_DTYPES = DTYPES[3:]  # 8 bits: never without scales
 SCALE_KINDS = ("none", "tensor", "head", "token_head")
-CHECKSUM_KINDS = ("none", "crc32c")
+CHECKSUM_KINDS = ("none", "crc32c", "fletcher64")
 ROLES = ("prefill", "decode")
 
 Range = tuple[int, int]  # [start, stop)
@@ -61,171 +61,134 @@ def _expect(holds: bool, sentence: str) -> None:
         raise FrameError(sentence)
 
 
-@dataclass(frozen=True)
-class Hello:
-    """Both sides' first frame. D's carries the staging arena's descriptor; P's has no staging slots."""
-
-    role: str
-    cache_dtype: str
-    cache_scale_kind: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    head_dim_v: int
-    num_slots: int  # every staging slot of the arena is P's to write until a chunk names it
-    slot_bytes: int
-    incarnation: bytes  # 16, random per process
-    fingerprint: bytes  # 32, of the model
-    wire_dtypes: tuple[str, ...] = DTYPES  # that it takes, what it wants most first; see `negotiation`
-
-    def __post_init__(self) -> None:
-        scaled, kind = self.cache_dtype in SCALED_DTYPES, self.cache_scale_kind
-        _expect(scaled == (kind != "none"), f"cache_scale_kind {kind} of {self.cache_dtype}")
-        _expect(len(self.wire_dtypes) == len(set(self.wire_dtypes)) > 0, f"wire_dtypes {self.wire_dtypes}")
-        _expect(1 <= self.num_layers <= MAX_LAYERS, f"num_layers {self.num_layers}")
-        _expect(1 <= self.num_kv_heads <= MAX_HEADS, f"num_kv_heads {self.num_kv_heads}")
-        _expect(1 <= self.head_dim <= MAX_HEAD_DIM, f"head_dim {self.head_dim}")
-        _expect(0 <= self.head_dim_v <= MAX_HEAD_DIM, f"head_dim_v {self.head_dim_v}")
-        _expect(0 <= self.num_slots <= MAX_STAGING_SLOTS, f"num_slots {self.num_slots}")
-        _expect(0 <= self.slot_bytes <= MAX_PAYLOAD_BYTES, f"slot_bytes {self.slot_bytes}")
-
-
-@dataclass(frozen=True)
-class Reserve:
-    """D owns pages for the request; P may push tokens [num_cached, num_tokens) of it."""
-
-    request_id: str
-    generation: int
-    capability: bytes  # 16, random; every later frame about this reservation repeats it
-    num_cached: int
-    num_tokens: int  # of the prompt
-    deadline_ms: int  # how long either side waits without progress of the other
-
-    def __post_init__(self) -> None:
-        _expect(0 <= self.num_cached < self.num_tokens <= MAX_TOKENS, "num_cached, num_tokens")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A staging slot holds packed KV, layers x heads x tokens of one request, described in full."""
-
-    request_id: str
-    generation: int
-    capability: bytes
-    fingerprint: bytes
-    group: int
-    layer_start: int
-    layer_stop: int
-    head_start: int
-    head_stop: int
-    head_dim: int
-    head_dim_v: int  # 0: V is a view of K and not packed
-    token_start: int
-    token_stop: int
-    dtype: str
-    scale_kind: str
-    checksum_kind: str
-    checksum: int
-    payload_bytes: int
-    slot: int
-
-    @property
-    def block(self) -> tuple[Range, Range, Range]:
-        """Its layers, heads and tokens."""
-        heads, tokens = (self.head_start, self.head_stop), (self.token_start, self.token_stop)
-        return (self.layer_start, self.layer_stop), heads, tokens
-
-    def __post_init__(self) -> None:
-        _expect(self.layer_start < self.layer_stop <= MAX_LAYERS, "layer range")
-        _expect(self.head_start < self.head_stop <= MAX_HEADS, "head range")
-        _expect(self.token_start < self.token_stop <= MAX_TOKENS, "token range")
-        _expect(1 <= self.head_dim <= MAX_HEAD_DIM, f"head_dim {self.head_dim}")
-        _expect(0 <= self.head_dim_v <= MAX_HEAD_DIM, f"head_dim_v {self.head_dim_v}")
-        _expect(1 <= self.payload_bytes <= MAX_PAYLOAD_BYTES, f"payload_bytes {self.payload_bytes}")
-        _expect(self.slot < MAX_STAGING_SLOTS, f"slot {self.slot}")
-
-
-@dataclass(frozen=True)
-class Commit:
-    """Everything was pushed: KV of the prompt with this hash, which `first_token` followed."""
-
-    request_id: str
-    generation: int
-    capability: bytes
-    first_token: int
-    prompt_sha256: bytes  # 32, of the token ids, u32 each
-    digests: tuple[bytes, ...]  # SHA-256 per layer of the packed prompt, or ()
-
-    def __post_init__(self) -> None:
-        _expect(len(self.digests) <= MAX_LAYERS, f"{len(self.digests)} digests, at most {MAX_LAYERS}")
-        _expect(all(len(digest) == 32 for digest in self.digests), "digests are not SHA-256")
-
-
-@dataclass(frozen=True)
-class Ack:
-    """D owns the request now; P may drop its pages."""
-
-    request_id: str
-    generation: int
-
-
-@dataclass(frozen=True)
-class Credit:
-    """D has consumed the staging slot's chunk; it is P's to write again."""
-
-    slot: int
-
-    def __post_init__(self) -> None:
-        _expect(self.slot < MAX_STAGING_SLOTS, f"slot {self.slot}")
-
-
-@dataclass(frozen=True)
-class Abort:
-    """Either side gives the reservation up. The side that sends it answers to the front."""
-
-    request_id: str
-    generation: int
-    reason: str
-
-
-Frame = Hello | Reserve | Chunk | Commit | Ack | Credit | Abort
-
-
 class _Field(NamedTuple):
+    """What an annotation says of a fixed field."""
+
     code: str  # struct format
+    least: int = 0
+    most: int = (1 << 64) - 1
     names: tuple[str, ...] = ()  # of an enumeration; its index travels
 
 
 class _Tlv(NamedTuple):
+    """What an annotation says of a field that is a TLV; each is required, exactly once."""
+
     tag: int
     to_bytes: Callable[[Any], bytes]
     from_bytes: Callable[[bytes], Any]
 
 
-class _Layout(NamedTuple):
-    kind: int
-    fixed: dict[str, _Field]
-    tlvs: dict[str, _Tlv]  # all of them required, each exactly once
+class _Record:
+    """Fixed fields within their bounds, each `*_start` below its `*_stop`."""
+
+    def __post_init__(self) -> None:
+        layout = _layout(type(self))
+        for name, field in layout.bounded:
+            if not field.least <= getattr(self, name) <= field.most:
+                raise FrameError(f"{name}: {getattr(self, name)}, not {field.least} to {field.most}")
+        for name in layout.ranges:
+            start, stop = getattr(self, f"{name}_start"), getattr(self, f"{name}_stop")
+            if start >= stop and not self._may_be_empty:
+                raise FrameError(f"{name} range: [{start}, {stop})")
+        self._check()
+
+    _may_be_empty = False
+
+    def _check(self) -> None:
+        """Raises FrameError for values that do not go together."""
+
+
+class _Area(_Record):
+    """Layers x heads."""
+
+    layer_start: int
+    layer_stop: int
+    head_start: int
+    head_stop: int
+
+    @property
+    def layers(self) -> Range:
+        return self.layer_start, self.layer_stop
+
+    @property
+    def heads(self) -> Range:
+        return self.head_start, self.head_stop
+
+
+_U32 = Annotated[int, _Field("I", most=(1 << 32) - 1)]
+_U64 = Annotated[int, _Field("Q")]
+_Key16 = Annotated[bytes, _Field("16s")]
+_Hash32 = Annotated[bytes, _Field("32s")]
+_Group = Annotated[int, _Field("H", most=MAX_GROUPS - 1)]
+_Layer = Annotated[int, _Field("H", most=MAX_LAYERS)]
+_Head = Annotated[int, _Field("H", most=MAX_HEADS)]
+_HeadDim = Annotated[int, _Field("H", 1, MAX_HEAD_DIM)]
+_HeadDimV = Annotated[int, _Field("H", most=MAX_HEAD_DIM)]  # 0: V is a view of K and not packed
+_Token = Annotated[int, _Field("I", most=MAX_TOKENS)]
+_Slot = Annotated[int, _Field("I", most=MAX_STAGING_SLOTS - 1)]
+_Dtype = Annotated[str, _Field("B", names=DTYPES)]
+_ScaleKind = Annotated[str, _Field("B", names=SCALE_KINDS)]
+
+
+@dataclass(frozen=True)
+class Held(_Area):
+    """What a side holds of one group of layers. The model's layers of the group and its kv heads are counted over all
+    ranks and stages; no layers: it holds nothing of the group.
+    """
+
+    layer_start: _Layer
+    layer_stop: _Layer
+    head_start: _Head
+    head_stop: _Head
+    head_dim: _HeadDim
+    head_dim_v: _HeadDimV
+    dtype: _Dtype
+    scale_kind: _ScaleKind
+
+    _may_be_empty = True
+
+    def _check(self) -> None:
+        num_layers, num_heads = self.layer_stop - self.layer_start, self.head_stop - self.head_start
+        _expect(
+            num_layers == num_heads == 0 or min(num_layers, num_heads) > 0, f"{num_layers} layers, {num_heads} heads"
+        )
+        kind = self.scale_kind
+        _expect((self.dtype in SCALED_DTYPES) == (kind != "none"), f"scale_kind {kind} of {self.dtype}")
+
+
+@dataclass(frozen=True)
+class Block(_Area):
+    """Layers x heads of a group that one sender is to push."""
+
+    group: _Group
+    layer_start: _Layer
+    layer_stop: _Layer
+    head_start: _Head
+    head_stop: _Head
+
+
+def _bounded(max_bytes: int, data: bytes) -> bytes:
+    _expect(len(data) <= max_bytes, f"{len(data)} bytes, at most {max_bytes}")
+    return data
 
 
 def _text(max_bytes: int) -> tuple[Callable[[str], bytes], Callable[[bytes], str]]:
-    def to_bytes(text: str) -> bytes:
-        data = text.encode()
-        _expect(len(data) <= max_bytes, f"text of {len(data)} bytes, at most {max_bytes}")
-        return data
-
     def from_bytes(data: bytes) -> str:
-        _expect(len(data) <= max_bytes, f"text of {len(data)} bytes, at most {max_bytes}")
         try:
-            return data.decode()
+            return _bounded(max_bytes, data).decode()
         except UnicodeDecodeError:
             raise FrameError("text is not UTF-8") from None
 
-    return to_bytes, from_bytes
+    return lambda text: _bounded(max_bytes, text.encode()), from_bytes
 
 
-def _dtypes_to_bytes(dtypes: tuple[str, ...]) -> bytes:
-    return bytes(map(DTYPES.index, dtypes))
+def _records(cls: type[_Record]) -> tuple[Callable[[tuple[Any, ...]], bytes], Callable[[bytes], tuple[Any, ...]]]:
+    def from_bytes(data: bytes) -> tuple[Any, ...]:
+        size = _layout(cls).body.size
+        _expect(len(data) % size == 0 and len(data) <= size * MAX_GROUPS, f"{len(data)} bytes of {cls.__name__}")
+        return tuple(cls(**_unpack(cls, data, at)) for at in range(0, len(data), size))
+
+    return lambda records: b"".join(map(_pack, records)), from_bytes
 
 
 def _dtypes_from_bytes(data: bytes) -> tuple[str, ...]:
@@ -236,60 +199,174 @@ def _digests_from_bytes(data: bytes) -> tuple[bytes, ...]:
     return tuple(data[i : i + 32] for i in range(0, len(data), 32))
 
 
-_U16, _U32, _U64 = _Field("H"), _Field("I"), _Field("Q")
-_KEY16, _HASH32 = _Field("16s"), _Field("32s")
-_DTYPE, _SCALE_KIND = _Field("B", DTYPES), _Field("B", SCALE_KINDS)
-_CHECKSUM_KIND = _Field("B", CHECKSUM_KINDS)
-_REQUEST_ID = _Tlv(1, *_text(MAX_REQUEST_ID_BYTES))
-_DIGESTS = _Tlv(2, b"".join, _digests_from_bytes)
-_REASON = _Tlv(3, *_text(MAX_REASON_BYTES))
-_WIRE_DTYPES = _Tlv(4, _dtypes_to_bytes, _dtypes_from_bytes)
+_RequestId = Annotated[str, _Tlv(1, *_text(128))]
+_Digests = Annotated[tuple[bytes, ...], _Tlv(2, b"".join, _digests_from_bytes)]
+_Reason = Annotated[str, _Tlv(3, *_text(1024))]
+_Dtypes = Annotated[tuple[str, ...], _Tlv(4, lambda dtypes: bytes(map(DTYPES.index, dtypes)), _dtypes_from_bytes)]
+_Groups = Annotated[tuple[Held, ...], _Tlv(5, *_records(Held))]
+_Tenant = Annotated[str, _Tlv(6, *_text(128))]
+_Staging = Annotated[bytes, _Tlv(7, *[partial(_bounded, 1024)] * 2)]
+_Blocks = Annotated[tuple[Block, ...], _Tlv(8, *_records(Block))]
 
-_LAYOUTS: dict[type[Frame], _Layout] = {
-    Hello: _Layout(1, dict(
-        role=_Field("B", ROLES), cache_dtype=_DTYPE, cache_scale_kind=_SCALE_KIND, num_layers=_U16,
-        num_kv_heads=_U16, head_dim=_U16, head_dim_v=_U16, num_slots=_U32, slot_bytes=_U32,
-        incarnation=_KEY16, fingerprint=_HASH32,
-    ), dict(wire_dtypes=_WIRE_DTYPES)),
-    Reserve: _Layout(2, dict(
-        generation=_U64, capability=_KEY16, num_cached=_U32, num_tokens=_U32, deadline_ms=_U32,
-    ), dict(request_id=_REQUEST_ID)),
-    Chunk: _Layout(3, dict(
-        generation=_U64, capability=_KEY16, fingerprint=_HASH32, group=_U16, layer_start=_U16,
-        layer_stop=_U16, head_start=_U16, head_stop=_U16, head_dim=_U16, head_dim_v=_U16,
-        token_start=_U32, token_stop=_U32, dtype=_DTYPE, scale_kind=_SCALE_KIND,
-        checksum_kind=_CHECKSUM_KIND, checksum=_U32, payload_bytes=_U64, slot=_U32,
-    ), dict(request_id=_REQUEST_ID)),
-    Commit: _Layout(4, dict(generation=_U64, capability=_KEY16, first_token=_U32, prompt_sha256=_HASH32),
-                    dict(request_id=_REQUEST_ID, digests=_DIGESTS)),
-    Ack: _Layout(5, dict(generation=_U64), dict(request_id=_REQUEST_ID)),
-    Credit: _Layout(6, dict(slot=_U32), {}),
-    Abort: _Layout(7, dict(generation=_U64), dict(request_id=_REQUEST_ID, reason=_REASON)),
-}  # fmt: skip
-_BY_KIND = {layout.kind: cls for cls, layout in _LAYOUTS.items()}
-_FIXED = {
-    cls: struct.Struct("<" + "".join(field.code for field in layout.fixed.values())) for cls, layout in _LAYOUTS.items()
-}
+
+@dataclass(frozen=True)
+class Hello(_Record):
+    """Both sides' first frame. D's speaks of the staging arena; P's has no staging slots."""
+
+    role: Annotated[str, _Field("B", names=ROLES)]
+    num_slots: Annotated[int, _Field("I", most=MAX_STAGING_SLOTS)]  # all of them P's to write until a chunk names one
+    slot_bytes: Annotated[int, _Field("I", most=MAX_PAYLOAD_BYTES)]
+    incarnation: _Key16  # random per process
+    fingerprint: _Hash32  # of the model
+    groups: _Groups
+    wire_dtypes: _Dtypes = DTYPES  # that it takes, what it wants most first; see `negotiation`
+    tenant: _Tenant = ""
+    staging: _Staging = b""  # how P reaches the arena, where the transport needs words for it
+
+    def _check(self) -> None:
+        _expect(len(self.wire_dtypes) == len(set(self.wire_dtypes)) > 0, f"wire_dtypes {self.wire_dtypes}")
+        _expect(1 <= len(self.groups) <= MAX_GROUPS, f"{len(self.groups)} groups, not 1 to {MAX_GROUPS}")
+        num_layers = sum(held.layer_stop - held.layer_start for held in self.groups)
+        _expect(1 <= num_layers <= MAX_LAYERS, f"{num_layers} layers, not 1 to {MAX_LAYERS}")
+
+
+@dataclass(frozen=True)
+class Reserve(_Record):
+    """D owns pages for the request; P may push tokens [num_cached, num_tokens) of the blocks.
+
+    No blocks: another sender pushes what this one holds; it is to COMMIT nevertheless.
+    """
+
+    request_id: _RequestId
+    generation: _U64
+    capability: _Key16  # random; every later frame about this reservation repeats it
+    num_cached: _Token
+    num_tokens: _Token  # of the prompt
+    deadline_ms: _U32  # how long either side waits without progress of the other
+    blocks: _Blocks
+
+    def _check(self) -> None:
+        _expect(self.num_cached < self.num_tokens, f"num_cached {self.num_cached} of {self.num_tokens} tokens")
+        groups = [block.group for block in self.blocks]
+        _expect(groups == sorted(set(groups)), f"blocks of groups {groups}, not one each in order")
+
+
+@dataclass(frozen=True)
+class Chunk(_Record):
+    """A staging slot holds packed KV, layers x heads x tokens of one request, described in full."""
+
+    request_id: _RequestId
+    generation: _U64
+    capability: _Key16
+    fingerprint: _Hash32
+    group: _Group
+    layer_start: _Layer
+    layer_stop: _Layer
+    head_start: _Head
+    head_stop: _Head
+    head_dim: _HeadDim
+    head_dim_v: _HeadDimV
+    token_start: _Token
+    token_stop: _Token
+    dtype: _Dtype
+    scale_kind: _ScaleKind
+    checksum_kind: Annotated[str, _Field("B", names=CHECKSUM_KINDS)]
+    checksum: _U64
+    payload_bytes: Annotated[int, _Field("Q", 1, MAX_PAYLOAD_BYTES)]
+    slot: _Slot
+
+    @property
+    def block(self) -> Block:
+        return Block(self.group, self.layer_start, self.layer_stop, self.head_start, self.head_stop)
+
+    @property
+    def tokens(self) -> Range:
+        return self.token_start, self.token_stop
+
+
+@dataclass(frozen=True)
+class Commit(_Record):
+    """Everything was pushed: KV of the prompt with this hash, which `first_token` followed."""
+
+    request_id: _RequestId
+    generation: _U64
+    capability: _Key16
+    first_token: _U32
+    prompt_sha256: _Hash32  # of the token ids, u32 each
+    digests: _Digests  # SHA-256 per layer of each block, or ()
+
+    def _check(self) -> None:
+        _expect(len(self.digests) <= MAX_LAYERS, f"{len(self.digests)} digests, at most {MAX_LAYERS}")
+        _expect(all(len(digest) == 32 for digest in self.digests), "digests are not SHA-256")
+
+
+@dataclass(frozen=True)
+class Ack(_Record):
+    """D has all that this P was to push and needs it no more; P may drop its pages."""
+
+    request_id: _RequestId
+    generation: _U64
+
+
+@dataclass(frozen=True)
+class Credit(_Record):
+    """D has consumed the staging slot's chunk; it is P's to write again."""
+
+    slot: _Slot
+
+
+@dataclass(frozen=True)
+class Abort(_Record):
+    """Either side gives the reservation up. The side that sends it answers to the front."""
+
+    request_id: _RequestId
+    generation: _U64
+    reason: _Reason
+
+
+Frame = Hello | Reserve | Chunk | Commit | Ack | Credit | Abort
+_KINDS: dict[int, type[Frame]] = dict(enumerate((Hello, Reserve, Chunk, Commit, Ack, Credit, Abort), start=1))
+_KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
+
+
+class _Layout(NamedTuple):
+    fixed: dict[str, _Field]
+    tlvs: dict[str, _Tlv]
+    body: struct.Struct
+    bounded: list[tuple[str, _Field]]
+    ranges: list[str]  # `layer`, of layer_start and layer_stop
+
+
+def _layout(cls: type[Any]) -> _Layout:
+    if cls not in _LAYOUTS:
+        hints = get_type_hints(cls, include_extras=True)
+        of = {field.name: hints[field.name].__metadata__[0] for field in fields(cls)}
+        fixed = {name: what for name, what in of.items() if isinstance(what, _Field)}
+        tlvs = {name: what for name, what in of.items() if isinstance(what, _Tlv)}
+        body = struct.Struct("<" + "".join(field.code for field in fixed.values()))
+        bounded = [(name, field) for name, field in fixed.items() if field.code in "HIQ"]
+        ranges = [name.removesuffix("_stop") for name in fixed if name.endswith("_stop")]
+        _LAYOUTS[cls] = _Layout(fixed, tlvs, body, bounded, ranges)
+    return _LAYOUTS[cls]
+
+
+_LAYOUTS: dict[type[Any], _Layout] = {}
 _PREFIX = struct.Struct("<4sHHHHIII")
 _TLV_HEAD = struct.Struct("<HHI")
 _CRC = struct.Struct("<I")
-assert all({*w.fixed, *w.tlvs} == {f.name for f in fields(c)} for c, w in _LAYOUTS.items())
 
 
 def encode(frame: Frame, sequence: int) -> bytes:
     """Raises FrameError when a text is longer than a reader accepts."""
-    layout = _LAYOUTS[type(frame)]
-    values = []
-    for name, field in layout.fixed.items():
-        value = getattr(frame, name)
-        values.append(field.names.index(value) if field.names else value)
-    parts = [_FIXED[type(frame)].pack(*values)]
-    for name, tlv in layout.tlvs.items():
+    tlvs = _layout(type(frame)).tlvs
+    parts = [_pack(frame)]
+    for name, tlv in tlvs.items():
         data = tlv.to_bytes(getattr(frame, name))
         parts.append(_TLV_HEAD.pack(tlv.tag, 0, len(data)) + data)
     frame_bytes = _PREFIX.size + sum(map(len, parts)) + _CRC.size
     assert frame_bytes <= MAX_FRAME_BYTES, frame_bytes
-    prefix = _PREFIX.pack(MAGIC, VERSION, VERSION, layout.kind, len(layout.tlvs), KNOWN_FEATURES, frame_bytes, sequence)
+    kind = _KIND_OF[type(frame)]
+    prefix = _PREFIX.pack(MAGIC, VERSION, VERSION, kind, len(tlvs), KNOWN_FEATURES, frame_bytes, sequence)
     data = b"".join((prefix, *parts))
     return data + _CRC.pack(crc32c(data))
 
@@ -305,29 +382,32 @@ def decode(data: bytes) -> tuple[Frame, int]:
     _expect(num_tlvs <= MAX_TLVS, f"num_tlvs: expected at most {MAX_TLVS}, got {num_tlvs}")
     end = len(data) - _CRC.size
     _expect(_CRC.unpack_from(data, end)[0] == crc32c(data[:end]), "frame CRC32C does not match")
-    cls = _BY_KIND.get(kind)
+    cls = _KINDS.get(kind)
     if cls is None:
-        raise FrameError(f"kind: expected one of {sorted(_BY_KIND)}, got {kind}")
-    values, at = _decode_fixed(cls, data, _PREFIX.size, end)
-    values |= _decode_tlvs(cls, data, at, end, num_tlvs)
-    return cls(**values), sequence
+        raise FrameError(f"kind: expected one of {sorted(_KINDS)}, got {kind}")
+    at = _PREFIX.size + _layout(cls).body.size
+    _expect(at <= end, f"{cls.__name__}: the body is cut short")
+    return cls(**_unpack(cls, data, _PREFIX.size), **_decode_tlvs(cls, data, at, end, num_tlvs)), sequence
 
 
-def _decode_fixed(cls: type[Frame], data: bytes, at: int, end: int) -> tuple[dict[str, Any], int]:
-    stop = at + _FIXED[cls].size
-    _expect(stop <= end, f"{cls.__name__}: the body is cut short")
-    values = {}
-    raw = _FIXED[cls].unpack_from(data, at)
-    for (name, field), value in zip(_LAYOUTS[cls].fixed.items(), raw, strict=True):
+def _pack(record: _Record) -> bytes:
+    layout = _layout(type(record))
+    values = ((getattr(record, name), field.names) for name, field in layout.fixed.items())
+    return layout.body.pack(*(names.index(value) if names else value for value, names in values))
+
+
+def _unpack(cls: type[Any], data: bytes, at: int) -> dict[str, Any]:
+    layout = _layout(cls)
+    values = dict(zip(layout.fixed, layout.body.unpack_from(data, at), strict=True))
+    for name, field in layout.fixed.items():
         if field.names:
-            _expect(value < len(field.names), f"{cls.__name__}.{name}: unknown value {value}")
-            value = field.names[value]
-        values[name] = value
-    return values, stop
+            _expect(values[name] < len(field.names), f"{cls.__name__}.{name}: unknown value {values[name]}")
+            values[name] = field.names[values[name]]
+    return values
 
 
 def _decode_tlvs(cls: type[Frame], data: bytes, at: int, end: int, num_tlvs: int) -> dict[str, Any]:
-    known = {tlv.tag: (name, tlv) for name, tlv in _LAYOUTS[cls].tlvs.items()}
+    known = {tlv.tag: (name, tlv) for name, tlv in _layout(cls).tlvs.items()}
     values: dict[str, Any] = {}
     for _ in range(num_tlvs):
         _expect(at + _TLV_HEAD.size <= end, f"{cls.__name__}: a TLV is cut short")
@@ -340,6 +420,6 @@ def _decode_tlvs(cls: type[Frame], data: bytes, at: int, end: int, num_tlvs: int
             values[name] = tlv.from_bytes(data[at : at + length])
         at += length
     _expect(at == end, f"{cls.__name__}: {end - at} bytes behind the last TLV")
-    missing = [name for name in _LAYOUTS[cls].tlvs if name not in values]
+    missing = [name for name, _ in known.values() if name not in values]
     _expect(not missing, f"{cls.__name__}: {', '.join(missing)} missing")
     return values

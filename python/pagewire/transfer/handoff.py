@@ -1,57 +1,53 @@
-"""The handoff of a request's KV from a sender (P) to a receiver (D): phases and actions.
+"""The handoff of a request's KV from senders (P) to a receiver (D): phases and actions.
 
 `Sender` and `Receiver`, each in its file, are two pure state machines. Events are method calls; what
 they return is to be carried out in order. There are no sockets, tensors or clocks in there, so every
 interleaving can be tested.
 
-    Receiver   waiting --pages free--> receiving --COMMIT covers all--> running --release--> gone
-               waiting --pages free, local--> running
-    Sender     waiting --RESERVE, pages free--> prefilling --last forward--> draining --ACK--> gone
+    Receiver   waiting --pages free--> receiving --every sender's COMMIT--> running --release--> gone
+               waiting --pages free, no senders--> running
+    Sender     waiting --every RESERVE, pages free--> prefilling --last forward--> draining --every ACK--> gone
 
 Both may cancel or fail a request in any state; all it holds is then released, once. Whoever ends a
-request answers to the front and sends ABORT to the other, which releases in silence. When the connection is
-lost, each drops what needs the other, and nobody answers; a Sender serves one connection, a Receiver
-many, one after the other.
+request answers to the front and sends ABORT to the others, which release in silence. When a link is
+lost, each drops what still needs it and tells the others, and nobody answers. Each serves many links
+at once; a link has a number that is never used again, staging slots of its own, and its own `Wire`.
 """
 
 import hashlib
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
 
-from pagewire.transfer.frames import Abort, Chunk, Commit, Frame, Hello, Range
+from pagewire.transfer.frames import DTYPES, Abort, Block, Chunk, Commit, Frame, Held, Range, Reserve
 
 NO_GENERATION = 0  # of an ABORT before any RESERVE
-
-
-class Stored(NamedTuple):
-    """What K and V are in a cache or on the wire."""
-
-    dtype: str
-    scale_kind: str
+DTYPE_BYTES = dict(zip(DTYPES, (4, 2, 2, 1, 1, 1), strict=True))
 
 
 @dataclass(frozen=True)
 class Wire:
-    """What both ends agree on in HELLO and every chunk repeats."""
+    """What both ends of a link make of their HELLOs; every chunk repeats what concerns it."""
 
     fingerprint: bytes  # of the model, 32 bytes
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    head_dim_v: int
-    dtype: str
-    scale_kind: str
-    packed_bytes: Callable[[int, int, int], int]  # (num_layers, num_heads, num_tokens) -> bytes
+    groups: tuple[Held, ...]  # what both hold of each, in the dtype and with the scales that travel
+    checksum_kind: str = "crc32c"
+
+    def packed_bytes(self, group: int, num_layers: int, num_heads: int, num_tokens: int) -> int:
+        """Of a payload; the layout is `PackedShape`'s."""
+        held, rows = self.groups[group], num_layers * num_heads * num_tokens
+        num_bytes = rows * (held.head_dim + held.head_dim_v) * DTYPE_BYTES[held.dtype]
+        if held.scale_kind == "none":
+            return num_bytes
+        num_scales = {"tensor": num_layers, "head": num_layers * num_heads, "token_head": rows}[held.scale_kind]
+        return -(-num_bytes // 16) * 16 + 4 * num_scales * (2 if held.head_dim_v else 1)
+
+    def block_bytes(self, block: Block, num_tokens: int) -> int:
+        num_layers, num_heads = block.layer_stop - block.layer_start, block.head_stop - block.head_start
+        return self.packed_bytes(block.group, num_layers, num_heads, num_tokens)
 
 
-HELLO_FIELDS = ("fingerprint", "num_layers", "num_kv_heads", "head_dim", "head_dim_v")
-CHUNK_FIELDS = ("fingerprint", "head_dim", "head_dim_v", "dtype", "scale_kind")
-
-
-def mismatch(ours: Hello | Wire, theirs: Hello | Chunk, names: tuple[str, ...]) -> str | None:
+def mismatch(ours: object, theirs: object, names: tuple[str, ...]) -> str | None:
     """The first of the fields `names` in which they differ, in words."""
     for name in names:
         expected, got = getattr(ours, name), getattr(theirs, name)
@@ -72,6 +68,7 @@ def prompt_sha256(token_ids: tuple[int, ...]) -> bytes:
 @dataclass(frozen=True)
 class Send:
     frame: Frame
+    link: int
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,18 @@ class Refused:
 class Unpack:
     """`Packing.unpack` the chunk into `pages`, then call `unpacked`."""
 
+    link: int
     chunk: Chunk
     pages: list[int]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What came from one sender."""
+
+    link: int
+    reserve: Reserve
+    commit: Commit
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,11 @@ class Start:
 
     request_id: str
     pages: list[int]
-    commit: Commit
+    shares: tuple[Share, ...]
+
+    @property
+    def first_token(self) -> int:
+        return self.shares[0].commit.first_token
 
 
 @dataclass(frozen=True)
@@ -130,11 +141,14 @@ class Begin:
 
 @dataclass(frozen=True)
 class Push:
-    """Pack layers x tokens from `pages` into the staging slot, then send `chunk_frame`."""
+    """Pack the tokens of the block from `pages` into the link's staging slot, then call `pushed`; the pages stay as
+    they are until then.
+    """
 
     request_id: str
+    link: int
     pages: list[int]
-    layers: Range
+    block: Block
     tokens: Range
     staging_slot: int
 
@@ -151,5 +165,5 @@ class Phase(Enum):
     GONE = 6
 
 
-def abort_frame(request_id: str, generation: int, reason: str) -> Send:
-    return Send(Abort(request_id, generation, reason[:256]))
+def abort_frame(link: int, request_id: str, generation: int, reason: str) -> Send:
+    return Send(Abort(request_id, generation, reason[:256]), link)

@@ -1,23 +1,38 @@
 """What KV is on the wire. Both ends compute it, from the two HELLOs; no frame says it, but every CHUNK repeats it."""
 
-from pagewire.transfer.frames import DTYPES, SCALED_DTYPES, Hello
-from pagewire.transfer.handoff import Stored
+from pagewire.transfer.frames import SCALED_DTYPES, Held, Hello
+from pagewire.transfer.handoff import DTYPE_BYTES, Wire, mismatch
+from pagewire.transfer.shares import intersection
 
-_BYTES = dict(zip(DTYPES, (4, 2, 2, 1, 1, 1), strict=True))
 
+def negotiate(ours: Hello, theirs: Hello, checksum_kind: str = "crc32c") -> Wire:
+    """Per group of layers, what both hold, in the dtype that both take: the narrower cache's (P's, if they are as
+    wide), or the other cache's, or the first that D names. Its scales are what P's cache gives: its own, if its bytes
+    go as they are, else one per token and head. D takes any.
 
-def negotiate(p: Hello, d: Hello) -> Stored:
-    """Of the dtypes that both take: the narrower cache's (P's, if they are as wide), or the other cache's, or the
-    first that D names. Its scales are what P's cache gives: its own, if its bytes go as they are, else one per token
-    and head. D takes any.
-
-    Raises ValueError when they take none in common.
+    Raises ValueError, with both values, when they are not of one model and tenant or have nothing in common.
     """
+    if problem := mismatch(ours, theirs, ("fingerprint", "tenant")):
+        raise ValueError(problem)
+    if len(ours.groups) != len(theirs.groups):
+        raise ValueError(f"groups: expected {len(ours.groups)}, got {len(theirs.groups)}")
+    p, d = (ours, theirs) if ours.role == "prefill" else (theirs, ours)
     both = [dtype for dtype in d.wire_dtypes if dtype in p.wire_dtypes]
     if not both:
         raise ValueError(f"wire dtype: D takes {', '.join(d.wire_dtypes)}, P takes {', '.join(p.wire_dtypes)}")
-    caches = sorted((p.cache_dtype, d.cache_dtype), key=_BYTES.__getitem__)
-    dtype = next(dtype for dtype in (*caches, *both) if dtype in both)
-    if dtype == p.cache_dtype:
-        return Stored(dtype, p.cache_scale_kind)
-    return Stored(dtype, "token_head" if dtype in SCALED_DTYPES else "none")
+    groups = []
+    for number, (mine, other) in enumerate(zip(ours.groups, theirs.groups, strict=True)):
+        of_p, of_d = (mine, other) if ours is p else (other, mine)
+        layers, heads = intersection(of_p.layers, of_d.layers), intersection(of_p.heads, of_d.heads)
+        if (0, 0) in (layers, heads):
+            layers = heads = 0, 0
+        elif problem := mismatch(mine, other, ("head_dim", "head_dim_v")):
+            raise ValueError(f"group {number}: {problem}")
+        caches = sorted((of_p.dtype, of_d.dtype), key=DTYPE_BYTES.__getitem__)
+        dtype = next(dtype for dtype in (*caches, *both) if dtype in both)
+        kind = of_p.scale_kind if dtype == of_p.dtype else "token_head" if dtype in SCALED_DTYPES else "none"
+        groups.append(Held(*layers, *heads, of_p.head_dim, of_p.head_dim_v, dtype, kind))
+    if not any(group.layer_stop for group in groups):
+        held = [" and ".join(f"layers {g.layers} x heads {g.heads}" for g in of.groups) for of in (ours, theirs)]
+        raise ValueError(f"nothing is held by both: {held[0]} here, {held[1]} there")
+    return Wire(p.fingerprint, tuple(groups), checksum_kind)

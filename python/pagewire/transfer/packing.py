@@ -1,62 +1,61 @@
-"""Between a paged cache and packed buffers: the part of the KV stream that touches tensors."""
+"""Between paged caches and packed buffers: the part of the KV stream that touches tensors."""
 
-import dataclasses
 import functools
 import hashlib
 import secrets
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 import pagewire as pw
-from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Chunk, Hello, Range, crc32c
-from pagewire.transfer.handoff import Stored, Wire
+from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Block, Chunk, Held, Hello, Range, crc32c
+from pagewire.transfer.negotiation import negotiate
 from pagewire.transfer.shm import STAGING_ALIGN
 from pagewire.types import StoredScaleKind, dtype_name
 
 MAX_CHUNK_BYTES = 4 << 20  # also of a staging slot, unless one token of one layer is more
+Caches = pw.PagedKVCache | Sequence[pw.PagedKVCache | None]  # one per group of layers; None: this side has none of it
 
 
-def new_hello(role: str, cache: pw.PagedKVCache, fingerprint: bytes, wire_dtype: str | None = None) -> Hello:
-    """Of a side that takes `wire_dtype` on the wire, or any. D adds its staging arena."""
-    one = pw.packed_shape(cache, 1)
-    return Hello(
-        role, dtype_name(one.dtype), one.scale_kind, one.num_layers, one.num_heads, one.head_dim, one.head_dim_v,
-        num_slots=0, slot_bytes=0, incarnation=secrets.token_bytes(16), fingerprint=fingerprint,
-        wire_dtypes=(wire_dtype,) if wire_dtype else DTYPES,
-    )  # fmt: skip
+def held(cache: pw.PagedKVCache, layer_start: int = 0, head_start: int = 0) -> Held:
+    """What a rank or stage holds whose cache begins with this layer of its group and this kv head of the model."""
+    of = pw.packed_shape(cache, 1)
+    layers, heads = (layer_start, layer_start + of.num_layers), (head_start, head_start + of.num_heads)
+    return Held(*layers, *heads, of.head_dim, of.head_dim_v, dtype_name(of.dtype), of.scale_kind)
+
+
+def new_hello(
+    role: str, caches: Caches, fingerprint: bytes, wire_dtype: str | None = None, *,
+    groups: tuple[Held, ...] | None = None, tenant: str = "",
+) -> Hello:  # fmt: skip
+    """Of a side that takes `wire_dtype` on the wire, or any. D adds its staging arena. groups: what the caches hold;
+    None: they are the whole model's.
+    """
+    groups = groups or tuple(held(cache) for cache in _each(caches) if cache)
+    wire_dtypes = (wire_dtype,) if wire_dtype else DTYPES
+    return Hello(role, 0, 0, secrets.token_bytes(16), fingerprint, groups, wire_dtypes, tenant)
 
 
 class Packing:
-    """Packs tokens of a request's pages into wire buffers, and unpacks what came."""
+    """Packs tokens of a request's pages into wire buffers, and unpacks what came, over one link."""
 
-    def __init__(
-        self, cache: pw.PagedKVCache, fingerprint: bytes, wire: Stored | None = None, kept: Stored | None = None
-    ) -> None:
-        """
-        wire: as negotiated; None: the cache's own. A Packing that packs must be of the side whose scales these are.
-        kept: of P, what D's cache is: its digests are of that.
-        """
-        self._cache = cache
-        self._kept = kept
-        self._dtype = getattr(torch, wire.dtype) if wire else cache.geometry.dtype
-        one = self._one = pw.packed_shape(cache, 1, dtype=self._dtype)
-        if wire:
-            one = self._one = dataclasses.replace(one, scale_kind=cast(StoredScaleKind, wire.scale_kind))
+    def __init__(self, caches: Caches, ours: Hello, theirs: Hello, checksum_kind: str = "crc32c") -> None:
+        """All caches have the same pages. Raises ValueError as `negotiate` does."""
+        self.wire = negotiate(ours, theirs, checksum_kind)
+        self._caches = _each(caches)
+        self._ours = ours.groups
+        self._kept = theirs.groups if ours.role == "prefill" else None  # what D's cache is: the digests are of that
+        most = max(self.wire.packed_bytes(g, 1, of.head_stop - of.head_start, 1) for g, of in enumerate(self._ours))
         # what `unpack` reads into, and as what chunk; pages of memory that nobody touches are none
-        self._private = torch.empty(max(MAX_CHUNK_BYTES, one.num_bytes), dtype=torch.uint8)
-        self._payload = functools.lru_cache(64)(lambda *block: pw.PackedKV.wrap(self._private, self._shape(*block)))
-        self._shape = functools.lru_cache(256)(self._new_shape)
+        self._private = torch.empty(max(MAX_CHUNK_BYTES, most), dtype=torch.uint8)
+        self._payload = functools.lru_cache(64)(self._new_payload)
         self._slots = functools.lru_cache(64)(self._new_slots)
-        self.wire = Wire(
-            fingerprint, one.num_layers, one.num_heads, one.head_dim, one.head_dim_v,
-            dtype_name(one.dtype), one.scale_kind, self._packed_bytes,
-        )  # fmt: skip
 
-    def pack(self, pages: list[int], layers: Range, tokens: Range, out: Tensor) -> tuple[int, int]:
-        """Into the head of `out`, uint8; returns the bytes used and their CRC32C."""
-        num_bytes = self._pack(pages, layers, tokens, out).num_bytes
+    def pack(self, pages: list[int], block: Block, tokens: Range, out: Tensor) -> tuple[int, int]:
+        """Into the head of `out`, uint8; returns the bytes used and their checksum."""
+        num_bytes = self._pack(pages, block, tokens, out).num_bytes
         return num_bytes, crc32c(out[:num_bytes].numpy())
 
     def unpack(self, chunk: Chunk, pages: list[int], staging: Tensor) -> str | None:
@@ -64,9 +63,10 @@ class Packing:
 
         It is read once: P can still write there, so what is unpacked is the very copy that was verified.
         """
-        if chunk.checksum_kind != "crc32c":
-            return f"CHUNK: checksum_kind: expected crc32c, got {chunk.checksum_kind}"
-        packed = self._payload(*(stop - start for start, stop in chunk.block))
+        if chunk.checksum_kind != self.wire.checksum_kind:
+            return f"CHUNK: checksum_kind: expected {self.wire.checksum_kind}, got {chunk.checksum_kind}"
+        block, tokens = chunk.block, chunk.tokens
+        packed = self._payload(block.group, *(stop - start for start, stop in (block.layers, block.heads, tokens)))
         if not chunk.payload_bytes == packed.num_bytes <= len(staging):
             expected = f"{packed.num_bytes} in a staging slot of {len(staging)}"
             return f"CHUNK: payload_bytes: expected {expected}, got {chunk.payload_bytes}"
@@ -74,30 +74,29 @@ class Packing:
         found = crc32c(packed.buffer.numpy())
         if found != chunk.checksum:
             return f"CHUNK: payload CRC32C: expected {chunk.checksum:#010x}, got {found:#010x}"
-        layers, heads, tokens = chunk.block
-        pw.unpack_kv(packed, self._cache, self._slots(tuple(pages), *tokens), layers=layers, heads=heads)
+        cache, slots = self._cache(block.group), self._slots(tuple(pages), *tokens)
+        layers, heads = self._local(block)
+        pw.unpack_kv(packed, cache, slots, layers=layers, heads=heads)
         return None
 
-    def digests(self, pages: list[int], num_tokens: int) -> tuple[bytes, ...]:
-        """SHA-256 per layer of what D's cache keeps of tokens [0, num_tokens), packed as it is. P finds it out by
-        unpacking its own; () where it cannot, since D's scales belong to more than a token or V lies within K.
+    def digests(self, pages: list[int], blocks: Sequence[Block], tokens: Range) -> tuple[bytes, ...]:
+        """SHA-256 per layer of each block of what D's cache keeps of the tokens, packed as it is. P finds it out by
+        unpacking its own. Without the blocks where it cannot, since D's scales belong to more than a token or V lies
+        within K.
         """
-        layers = [(layer, layer + 1) for layer in range(self.wire.num_layers)]
-        if self._kept is None:
-            slots = self._slots(tuple(pages), 0, num_tokens)
-            return tuple(_sha256(pw.pack_kv(self._cache, slots, layers=layer)) for layer in layers)
-        geometry = self._cache.geometry
-        if self._kept.scale_kind in ("tensor", "head") or geometry.shares_kv:
-            return ()
-        like_d = pw.PagedKVCache.allocate(
-            num_layers=1, num_pages=1, page_size=num_tokens, num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim, head_dim_v=geometry.head_dim_v, dtype=getattr(torch, self._kept.dtype),
-            device=self._cache.device, scale=cast(StoredScaleKind, self._kept.scale_kind),
-        )  # fmt: skip
-        digests, slots = [], torch.arange(num_tokens)
-        for layer in layers:
-            pw.unpack_kv(self._pack(pages, layer, (0, num_tokens)), like_d, slots)
-            digests.append(_sha256(pw.pack_kv(like_d, slots)))
+        slots, digests = self._slots(tuple(pages), *tokens), []
+        for block in blocks:
+            kept = (self._kept or self._ours)[block.group]
+            if kept.scale_kind in ("tensor", "head") or not kept.head_dim_v:
+                continue
+            for layer in range(*block.layers):
+                one = Block(block.group, layer, layer + 1, *block.heads)
+                if self._kept is None:
+                    of_layer, heads = self._local(one)
+                    packed = pw.pack_kv(self._cache(block.group), slots, layers=of_layer, heads=heads)
+                else:
+                    packed = _as_kept(self._pack(pages, one, tokens), kept)
+                digests.append(hashlib.sha256(packed.buffer.numpy().data).digest())
         return tuple(digests)
 
     def staging(self, staging_bytes: int, chunk_tokens: int) -> tuple[int, int]:
@@ -106,9 +105,10 @@ class Packing:
 
         Raises ValueError when that is not even one token of one layer.
         """
-        heads = self.wire.num_kv_heads
-        token_bytes = self._packed_bytes(1, heads, 1)
-        wanted = min(self._packed_bytes(self.wire.num_layers, heads, chunk_tokens), max(MAX_CHUNK_BYTES, token_bytes))
+        blocks = [Block(number, *of.layers, *of.heads) for number, of in enumerate(self.wire.groups) if of.layer_stop]
+        token_bytes = max(self.wire.packed_bytes(of.group, 1, of.head_stop - of.head_start, 1) for of in blocks)
+        all_layers = max(self.wire.block_bytes(block, chunk_tokens) for block in blocks)
+        wanted = min(all_layers, max(MAX_CHUNK_BYTES, token_bytes))
         aligned = -(-wanted // STAGING_ALIGN) * STAGING_ALIGN
         staging_slot_bytes = min(aligned, staging_bytes // 4 // STAGING_ALIGN * STAGING_ALIGN)
         if staging_slot_bytes < token_bytes:
@@ -118,22 +118,48 @@ class Packing:
             )
         return min(staging_bytes // staging_slot_bytes, MAX_STAGING_SLOTS), staging_slot_bytes
 
-    def _pack(self, pages: list[int], layers: Range, tokens: Range, out: Tensor | None = None) -> pw.PackedKV:
-        slots = self._slots(tuple(pages), *tokens)
-        packed = pw.pack_kv(self._cache, slots, layers=layers, dtype=self._dtype, out=out)
-        if packed.scale_kind != self.wire.scale_kind:
-            raise ValueError(f"wire: this cache packs scale kind {packed.scale_kind}, not {self.wire.scale_kind}")
+    def _cache(self, group: int) -> pw.PagedKVCache:
+        cache = self._caches[group]
+        assert cache is not None, f"group {group} is not held here"
+        return cache
+
+    def _local(self, block: Block) -> tuple[Range, Range]:
+        """Layers and heads as our cache of the group counts them."""
+        of = self._ours[block.group]
+        layers = block.layer_start - of.layer_start, block.layer_stop - of.layer_start
+        return layers, (block.head_start - of.head_start, block.head_stop - of.head_start)
+
+    def _pack(self, pages: list[int], block: Block, tokens: Range, out: Tensor | None = None) -> pw.PackedKV:
+        of, slots = self.wire.groups[block.group], self._slots(tuple(pages), *tokens)
+        layers, heads = self._local(block)
+        dtype = getattr(torch, of.dtype)
+        packed = pw.pack_kv(self._cache(block.group), slots, layers=layers, heads=heads, dtype=dtype, out=out)
+        if packed.scale_kind != of.scale_kind:
+            raise ValueError(f"wire: this cache packs scale kind {packed.scale_kind}, not {of.scale_kind}")
         return packed
 
-    def _packed_bytes(self, num_layers: int, num_heads: int, num_tokens: int) -> int:
-        return self._shape(num_layers, num_heads, num_tokens).num_bytes
-
-    def _new_shape(self, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedShape:
-        return dataclasses.replace(self._one, num_layers=num_layers, num_heads=num_heads, num_tokens=num_tokens)
+    def _new_payload(self, group: int, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedKV:
+        of = self.wire.groups[group]
+        dtype, kind = getattr(torch, of.dtype), cast(StoredScaleKind, of.scale_kind)
+        shape = pw.PackedShape(num_layers, num_heads, num_tokens, of.head_dim, of.head_dim_v, dtype, kind)
+        return pw.PackedKV.wrap(self._private, shape)
 
     def _new_slots(self, pages: tuple[int, ...], start: int, stop: int) -> Tensor:
-        return pw.page_slots(torch.tensor(pages), start, stop, self._cache.page_size)
+        page_size = next(cache.page_size for cache in self._caches if cache)
+        return pw.page_slots(torch.tensor(pages), start, stop, page_size)
 
 
-def _sha256(packed: pw.PackedKV) -> bytes:
-    return hashlib.sha256(packed.buffer.numpy().data).digest()
+def _each(caches: Caches) -> tuple[pw.PagedKVCache | None, ...]:
+    return (caches,) if isinstance(caches, pw.PagedKVCache) else tuple(caches)
+
+
+def _as_kept(packed: pw.PackedKV, kept: Held) -> pw.PackedKV:
+    """A layer as a cache like D's gives it back."""
+    _, num_heads, num_tokens, _ = packed.k.shape
+    like_d = pw.PagedKVCache.allocate(
+        num_layers=1, num_pages=1, page_size=num_tokens, num_kv_heads=num_heads, head_dim=kept.head_dim,
+        head_dim_v=kept.head_dim_v, dtype=getattr(torch, kept.dtype), device=packed.buffer.device,
+        scale=cast(StoredScaleKind, kept.scale_kind),
+    )  # fmt: skip
+    pw.unpack_kv(packed, like_d, slots := torch.arange(num_tokens))
+    return pw.pack_kv(like_d, slots)

@@ -3,14 +3,12 @@ of the one into the same of the other. In clear only to this machine itself, ove
 """
 
 import errno
-import ipaddress
 import os
 import socket
 from typing import Any
-from urllib.parse import urlsplit
 
 from pagewire.transfer.frames import Chunk, Frame, Hello
-from pagewire.transfer.tls import Tls, secure
+from pagewire.transfer.tls import Tls, resolve, secure
 from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
 
 # seconds, but the last: one that is gone without a word is noticed within half a minute, and one that takes nothing of
@@ -30,7 +28,7 @@ class TcpTransport(Transport):
         try:
             if tls:
                 sock = secure(tls.context(server_side=False), sock, "decode", server_side=False)
-            _prepare(sock)
+            prepare(sock)
             code = sock.connect_ex(where)
             if code not in (0, errno.EINPROGRESS):
                 raise OSError(code, os.strerror(code))
@@ -59,29 +57,13 @@ class TcpListener(Listener):
         super().__init__(sock, bound, hello, staging, name)
 
     def serve(self, sock: socket.socket) -> Transport:
-        _prepare(sock)
+        prepare(sock)
         if self._context:
             sock = secure(self._context, sock, "prefill", server_side=True)
         return TcpTransport(sock, self.name, Staging(*self.staging))
 
 
-def resolve(address: str, tls: Tls | None, flags: int = 0) -> tuple[socket.AddressFamily, Any]:
-    """The first address of tcp://host:port. Raises ValueError, also when it may not be used without TLS."""
-    try:
-        parts = urlsplit(address)
-        if parts.scheme != "tcp" or not parts.hostname or parts.port is None or parts.path:
-            raise ValueError
-        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=flags)
-    except (ValueError, OSError) as error:
-        host = "an IP address" if flags & socket.AI_NUMERICHOST else "a host or IP address"
-        raise ValueError(f"address: expected tcp://host:port with {host}, got {address}") from error
-    family, _, _, _, where = found[0]
-    if not tls and not ipaddress.ip_address(where[0]).is_loopback:
-        raise ValueError(f"{address}: expected TLS (a CA, a certificate and a key), or a loopback address")
-    return family, where
-
-
-def _prepare(sock: socket.socket) -> None:
+def prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _OPTIONS.items():

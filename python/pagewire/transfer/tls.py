@@ -1,11 +1,15 @@
-"""TLS 1.3 both ways: each side's certificate is of one CA, and names the role that the other expects of it."""
+"""TLS 1.3 both ways: each side's certificate is of one CA, and names the role that the other expects of it. In clear
+only on this machine.
+"""
 
 import errno
+import ipaddress
 import os
 import socket
 import ssl
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 DOMAIN = ".pagewire"  # of the DNS name in a certificate: prefill.pagewire, decode.pagewire, front.pagewire
 
@@ -34,6 +38,22 @@ class Tls:
         except OSError as error:
             raise ValueError(f"TLS: expected {what}: {error.strerror or error}") from error
         return context
+
+
+def resolve(address: str, tls: Tls | None, flags: int = 0) -> tuple[socket.AddressFamily, Any]:
+    """The first address of tcp://host:port. Raises ValueError, also when it may not be used without TLS."""
+    try:
+        parts = urlsplit(address)
+        if parts.scheme != "tcp" or not parts.hostname or parts.port is None or parts.path:
+            raise ValueError
+        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=flags)
+    except (ValueError, OSError) as error:
+        host = "an IP address" if flags & socket.AI_NUMERICHOST else "a host or IP address"
+        raise ValueError(f"address: expected tcp://host:port with {host}, got {address}") from error
+    family, _, _, _, where = found[0]
+    if not tls and not ipaddress.ip_address(where[0]).is_loopback:
+        raise ValueError(f"{address}: expected TLS (a CA, a certificate and a key), or a loopback address")
+    return family, where
 
 
 def secure(context: ssl.SSLContext, sock: socket.socket, role: str, server_side: bool) -> ssl.SSLSocket:

@@ -1,44 +1,39 @@
-"""One life of a model process, as the front sees it: started, heard, told to end, buried."""
+"""A model process that we start, on this machine."""
 
 import asyncio
 import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 
 import msgspec
 
 from pagewire.serve.channel import AsyncChannel
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
-from pagewire.serve.messages import Gauges, Ready, Shutdown, WorkerMessage
-from pagewire.transfer.channel import ChannelClosed
+from pagewire.serve.front.worker import Worker
+from pagewire.serve.messages import Shutdown, WorkerMessage
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.serve.worker")
 EXIT_TIMEOUT_S = 3.0  # from Shutdown, or from the end of its channel, to the process's end
-BEATING_S = 5.0  # /health believes a process that was heard within this
 MAX_LINE = 4096  # bytes of a line of its stderr that are passed on
 
 
-class WorkerProcess:
-    """The process, the channel to it, and what is known of its health."""
+def thread_environment(config: WorkerConfig) -> dict[str, str]:
+    """Read by the libraries of a model process as they are loaded."""
+    threads = str(config.num_threads)
+    return os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
+
+class WorkerProcess(Worker):
     def __init__(self, role: str, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
-        self.role = role
+        super().__init__(role, role, channel)
         self.process = process
-        self.channel = channel
-        self.ready: Ready | None = None
-        self.last_words = ""
-        self.started = self._heard = self._progressed = time.monotonic()
-        self._progress = -1
-        self._killed_for = ""
+        self._stderr: asyncio.Future[None] | None = None
 
     @classmethod
     async def spawn(cls, role: str, config: WorkerConfig) -> "WorkerProcess":
         """Raises OSError."""
-        threads = str(config.num_threads)
-        env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             args = ["--role", role, "--config-json", msgspec.json.encode(config).decode()]
@@ -49,7 +44,7 @@ class WorkerProcess:
                     "--control-fd",
                     str(theirs.fileno()),
                     pass_fds=[theirs.fileno()],
-                    env=env,
+                    env=thread_environment(config),
                     stdin=asyncio.subprocess.DEVNULL,
                     stderr=asyncio.subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C reaches us alone; we tell them
@@ -59,26 +54,19 @@ class WorkerProcess:
                 raise
         return cls(role, process, await AsyncChannel.open(ours))
 
-    async def live(self, on_message: Callable[["WorkerProcess", WorkerMessage], None]) -> None:
-        """Until its channel or the process ends; nothing of it is left then."""
-        stderr = asyncio.ensure_future(self._read_stderr())
-        try:
-            async for message in self.channel:
-                self._hear(message)
-                on_message(self, message)
-        except (ChannelClosed, msgspec.MsgspecError) as error:
-            self.last_words = f"sent a frame that does not parse: {error}"
-        finally:
-            await self._bury(stderr)
+    async def live(self, on_message: Callable[[Worker, WorkerMessage], None]) -> None:
+        self._stderr = asyncio.ensure_future(self._read_stderr())
+        await super().live(on_message)
 
-    async def _bury(self, stderr: "asyncio.Future[None]") -> None:
+    async def _bury(self) -> None:
         ended = asyncio.ensure_future(self.process.wait())
         await asyncio.wait([ended], timeout=EXIT_TIMEOUT_S)
         if self.process.returncode is None:
             self.process.kill()
             await ended
-        await asyncio.wait([stderr], timeout=EXIT_TIMEOUT_S)
-        stderr.cancel()
+        assert self._stderr is not None
+        await asyncio.wait([self._stderr], timeout=EXIT_TIMEOUT_S)
+        self._stderr.cancel()
         await self.channel.close()
 
     def end(self) -> None:
@@ -90,18 +78,8 @@ class WorkerProcess:
             self._kill()
 
     @property
-    def beating(self) -> bool:
-        now = time.monotonic()
-        return self.ready is not None and now - min(self._heard, self._progressed) < BEATING_S
-
-    def kill_if_late(self, start_timeout_s: float, worker_timeout_s: float) -> None:
-        now = time.monotonic()
-        if self.ready is None and now - self.started > start_timeout_s:
-            self._kill_for(f"was not ready within {start_timeout_s:g} s")
-        elif self.ready and now - min(self._heard, self._progressed) > worker_timeout_s:
-            # who beat until just now and has stood still for long works on nothing
-            silent = now - self._heard > worker_timeout_s / 2
-            self._kill_for(f"{'said nothing' if silent else 'came no further'} for {worker_timeout_s:g} s")
+    def hopeless(self) -> bool:
+        return self.process.returncode == EXIT_BAD_CONFIG
 
     def obituary(self) -> str:
         code = self.process.returncode
@@ -114,22 +92,6 @@ class WorkerProcess:
             how = f"{self._killed_for} and was killed"
         why = f": {self.last_words}" if self.ready is None and self.last_words else ""
         return f"the {self.role} process (pid {self.process.pid}) {how}{why}"
-
-    def _hear(self, message: WorkerMessage) -> None:
-        self._heard = time.monotonic()
-        match message:
-            case Ready():
-                self.ready = message
-                self._progressed = self._heard
-            case Gauges(progress=progress, num_running=num_running):
-                if progress != self._progress or num_running == 0:
-                    self._progressed = self._heard
-                self._progress = progress
-
-    def _kill_for(self, why: str) -> None:
-        if not self._killed_for:
-            self._killed_for = why
-            self._kill()
 
     def _kill(self) -> None:
         if self.process.returncode is None:

@@ -5,17 +5,31 @@ link that its KV travels on, a new attempt is made of the prompt and what was em
 and position alone, so the new one goes on where the old one was. A client notices a pause.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import msgspec
 
 from pagewire.serve.front.openai import server_error
 from pagewire.serve.front.output import Output
-from pagewire.serve.front.process import WorkerProcess
+from pagewire.serve.front.worker import Worker
 from pagewire.serve.messages import Cancel, Failed, Finished, Submit, Token, WorkerMessage
 
 MAX_LOSSES = 3  # attempts in a row in which D emitted no token: such a request may be what kills the process
 SUSPECT_LOSSES = 2  # from here on such requests are tried one at a time, so that they do not cost each other attempts
+
+
+class _Place(NamedTuple):
+    """Where an attempt is computed."""
+
+    decode: Worker
+    prefill: Worker | None  # None: D prefills it too
+    link: int  # from P to D; 0: none
+
+    @property
+    def holders(self) -> tuple[Worker, ...]:
+        """D comes first: it reserves before P writes."""
+        return (self.decode, self.prefill) if self.prefill else (self.decode,)
 
 
 class Routing:
@@ -24,27 +38,25 @@ class Routing:
     def __init__(self, recover: bool) -> None:
         self.num_recovered = 0
         self._recover = recover
-        self._decode: WorkerProcess | None = None
-        self._prefill: WorkerProcess | None = None  # linked to `_decode`
-        self._link = 0
+        self._links: dict[Worker, dict[int, Worker]] = {}  # a D that takes requests -> by link, the P's joined with it
         self._outputs: dict[str, Output] = {}  # by their attempt's id
-        self._holders: dict[str, tuple[WorkerProcess, ...]] = {}  # (D) or (D, P); what is not in here waits
+        self._places: dict[str, _Place] = {}  # what is not in here waits
         self._suspect = ""  # the attempt that is tried while others like it wait
 
-    def up(self, decode: WorkerProcess, prefill: WorkerProcess | None, link: int) -> None:
-        """What waits goes to these; link 0: D is alone."""
-        self._decode, self._prefill, self._link = decode, prefill, link
+    def up(self, decode: Worker, prefills: Mapping[int, Worker]) -> None:
+        """D takes requests, with these P's by link or alone; what waits is handed out."""
+        self._links[decode] = dict(prefills)
         self._hand_out_waiting()
 
-    def prefill_lost(self, reason: str) -> None:
-        """P or its link is gone. What D decodes goes on; what D has not heard the last of is computed by D."""
-        self._prefill, self._link = None, 0
-        lost = [i for i, holders in self._holders.items() if len(holders) == 2 and self._outputs[i].needs_prefill]
-        self._again(lost, reason)
+    def links_lost(self, links: set[int], reason: str) -> None:
+        """What D decodes goes on; what D has not heard the last of is computed anew."""
+        for decode, prefills in self._links.items():
+            self._links[decode] = {link: prefill for link, prefill in prefills.items() if link not in links}
+        self._again((i for i, place in self._places.items() if place.link in links), reason, if_needs_prefill=True)
 
-    def decode_lost(self, reason: str) -> None:
-        self._decode = self._prefill = None
-        self._again(list(self._holders), reason)
+    def decode_lost(self, decode: Worker, reason: str) -> None:
+        self._links.pop(decode, None)
+        self._again((i for i, place in self._places.items() if place.decode is decode), reason)
 
     def submit(self, output: Output) -> None:
         self._outputs[output.attempt.request_id] = output
@@ -54,7 +66,7 @@ class Routing:
         if self._outputs.pop(attempt_id, None) is not None:
             self._withdraw(attempt_id)
 
-    def receive(self, worker: WorkerProcess, message: WorkerMessage) -> None:
+    def receive(self, worker: Worker, message: WorkerMessage) -> None:
         match message:
             case Token(attempt_id, index, token_id):
                 if output := self._outputs.get(attempt_id):
@@ -74,14 +86,19 @@ class Routing:
                     self.cancel(attempt_id)
 
     def fail_all(self, reason: str) -> None:
-        outputs, self._outputs, self._holders, self._suspect = self._outputs, {}, {}, ""
+        outputs, self._outputs, self._places, self._suspect = self._outputs, {}, {}, ""
         for output in outputs.values():
             output.fail(server_error(reason))
 
-    def _again(self, attempt_ids: Iterable[str], reason: str, *, alone: bool = False) -> None:
+    def _again(
+        self, attempt_ids: Iterable[str], reason: str, *, alone: bool = False, if_needs_prefill: bool = False
+    ) -> None:
         """New attempts for those that were lost. alone: without P, whose push has failed."""
-        for attempt_id in attempt_ids:
-            output = self._outputs.pop(attempt_id)
+        for attempt_id in list(attempt_ids):
+            output = self._outputs[attempt_id]
+            if if_needs_prefill and not output.needs_prefill:
+                continue
+            del self._outputs[attempt_id]
             self._withdraw(attempt_id)
             if output.restart():
                 continue
@@ -97,34 +114,41 @@ class Routing:
                 self._hand_out(output, alone=alone)
 
     def _hand_out(self, output: Output, *, alone: bool = False) -> None:
-        """D comes first: it reserves before P writes."""
         attempt = output.attempt
-        if self._decode is None:
+        if not self._links:
             return
         if output.num_losses >= SUSPECT_LOSSES:
             if self._suspect:
                 return
             self._suspect = attempt.request_id
-        if self._prefill is None or alone:
-            self._holders[attempt.request_id] = (self._decode,)
-            self._decode.channel.send(attempt)
-            return
-        holders = self._holders[attempt.request_id] = (self._decode, self._prefill)
-        for worker in holders:
-            worker.channel.send(msgspec.structs.replace(attempt, link=self._link))
+        place = self._places[attempt.request_id] = self._least_loaded(alone)
+        for worker in place.holders:
+            worker.channel.send(msgspec.structs.replace(attempt, link=place.link))
+
+    def _least_loaded(self, alone: bool) -> _Place:
+        """By requests: a D counts all of its own, a P those whose prompts may still be on their way."""
+        decoding = [place.decode for place in self._places.values()]
+        decode = min(self._links, key=decoding.count)
+        prefills = self._links[decode]
+        if alone or not prefills:
+            return _Place(decode, None, 0)
+        prefilling = [place.prefill for i, place in self._places.items() if self._outputs[i].needs_prefill]
+        link = min(prefills, key=lambda link: prefilling.count(prefills[link]))
+        return _Place(decode, prefills[link], link)
 
     def _withdraw(self, attempt_id: str) -> None:
         def unsent(message: object) -> bool:
             return isinstance(message, Submit) and message.request_id == attempt_id
 
-        for worker in self._holders.pop(attempt_id, ()):
+        place = self._places.pop(attempt_id, None)
+        for worker in place.holders if place else ():
             if not worker.channel.withdraw(unsent):
                 worker.channel.send(Cancel(attempt_id))
         self._cleared(attempt_id)
 
     def _forget_ended(self, output: Output) -> None:
         if output.outcome and self._outputs.pop(output.attempt.request_id, None) is not None:
-            self._holders.pop(output.attempt.request_id, None)
+            self._places.pop(output.attempt.request_id, None)
             self._cleared(output.attempt.request_id)
 
     def _cleared(self, attempt_id: str) -> None:
@@ -134,5 +158,5 @@ class Routing:
 
     def _hand_out_waiting(self) -> None:
         for attempt_id, output in list(self._outputs.items()):
-            if attempt_id not in self._holders:
+            if attempt_id not in self._places:
                 self._hand_out(output)

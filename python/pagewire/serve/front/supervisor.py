@@ -1,25 +1,24 @@
-"""Keeps P and D (or one colocated process) alive, each for itself, and joins them anew whenever one was started."""
+"""Keeps the model processes, each for itself, and says which of them take requests."""
 
 import asyncio
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
 
-from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
+from pagewire.serve.config import WorkerConfig
+from pagewire.serve.front.links import Links, backoff_s
 from pagewire.serve.front.openai import server_error
 from pagewire.serve.front.output import Output
-from pagewire.serve.front.process import WorkerProcess
 from pagewire.serve.front.routing import Routing
-from pagewire.serve.messages import Events, Gauges, Linked, Pair, Ready, Unlinked, WorkerMessage
+from pagewire.serve.front.worker import Worker
+from pagewire.serve.messages import Events, Gauges, Linked, Ready, Unlinked, WorkerMessage
+from pagewire.transfer.channel import ChannelClosed
 
 WATCH_S = 0.1  # between two looks at the clocks
 STABLE_S = 30.0  # a process that was up for so long starts its backoff again
-BACKOFF_S = 0.25  # doubles with every restart in a row
-MAX_BACKOFF_S = 10.0
-PAIRING_S = 5.0  # from both processes' Ready to their link; meanwhile requests wait for it
 MAX_MISSES = 3  # failed starts, or failed links, in a row: then nobody is made to wait for another one
 
 _STARTING = "the model processes are starting"
@@ -34,41 +33,45 @@ class Supervisor:
     def __init__(
         self,
         config: WorkerConfig,
+        sources: Mapping[str, Callable[[], Awaitable[Worker]]],
         *,
-        colocated: bool,
         recover: bool,
         on_events: Callable[[Events], None],
         on_gauges: Callable[[Gauges], None],
         forget: Callable[[str], None],
     ) -> None:
-        self.roles = ("colocated",) if colocated else ("decode", "prefill")
-        self.workers: dict[str, WorkerProcess] = {}  # that live
-        self.limits: Ready | None = None  # the smaller of both for every limit; None: never was a whole pair
+        """sources: by name, how one life of a process begins. "prefill", "decode" or "colocated" is one that we start:
+        its first start must not fail. "prefill@HOST:PORT" is one that others start: it may be there later."""
+        self.workers: dict[str, Worker] = {}  # that live
+        self.limits: Ready | None = None  # the smallest of every limit; None: nobody ever took requests
         self.num_restarts = 0
         self.routing = Routing(recover)
         self._config = config
+        self._sources = sources
+        self._remote = any("@" in name for name in sources)
+        self._links = Links(self._on_change, self._on_links_lost)
         self._on_events, self._on_gauges, self._forget = on_events, on_gauges, forget
         self._stopping = asyncio.Event()
         self._closed = ""  # why no request is taken any more
-        self._broken = ""  # why the process that decodes cannot be started again
-        self._misfit: asyncio.Future[str | None] | None = None  # why P and D were never joined
-        self._misses = 0  # links in a row that ended before they stood
-        self._link = 0  # the number of the latest attempt to join P and D
-        self._linked: set[str] = set()  # roles that have said so of it
+        self._broken: dict[str, str] = {}  # who cannot be started or reached, and why
+        self._fingerprint = ""  # of the first process's model
+        self._misfit: asyncio.Future[str | None] | None = None  # why our P and D were never joined
 
     @property
     def reason(self) -> str | None:
-        """Why not every part of the server beats; None: a whole pair does."""
-        missing = [role for role in self.roles if role not in self.workers or not self.workers[role].beating]
+        """Why no whole pair beats; None: one does."""
         if self._closed or self.limits is None:
             return self._closed or _STARTING
+        if self._links.beating or (not self._names("prefill") and any(w.beating for w in self.workers.values())):
+            return None
+        missing = [name for name in self._sources if name not in self.workers or not self.workers[name].beating]
         if missing:
-            return self._broken or f"the {' and the '.join(missing)} process does not answer or is restarting"
-        return None if self._whole else "the processes are being joined"
+            return self._hopeless or f"the {' and the '.join(missing)} process does not answer or is restarting"
+        return "the processes are being joined"
 
     def submit(self, output: Output) -> None:
         """Raises ApiError 503 while no process is there for it and none is expected."""
-        if why := self._closed or self._broken or ("" if self.limits else _STARTING):
+        if why := self._closed or self._hopeless or ("" if self.limits else _STARTING):
             raise server_error(why)
         self.routing.submit(output)
 
@@ -90,8 +93,8 @@ class Supervisor:
         self.routing.fail_all(self._closed)
 
     async def run(self) -> str | None:
-        """Until `stop()`, or returns why it cannot go on: only a first start is not retried."""
-        keepers = [asyncio.ensure_future(self._keep(role)) for role in self.roles]
+        """Until `stop()`, or returns why it cannot go on: only a first start of our own is not retried."""
+        keepers = [asyncio.ensure_future(self._keep(name)) for name in self._sources]
         watch = asyncio.ensure_future(self._watch())
         stopped = asyncio.ensure_future(self._sleep(None))
         self._misfit = asyncio.get_running_loop().create_future()
@@ -107,33 +110,48 @@ class Supervisor:
             await asyncio.wait(keepers)
             self.routing.fail_all(self._closed or "the server has ended")
 
-    async def _keep(self, role: str) -> str | None:
-        """One life of the role's process after the other, until `stop()`; returns why its first start failed."""
+    def _names(self, role: str) -> list[str]:
+        return [name for name in self._sources if name.partition("@")[0] == role]
+
+    @property
+    def _hopeless(self) -> str:
+        """Why nobody should wait for a process that decodes; "": there is one, or will be."""
+        decodes = self._names("decode") or self._names("colocated")
+        return self._broken[decodes[0]] if all(name in self._broken for name in decodes) else ""
+
+    async def _keep(self, name: str) -> str | None:
+        """One life of the process after the other, until `stop()`; returns why its first start failed."""
         in_a_row = num_unready = 0
+        said = ""
         while not self._stopping.is_set():
             started, was_ready, hopeless = time.monotonic(), False, False
+            worker = None
             try:
-                worker = await WorkerProcess.spawn(role, self._config)
+                worker = await self._sources[name]()
             except OSError as error:
-                reason = f"the {role} process cannot be started: {error}"
+                reason = f"the {name} process cannot be {'reached' if self._remote else 'started'}: {error}"
             else:
-                self.workers[role] = worker
+                self.workers[name] = worker
                 if self._stopping.is_set():
                     worker.end()
                 await worker.live(self._receive)
-                del self.workers[role]
-                was_ready, reason = worker.ready is not None, worker.obituary()
-                hopeless = worker.process.returncode == EXIT_BAD_CONFIG
+                del self.workers[name]
+                was_ready, reason, hopeless = worker.ready is not None, worker.obituary(), worker.hopeless
             if self._stopping.is_set():
                 return None
-            if self.limits is None and not was_ready:
+            if self.limits is None and not was_ready and not self._remote:
                 return reason
-            self.num_restarts += 1
-            print(f"pagewire: {reason}; restarting", file=sys.stderr, flush=True)
+            self.num_restarts += was_ready or not self._remote
             num_unready = 0 if was_ready else num_unready + 1
-            self._on_end(role, reason, broken=not was_ready and (hopeless or num_unready >= MAX_MISSES))
+            if reason != said or was_ready:
+                print(f"pagewire: {reason}; {'trying again' if self._remote else 'restarting'}",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            said = reason
+            if not was_ready and (hopeless or num_unready >= MAX_MISSES):
+                self._broken[name] = reason  # it will be tried again, but nobody should wait for that
+            self._on_end(name, worker, reason)
             in_a_row = 1 if time.monotonic() - started > STABLE_S else in_a_row + 1
-            await self._sleep(_backoff_s(in_a_row))
+            await self._sleep(backoff_s(in_a_row))
         return None
 
     async def _sleep(self, seconds: float | None) -> None:
@@ -149,96 +167,52 @@ class Supervisor:
             for worker in list(self.workers.values()):
                 worker.kill_if_late(self._config.start_timeout_s, self._config.worker_timeout_s)
 
-    def _on_end(self, role: str, reason: str, *, broken: bool) -> None:
-        self._forget(role)
-        self._unlink()
-        if role == "prefill":
-            self.routing.prefill_lost(reason)
-            self._serve_alone()
-            return
-        self.routing.decode_lost(reason)
-        if broken:  # it will be tried again, but nobody should wait for that
-            self._broken = reason
+    def _on_end(self, name: str, worker: Worker | None, reason: str) -> None:
+        self._forget(name)
+        if worker is not None:
+            self._links.remove(worker, reason)
+            self.routing.decode_lost(worker, reason)
+        if self._hopeless:
             self.routing.fail_all(reason)
 
-    def _receive(self, worker: WorkerProcess, message: WorkerMessage) -> None:
+    def _receive(self, worker: Worker, message: WorkerMessage) -> None:
         match message:
             case Events():
-                self._on_events(message)
+                self._on_events(worker.dated(message))
             case Gauges():
-                self._on_gauges(message)
-            case Ready():
-                self._on_ready(worker)
-            case Linked(number):
-                if number == self._link:
-                    self._linked.add(worker.role)
-                    if self._whole:
-                        self._on_whole()
-            case Unlinked(number, reason):
-                if number == self._link:
-                    self._on_unlinked(reason)
+                self._on_gauges(msgspec.structs.replace(message, role=worker.name))
+            case Ready(fingerprint=fingerprint):
+                self._fingerprint = self._fingerprint or fingerprint
+                if fingerprint != self._fingerprint:
+                    raise ChannelClosed(f"has another model: expected {self._fingerprint}, got {fingerprint}")
+                self._broken.pop(worker.name, None)
+                self._links.add(worker)
+            case Linked() | Unlinked():
+                self._links.receive(worker, message)
             case _:
                 self.routing.receive(worker, message)
 
-    def _on_ready(self, worker: WorkerProcess) -> None:
-        if worker.role != "prefill":
-            self._broken = ""
-        if len(self.roles) == 1:
-            self._on_whole()
-        elif not self._pair(self._link):
-            self._serve_alone()
-
-    @property
-    def _whole(self) -> bool:
-        return len(self.roles) == 1 or len(self._linked) == 2
-
-    def _pair(self, after: int) -> bool:
-        """Tells P and D of each other, if both are there and nothing was done since `after`; whether they were told."""
-        decode, prefill = (self.workers.get(role) for role in self.roles)
-        if after != self._link or not (decode and decode.ready and prefill and prefill.ready):
-            return False
-        self._unlink()
-        decode.channel.send(Pair(self._link, prefill.ready.incarnation, ""))
-        prefill.channel.send(Pair(self._link, decode.ready.incarnation, decode.ready.address))
-        asyncio.get_running_loop().call_later(PAIRING_S, self._serve_alone, self._link)
-        return True
-
-    def _unlink(self) -> None:
-        """What is said of the link from here on is void."""
-        self._link += 1
-        self._linked.clear()
-
-    def _serve_alone(self, number: int | None = None) -> None:
-        """D does not wait for P any more, unless `number` is not the link that it waits for."""
-        decode = self.workers.get("decode")
-        if number in (None, self._link) and not self._whole and self.limits and decode and decode.ready:
-            self.routing.up(decode, None, 0)
-
-    def _on_whole(self) -> None:
-        ready = [worker.ready for worker in self.workers.values() if worker.ready is not None]
+    def _on_change(self, decode: Worker) -> None:
+        """D takes requests, with the P's that it is joined with; but before the first pair nobody does, if there is
+        to be one."""
+        prefills = self._links.of(decode)
         if self.limits is None:
+            if self._names("prefill") and not prefills and not self._remote:
+                return
             print("pagewire: ready", flush=True)
-        self.limits = msgspec.structs.replace(
-            ready[0], **{name: min(getattr(r, name) for r in ready) for name in _LIMITS}
-        )
-        self._misses = 0
-        self.routing.up(self.workers[self.roles[0]], self.workers.get("prefill"), self._link)
+        ready = [worker.ready for worker in self.workers.values() if worker.ready is not None]
+        smallest = {name: min(getattr(r, name) for r in ready) for name in _LIMITS}
+        self.limits = msgspec.structs.replace(ready[0], **smallest)
+        self.routing.up(decode, prefills)
 
-    def _on_unlinked(self, reason: str) -> None:
-        self._misses += not self._whole
-        if self.limits is None and self._misses >= MAX_MISSES and self._misfit:
+    def _on_links_lost(self, links: set[int], reason: str, misses: int | None) -> None:
+        if self.limits is None and (misses or 0) >= MAX_MISSES and not self._remote and self._misfit:
             if not self._misfit.done():
                 self._misfit.set_result(reason)  # two processes that do not fit each other
             return
-        print(f"pagewire: {reason}; joining the processes anew", file=sys.stderr, flush=True)
-        self._unlink()
-        self.routing.prefill_lost(reason)
-        self._serve_alone()
-        asyncio.get_running_loop().call_later(_backoff_s(self._misses), self._pair, self._link)
-
-
-def _backoff_s(in_a_row: int) -> float:
-    return min(BACKOFF_S * 2.0 ** min(in_a_row, 10), MAX_BACKOFF_S)
+        if misses is not None:
+            print(f"pagewire: {reason}; joining the processes anew", file=sys.stderr, flush=True)
+        self.routing.links_lost(links, reason)
 
 
 _LIMITS = ("max_context", "pool_tokens", "vocab_size")

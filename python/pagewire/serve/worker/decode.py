@@ -9,25 +9,24 @@ import time
 
 from pagewire.serve.messages import Failed, Submit
 from pagewire.serve.worker.engine import Engine, RequestState
-from pagewire.serve.worker.peer import Peer
+from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Decoding, Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.channel import Channel
 from pagewire.transfer.frames import Abort, Chunk, Commit, Frame
-from pagewire.transfer.handoff import Action, Refused, Start, Unpack, Wire
+from pagewire.transfer.handoff import Action, Refused, Share, Start, Unpack
+from pagewire.transfer.packing import held
 from pagewire.transfer.receiver import Receiver
-from pagewire.transfer.transport import Staging
 
 
 class DecodeWorker(Worker):
-    def __init__(self, engine: Engine, front: Channel, wire: Wire, peer: Peer | None) -> None:
-        super().__init__(engine, front, "decode" if peer else "colocated", peer)
-        self._arena: Staging | None = None
+    def __init__(self, engine: Engine, front: Channel, peers: Peers | None) -> None:
+        super().__init__(engine, front, "decode" if peers else "colocated", peers)
         self._decoding = Decoding(self)
         self.batches.append(self._decoding.requests)
         self._receiver = Receiver(
-            engine.allocator, engine.config.page_size, wire,
+            engine.allocator, engine.config.page_size, (held(engine.cache),),
             vocab_size=engine.model.config.vocab_size, max_waiting=engine.config.max_waiting,
             timeout_ms=engine.config.handoff_timeout_ms,
             now_ms=lambda: int(time.monotonic() * 1000),
@@ -36,29 +35,26 @@ class DecodeWorker(Worker):
 
     def admit(self, submit: Submit) -> list[Action]:
         num_tokens = len(submit.token_ids) + submit.max_tokens
-        problem, local = self.engine.problem(submit), submit.link == 0
-        return self._receiver.submit(submit.request_id, tuple(submit.token_ids), num_tokens, problem, local=local)
+        problem, links = self.engine.problem(submit), (submit.link,) if submit.link else ()
+        return self._receiver.submit(submit.request_id, tuple(submit.token_ids), num_tokens, problem, links=links)
 
     def cancel(self, request_id: str) -> None:
         self.do(self._receiver.cancel(request_id))
 
-    def linked(self, arena: Staging) -> None:
-        self._arena = arena
-        assert self.peer is not None
-        self.do(self._receiver.link(arena.num_staging_slots, self.peer.packing.wire))
+    def linked(self, link: Link) -> None:
+        self._receiver.link(link.number, link.packing.wire, link.staging.num_staging_slots)
 
-    def unlinked(self) -> None:
-        self._arena = None
-        self.do(self._receiver.lost())
+    def unlinked(self, number: int) -> None:
+        self.do(self._receiver.lost(number))
 
-    def on_frame(self, frame: Frame) -> None:
+    def on_frame(self, number: int, frame: Frame) -> None:
         match frame:
             case Chunk():
-                self.do(self._receiver.chunk(frame))
+                self.do(self._receiver.chunk(number, frame))
             case Commit():
-                self.do(self._receiver.commit(frame))
+                self.do(self._receiver.commit(number, frame))
             case Abort():
-                self.do(self._receiver.abort(frame))
+                self.do(self._receiver.abort(number, frame))
             case _:
                 self.do([Refused(f"P sent {type(frame).__name__}, which only D sends")])
 
@@ -82,10 +78,10 @@ class DecodeWorker(Worker):
 
     def carry_out(self, action: Action) -> None:
         match action:
-            case Unpack(chunk, pages):
-                self.do(self._receiver.unpacked(chunk, self._unpack(chunk, pages)))
-            case Start(request_id, pages, commit):
-                self._start(request_id, pages, commit)
+            case Unpack():
+                self.do(self._receiver.unpacked(action, self._unpack(action)))
+            case Start():
+                self._start(action)
             case _:
                 super().carry_out(action)
 
@@ -97,12 +93,15 @@ class DecodeWorker(Worker):
             self.answer(ending)
             self.do(self._receiver.release(request.id))
 
-    def _unpack(self, chunk: Chunk, pages: list[int]) -> str | None:
+    def _unpack(self, unpack: Unpack) -> str | None:
         """Returns why the payload is not in the pages."""
-        assert self._arena is not None and self.peer is not None
-        start_us = now_us()
+        assert self.peers is not None
+        start_us, chunk = now_us(), unpack.chunk
+        if (link := self.peers.links.get(unpack.link)) is None:  # since this turn began
+            self.unlinked(unpack.link)
+            return "the link is lost"
         try:
-            problem = self.peer.packing.unpack(chunk, pages, self._arena.staging_slot(chunk.slot))
+            problem = link.packing.unpack(chunk, unpack.pages, link.staging.staging_slot(chunk.slot))
         except Exception as error:
             problem = describe(error)
         if problem:
@@ -111,23 +110,24 @@ class DecodeWorker(Worker):
         self.timeline.add("unpack", start_us, None, chunk.request_id, **args)
         return None
 
-    def _start(self, request_id: str, pages: list[int], commit: Commit) -> None:
-        submit, submitted_us = self._submits[request_id]
-        if commit.digests and not self._same_digests(submit, pages, commit):
-            self.do(self._receiver.fail(request_id, "D's KV differs from P's"), retry=False)
+    def _start(self, start: Start) -> None:
+        submit, submitted_us = self._submits[start.request_id]
+        if not all(self._same_digests(start, share) for share in start.shares if share.commit.digests):
+            self.do(self._receiver.fail(start.request_id, "D's KV differs from P's"), retry=False)
             return
-        request = RequestState(submit, submitted_us, pages, output=[commit.first_token])
+        request = RequestState(submit, submitted_us, start.pages, output=[start.first_token])
         request.computed_us = now_us()
-        self.requests[request_id] = request
+        self.requests[submit.request_id] = request
         self._decoding.requests.append(request)
 
-    def _same_digests(self, submit: Submit, pages: list[int], commit: Commit) -> bool:
+    def _same_digests(self, start: Start, share: Share) -> bool:
         start_us = now_us()
-        assert self.peer is not None
-        ours = self.peer.packing.digests(pages, len(submit.token_ids))
-        p_sha256, d_sha256 = (hashlib.sha256(b"".join(digests)).hexdigest() for digests in (commit.digests, ours))
+        assert self.peers is not None
+        reserve, packing = share.reserve, self.peers.links[share.link].packing
+        ours = packing.digests(start.pages, reserve.blocks, (reserve.num_cached, reserve.num_tokens))
+        p_sha256, d_sha256 = (hashlib.sha256(b"".join(digests)).hexdigest() for digests in (share.commit.digests, ours))
         equal = p_sha256 == d_sha256
         self.timeline.add(
-            "kv_verify", start_us, None, submit.request_id, p_sha256=p_sha256, d_sha256=d_sha256, equal=int(equal)
+            "kv_verify", start_us, None, start.request_id, p_sha256=p_sha256, d_sha256=d_sha256, equal=int(equal)
         )
         return equal

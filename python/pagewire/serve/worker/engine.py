@@ -1,5 +1,6 @@
 """The model, its page pool, and the two steps every worker is made of: prefill and decode."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 import pagewire as pw
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Sampling, Submit
+from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.model.llama import Llama
 from pagewire.serve.model.sampling import sample
 from pagewire.types import QUANT_MAX
@@ -89,12 +91,21 @@ class Engine:
             device="cpu",
             scale="token_head" if kv_dtype in QUANT_MAX else "none",
         )
-        self.allocator = pw.PageAllocator(config.num_pages)
+        self.begin()
         self._record_dir: Path | None = None  # the warm-up is not recorded
         self._warm_up()
         if config.record_dir:
             self._record_dir = Path(config.record_dir)
             self._record_dir.mkdir(parents=True, exist_ok=True)
+
+    def begin(self) -> None:
+        """For another front: all pages are free."""
+        self.allocator = pw.PageAllocator(self.config.num_pages)
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """Of the model, 32 bytes."""
+        return bytes.fromhex(fingerprint(self.config.model, self.model.config))
 
     def problem(self, submit: Submit) -> str | None:
         """Why the request can never run here. The front checked the same before."""

@@ -4,74 +4,64 @@ from collections import deque
 
 from pagewire.serve.messages import Failed, Finished, Submit
 from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
-from pagewire.serve.worker.peer import MAX_FRAMES, Peer
+from pagewire.serve.worker.peers import MAX_FRAMES, Link, Peers
 from pagewire.serve.worker.steps import Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.channel import Channel
+from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Abort, Ack, Commit, Credit, Frame, Reserve
 from pagewire.transfer.handoff import Action, Push, Refused, Send
 from pagewire.transfer.sender import Sender
-from pagewire.transfer.transport import Staging
 
 MAX_HELD_FRAMES = 4 * MAX_FRAMES  # that arrived during a forward; the rest waits in the socket
 
 
 class PrefillWorker(Worker):
-    def __init__(self, engine: Engine, front: Channel, peer: Peer) -> None:
-        super().__init__(engine, front, "prefill", peer)
-        self._peer = peer
-        self._arena: Staging | None = None
-        self._sender: Sender | None = None  # of the link
-        self._frames: deque[Frame] = deque()  # arrived during a forward, for after it
+    def __init__(self, engine: Engine, front: Channel, peers: Peers) -> None:
+        super().__init__(engine, front, "prefill", peers)
+        self._peers = peers
+        self._sender = Sender(engine.allocator, engine.config.page_size, now_ms=lambda: now_us() // 1000)
+        self._frames: deque[tuple[int, Frame]] = deque()  # arrived during a forward, for after it
 
     def admit(self, submit: Submit) -> list[Action]:
-        if self._sender is None:
-            return []  # of no link at all: not for us
-        actions = self._sender.submit(submit.request_id, tuple(submit.token_ids), self.engine.problem(submit))
+        if not submit.link:
+            return []  # not for us
+        problem, links = self.engine.problem(submit), (submit.link,)
+        actions = self._sender.submit(submit.request_id, tuple(submit.token_ids), links, problem)
         if submit.request_id not in self._sender.request_ids():
             self._submits.pop(submit.request_id, None)
         return actions
 
     def cancel(self, request_id: str) -> None:
-        if self._sender is not None:
-            self.do(self._sender.cancel(request_id))
+        self.do(self._sender.cancel(request_id))
 
-    def linked(self, arena: Staging) -> None:
-        self._sender = Sender(
-            self.engine.allocator, self.config.page_size, self._peer.packing.wire, arena.num_staging_slots,
-            arena.staging_slot_bytes, now_ms=lambda: now_us() // 1000,
-        )  # fmt: skip
-        self._arena = arena
+    def linked(self, link: Link) -> None:
+        staging = link.staging
+        self._sender.link(link.number, link.packing.wire, staging.num_staging_slots, staging.staging_slot_bytes)
 
-    def unlinked(self) -> None:
-        assert self._sender is not None
-        self.do(self._sender.lost())
-        self._sender = self._arena = None
-        self._frames.clear()
+    def unlinked(self, number: int) -> None:
+        self.do(self._sender.lost(number))
 
-    def on_frame(self, frame: Frame) -> None:
-        if self._sender is None:
-            return
+    def on_frame(self, number: int, frame: Frame) -> None:
         match frame:
             case Reserve():
-                self.do(self._sender.reserve(frame))
+                self.do(self._sender.reserve(number, frame))
             case Credit():
-                self.do(self._sender.credit(frame))
+                self.do(self._sender.credit(number, frame))
             case Ack():
                 self._acked(self.requests.get(frame.request_id))
-                self.do(self._sender.ack(frame))
+                self.do(self._sender.ack(number, frame))
             case Abort():
-                self.do(self._sender.abort(frame))
+                self.do(self._sender.abort(number, frame))
             case _:
                 self.do([Refused(f"D sent {type(frame).__name__}, which only P sends")])
         self._push()
 
     def step(self) -> bool:
         while self._frames:
-            self.on_frame(self._frames.popleft())
-        if self._sender is not None:
-            self.do(self._sender.tick())
+            self.on_frame(*self._frames.popleft())
+        self.do(self._sender.tick())
         if not self.prefilling.requests:
             return False
         for request, ending in self.prefilling.step():
@@ -80,24 +70,22 @@ class PrefillWorker(Worker):
         return True
 
     def num_running_waiting(self) -> tuple[int, int]:
-        return len(self.prefilling.requests), self._sender.num_waiting if self._sender else 0
+        return len(self.prefilling.requests), self._sender.num_waiting
 
     def on_layer(self, layer: int, chunks: list[PromptChunk]) -> None:
         super().on_layer(layer, chunks)
-        assert self._sender is not None
         for chunk in chunks:
             if chunk.request.id in self.requests:
                 self._sender.layer_ready(chunk.request.id, layer, chunk.start, chunk.stop)
-        for frame in self._peer.poll() if len(self._frames) < MAX_HELD_FRAMES else ():
+        for number, frame in self._peers.poll() if len(self._frames) < MAX_HELD_FRAMES else ():
             # what begins or ends a request waits until no forward touches its pages
             if isinstance(frame, Credit | Ack):
-                self.on_frame(frame)
+                self.on_frame(number, frame)
             else:
-                self._frames.append(frame)
+                self._frames.append((number, frame))
         self._push()
 
     def _computed(self, request: RequestState, ending: Ending | None) -> None:
-        assert self._sender is not None
         match ending:
             case Finished():
                 self.answer(ending)
@@ -106,32 +94,44 @@ class PrefillWorker(Worker):
             case Failed(_, message):
                 self.do(self._sender.fail(request.id, message), retry=False)
             case None:
-                digests = self._peer.packing.digests(request.pages, request.prompt_len) if self.config.verify_kv else ()
-                self.do(self._sender.prefilled(request.id, request.output[0], digests))
+                self.do(self._sender.prefilled(request.id, request.output[0], self._digests(request)))
+
+    def _digests(self, request: RequestState) -> dict[int, tuple[bytes, ...]]:
+        """By link, for D to compare, if asked to."""
+        reserves = self._sender.reserves(request.id).items() if self.config.verify_kv else ()
+        return {
+            number: self._peers.links[number].packing.digests(
+                request.pages, reserve.blocks, (reserve.num_cached, reserve.num_tokens)
+            )
+            for number, reserve in reserves
+            if number in self._peers.links
+        }
 
     def _push(self) -> None:
-        while self._sender is not None and self._peer.link and (send := self._sender.next_send()) is not None:
+        while (send := self._sender.next_send()) is not None:
             if isinstance(send, Send):
                 if isinstance(send.frame, Commit):
                     self.requests[send.frame.request_id].committed_us = now_us()
-                self._peer.send(send.frame)
+                self.do([send])
                 continue
             try:
-                self._push_one(self._sender, send)
+                if send.link not in self._peers.links:  # since this turn began
+                    self.unlinked(send.link)
+                    raise ConnectionLost("the link is lost")
+                self._push_one(send, self._peers.links[send.link])
             except Exception as error:
                 self.do(self._sender.not_pushed(send, describe(error)))
 
-    def _push_one(self, sender: Sender, push: Push) -> None:
-        assert self._arena is not None
+    def _push_one(self, push: Push, link: Link) -> None:
         start_us = now_us()
-        out = self._arena.staging_slot(push.staging_slot)
-        num_bytes, checksum = self._peer.packing.pack(push.pages, push.layers, push.tokens, out)
-        self._peer.send(sender.chunk_frame(push, num_bytes, checksum))
+        out = link.staging.staging_slot(push.staging_slot)
+        num_bytes, checksum = link.packing.pack(push.pages, push.block, push.tokens, out)
         request = self.requests[push.request_id]
+        self.do(self._sender.pushed(push, num_bytes, checksum))
         request.pushed_us = request.pushed_us or start_us
         request.pushed_bytes += num_bytes
         request.pack_us += now_us() - start_us
-        self.timeline.add("push", start_us, None, request.id, layer=push.layers[0], bytes=num_bytes)
+        self.timeline.add("push", start_us, None, request.id, layer=push.block.layer_start, bytes=num_bytes)
 
     def _acked(self, request: RequestState | None) -> None:
         if request is None or not request.committed_us:

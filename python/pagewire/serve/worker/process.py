@@ -15,9 +15,11 @@ import msgspec
 from pagewire.serve.channel import WORKER_CODEC
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.messages import Shutdown
+from pagewire.serve.worker.fronts import Front, Fronts
 from pagewire.transfer.channel import Channel, ChannelClosed, wait
 
 if TYPE_CHECKING:
+    from pagewire.serve.worker.engine import Engine
     from pagewire.serve.worker.worker import Worker
 
 LAST_WORD_S = 0.5  # how long the front may take to read what is left at the end
@@ -29,29 +31,46 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pagewire.serve.worker")
     parser.add_argument("--role", required=True, choices=("prefill", "decode", "colocated"))
     parser.add_argument("--config-json", required=True)
-    parser.add_argument("--control-fd", type=int, required=True)
+    whence = parser.add_mutually_exclusive_group(required=True)
+    whence.add_argument("--control-fd", type=int, help="of the front that started us")
+    whence.add_argument("--listen", help="HOST:PORT for fronts, one after the other")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's; it tells us
+    if args.listen is None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's; it tells us
     try:
-        worker, front = _start(args)
+        ours = [_inherited(args.control_fd)] if args.listen is None else []
+        config = msgspec.json.decode(args.config_json, type=WorkerConfig)
+        config.check()
+        fronts = ours or Fronts(args.role, args.listen, config)  # no model is needed to refuse an address
+        if config.backend:
+            os.environ["PAGEWIRE_BACKEND"] = config.backend
+        from pagewire.serve.worker.engine import Engine
+
+        engine = Engine(config)
+        for front in fronts:
+            _serve(args.role, engine, front)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         _say(f"{args.role}: {error}")
         return EXIT_BAD_CONFIG
     except ChannelClosed as closed:
         _say(f"{args.role}: {closed}, exiting")
-        return 0
-    return serve(worker, front)
+    except KeyboardInterrupt:  # without a front nobody else is there to tell us
+        return 130
+    return 0
 
 
-def serve(worker: "Worker", front: Channel) -> int:
-    """The process's loop; returns its exit code."""
+def serve(worker: "Worker", front: Channel) -> None:
+    """Until Shutdown, or until the front is gone."""
     try:
         while (timeout_s := turn(worker, front)) is not None:
-            wait([front], timeout_s, worker.peer.watched() if worker.peer else {})
+            wait([front], timeout_s, worker.peers.watched() if worker.peers else {})
         front.drain(LAST_WORD_S)
-    except ChannelClosed:
-        _say(f"{worker.role}: the front closed, exiting")
-    return 0
+    except ChannelClosed as closed:
+        _say(f"{worker.role}: {closed}")
+    finally:
+        front.close()
+        if worker.peers:
+            worker.peers.close()
 
 
 def turn(worker: "Worker", front: Channel) -> float | None:
@@ -60,10 +79,10 @@ def turn(worker: "Worker", front: Channel) -> float | None:
         if isinstance(message, Shutdown):
             return None
         worker.on_front(message)
-    worker.on_peer()
+    worker.on_peers()
     worked = worker.step()
     timeout_s = worker.report()
-    return 0 if worked or front.pending or (worker.peer and worker.peer.pending) else timeout_s
+    return 0 if worked or front.pending or (worker.peers and worker.peers.pending) else timeout_s
 
 
 def die_with_front(control: socket.socket) -> None:
@@ -74,45 +93,34 @@ def die_with_front(control: socket.socket) -> None:
         raise ChannelClosed(f"the front (pid {front_pid}) is not the parent (pid {os.getppid()})")
 
 
-def _start(args: argparse.Namespace) -> tuple["Worker", Channel]:
-    """Raises ValueError, TypeError, OSError or RuntimeError when the config cannot work."""
-    control = _unix_socket(args.control_fd, "--control-fd")
-    die_with_front(control)
-    config = msgspec.json.decode(args.config_json, type=WorkerConfig)
-    config.check()
-    front = Channel(control, WORKER_CODEC, name="the front")
-    if config.backend:
-        os.environ["PAGEWIRE_BACKEND"] = config.backend
-    from pagewire.serve.worker.engine import Engine  # the model is not needed to refuse a config
-
-    engine = Engine(config)
-
-    from pagewire.serve.model.fingerprint import fingerprint
-    from pagewire.serve.worker.decode import DecodeWorker
-    from pagewire.serve.worker.peer import Peer
-    from pagewire.serve.worker.prefill import PrefillWorker
-    from pagewire.transfer.packing import Packing, new_hello
-
-    worker: Worker
-    if args.role == "colocated":
-        worker = DecodeWorker(engine, front, Packing(engine.cache, bytes(32)).wire, None)
-    else:
-        digest = bytes.fromhex(fingerprint(config.model, engine.model.config))
-        peer = Peer(new_hello(args.role, engine.cache, digest, config.kv_wire_dtype), engine.cache, config)
-        if args.role == "prefill":
-            worker = PrefillWorker(engine, front, peer)
-        else:
-            worker = DecodeWorker(engine, front, peer.packing.wire, peer)
-    worker.send_ready(os.getpid())
-    return worker, front
-
-
-def _unix_socket(fd: int, option: str) -> socket.socket:
+def _inherited(fd: int) -> Front:
+    """From the front that started us. Raises ChannelClosed when it has ended."""
     sock = socket.socket(fileno=fd)
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-        raise ValueError(f"{option}: expected an AF_UNIX stream socket, got {sock.family!r}")
+        raise ValueError(f"--control-fd: expected an AF_UNIX stream socket, got {sock.family!r}")
     os.set_inheritable(fd, False)
-    return sock
+    die_with_front(sock)
+    return Front(Channel(sock, WORKER_CODEC, name="the front"), "unix:")
+
+
+def _serve(role: str, engine: "Engine", front: Front) -> None:
+    """Raises ValueError or OSError when the links that the config asks for cannot be."""
+    from pagewire.serve.worker.decode import DecodeWorker
+    from pagewire.serve.worker.peers import Peers
+    from pagewire.serve.worker.prefill import PrefillWorker
+    from pagewire.transfer.packing import new_hello
+
+    config = engine.config
+    engine.begin()
+    worker: Worker
+    if role == "colocated":
+        worker = DecodeWorker(engine, front.channel, None)
+    else:
+        hello = new_hello(role, engine.cache, engine.fingerprint, config.kv_wire_dtype, tenant=config.tenant)
+        peers = Peers(hello, engine.cache, config, front.kv_address)
+        worker = (PrefillWorker if role == "prefill" else DecodeWorker)(engine, front.channel, peers)
+    worker.send_ready(os.getpid())
+    serve(worker, front.channel)
 
 
 def _say(sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""What the model processes share: the channel to the front, the link to the other one, requests, beats."""
+"""What the model processes share: the channel to the front, the links to the other ones, requests, beats."""
 
 from abc import ABC, abstractmethod
 
@@ -19,13 +19,12 @@ from pagewire.serve.messages import (
     Token,
 )
 from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
-from pagewire.serve.worker.peer import Peer
+from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Ending, Prefilling
 from pagewire.serve.worker.timeline import Timeline, now_us
 from pagewire.transfer.channel import Channel
 from pagewire.transfer.frames import Frame
 from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Refused, RequestFailed, Send
-from pagewire.transfer.transport import Staging
 
 REPORT_US = 50_000  # events and gauges travel at most this often
 BEAT_US = 500_000  # and unchanged gauges at least this often
@@ -35,18 +34,17 @@ EVENTS_A_REPORT = 256
 class Worker(ABC):
     """One model process's behaviour: messages and frames in, one unit of work per `step`."""
 
-    def __init__(self, engine: Engine, front: Channel, role: Role, peer: Peer | None) -> None:
+    def __init__(self, engine: Engine, front: Channel, role: Role, peers: Peers | None) -> None:
         self.role = role
         self.engine = engine
         self.config = engine.config
         self.timeline = Timeline(role)
-        self.peer = peer
+        self.peers = peers
         self.prefilling = Prefilling(self)
         self.batches = [self.prefilling.requests]  # the lists of requests that steps work on
         self.requests: dict[str, RequestState] = {}  # that own pages
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
         self._front = front
-        self._linked = False
         self._progress = 0
         self._reported_us = 0
         self._beat_us = 0
@@ -67,47 +65,49 @@ class Worker(ABC):
     def num_running_waiting(self) -> tuple[int, int]: ...
 
     @abstractmethod
-    def linked(self, arena: Staging) -> None:
-        """Raises ValueError when the arena does not suit."""
+    def linked(self, link: Link) -> None:
+        """Raises ValueError when its staging arena does not suit."""
 
     @abstractmethod
-    def unlinked(self) -> None:
+    def unlinked(self, number: int) -> None:
         """Drops what needed the link, and tells nobody."""
 
     @abstractmethod
-    def on_frame(self, frame: Frame) -> None: ...
+    def on_frame(self, number: int, frame: Frame) -> None:
+        """number: of its link."""
 
     def on_front(self, message: FrontMessage) -> None:
         match message:
             case Submit(request_id, link=link):
-                if link and (self.peer is None or link != self.peer.link):
+                if link and (self.peers is None or link not in self.peers.links):
                     return  # the front hears of the loss
                 self._submits.setdefault(request_id, (message, now_us()))
                 self.do(self.admit(message), retry=False)
             case Cancel(request_id):
                 self.cancel(request_id)
             case Pair():
-                if self.peer is not None:
-                    self.peer.pair(message)
+                if self.peers is not None:
+                    self.peers.pair(message)
 
-    def on_peer(self) -> None:
-        """A turn's worth of the link: its end, its beginning, and what came over it."""
-        if self.peer is None:
+    def on_peers(self) -> None:
+        """A turn's worth of the links: their ends, their beginnings, and what came over them."""
+        if self.peers is None:
             return
-        for loss in self.peer.losses():
-            self._unlink()
+        for loss in self.peers.losses():
+            self.unlinked(loss.link)
             self._front.send(loss)
-        if self.peer.join() and (arena := self.peer.arena) is not None:
+        for link in self.peers.join():
             try:
-                self.linked(arena)
+                self.linked(link)
             except ValueError as error:
-                self.peer.drop(str(error))
+                self.peers.drop(link.number, str(error))
             else:
-                self._linked = True
-                self._front.send(Linked(self.peer.link))
-        for frame in self.peer.poll():
+                self._front.send(Linked(link.number))
+        while self.peers.refusals:
+            self.do([Refused(self.peers.refusals.popleft())])
+        for number, frame in self.peers.poll():
             self._progress += 1
-            self.on_frame(frame)
+            self.on_frame(number, frame)
 
     def on_layer(self, layer: int, chunks: list[PromptChunk]) -> None:
         """In the middle of a forward, behind each layer; `chunks`: of prompts."""
@@ -118,9 +118,9 @@ class Worker(ABC):
         """retry: another attempt may do better than a request that failed with these."""
         for action in actions:
             match action:
-                case Send(frame):
-                    if self.peer is not None:
-                        self.peer.send(frame)
+                case Send(frame, link):
+                    if self.peers is not None:
+                        self.peers.send(link, frame)
                 case Begin(request_id, pages):
                     request = self.requests[request_id] = RequestState(*self._submits[request_id], pages)
                     self.prefilling.requests.append(request)
@@ -151,10 +151,12 @@ class Worker(ABC):
 
     def send_ready(self, pid: int) -> None:
         model, config = self.engine.model.config, self.config
-        incarnation, address = (self.peer.incarnation.hex(), self.peer.address) if self.peer else ("", "")
+        ids = (
+            (self.peers.incarnation, self.peers.address, self.engine.fingerprint.hex()) if self.peers else ("", "", "")
+        )
         self._front.send(Ready(
             self.role, pid, model.name, model.max_context, config.num_pages * config.page_size, model.vocab_size,
-            incarnation, address,
+            *ids, now_us(),
         ))  # fmt: skip
 
     def emit(self, request: RequestState, token_id: int | None) -> Ending | None:
@@ -192,8 +194,3 @@ class Worker(ABC):
             self._front.send(msgspec.structs.replace(gauges, progress=self._progress))
             self._gauges, self._beat_us = gauges, now
         return (REPORT_US if self.timeline else max(0, self._beat_us + BEAT_US - now)) / 1e6
-
-    def _unlink(self) -> None:
-        if self._linked:
-            self._linked = False
-            self.unlinked()

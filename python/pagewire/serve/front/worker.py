@@ -1,0 +1,96 @@
+"""One life of a model process, as the front sees it: heard, timed, told to end, buried."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import msgspec
+
+from pagewire.serve.channel import AsyncChannel
+from pagewire.serve.messages import Events, Gauges, Ready, WorkerMessage
+from pagewire.transfer.channel import ChannelClosed
+
+BEATING_S = 5.0  # /health believes a process that was heard within this
+
+
+class Worker(ABC):
+    """The channel to the process, and what is known of its health."""
+
+    def __init__(self, role: str, name: str, channel: AsyncChannel) -> None:
+        """name: of its gauges and events, no other worker's."""
+        self.role = role
+        self.name = name
+        self.channel = channel
+        self.ready: Ready | None = None
+        self.last_words = ""
+        self.started = self._heard = self._progressed = time.monotonic()
+        self._progress = -1
+        self._killed_for = ""
+
+    async def live(self, on_message: Callable[["Worker", WorkerMessage], None]) -> None:
+        """Until its channel or the process ends, or a message is refused with ChannelClosed; nothing of it is left here
+        then.
+        """
+        try:
+            async for message in self.channel:
+                self._hear(message)
+                on_message(self, message)
+        except ChannelClosed as closed:
+            self.last_words = str(closed)
+        except msgspec.MsgspecError as error:
+            self.last_words = f"sent a frame that does not parse: {error}"
+        finally:
+            await self._bury()
+
+    @abstractmethod
+    async def _bury(self) -> None: ...
+
+    @abstractmethod
+    def end(self) -> None:
+        """We need it no longer."""
+
+    @abstractmethod
+    def obituary(self) -> str:
+        """What became of it, in a sentence."""
+
+    def dated(self, events: Events) -> Events:
+        """By our name for it and our clock."""
+        return events
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether another life would end as this one did."""
+        return False
+
+    @property
+    def beating(self) -> bool:
+        now = time.monotonic()
+        return self.ready is not None and now - min(self._heard, self._progressed) < BEATING_S
+
+    def kill_if_late(self, start_timeout_s: float, worker_timeout_s: float) -> None:
+        now = time.monotonic()
+        if self.ready is None and now - self.started > start_timeout_s:
+            self.kill_for(f"was not ready within {start_timeout_s:g} s")
+        elif self.ready and now - min(self._heard, self._progressed) > worker_timeout_s:
+            # who beat until just now and has stood still for long works on nothing
+            silent = now - self._heard > worker_timeout_s / 2
+            self.kill_for(f"{'said nothing' if silent else 'came no further'} for {worker_timeout_s:g} s")
+
+    def kill_for(self, why: str) -> None:
+        if not self._killed_for:
+            self._killed_for = why
+            self._kill()
+
+    @abstractmethod
+    def _kill(self) -> None: ...
+
+    def _hear(self, message: WorkerMessage) -> None:
+        self._heard = time.monotonic()
+        match message:
+            case Ready():
+                self.ready = message
+                self._progressed = self._heard
+            case Gauges(progress=progress, num_running=num_running):
+                if progress != self._progress or num_running == 0:
+                    self._progressed = self._heard
+                self._progress = progress

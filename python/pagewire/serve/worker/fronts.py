@@ -1,0 +1,51 @@
+"""The control port of a worker that runs for itself: fronts connect to it, one after the other."""
+
+import socket
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pagewire.serve.channel import WORKER_CODEC
+from pagewire.serve.config import WorkerConfig
+from pagewire.transfer.channel import Channel
+from pagewire.transfer.tcp import prepare
+from pagewire.transfer.tls import resolve, secure
+
+HANDSHAKE_S = 10.0  # for a front that connects to show its certificate
+
+
+class Front(NamedTuple):
+    channel: Channel
+    kv_address: str  # where D listens for P's while this front is there
+
+
+class Fronts:
+    """Each is served alone: the next one waits until it is gone, and finds a worker without requests."""
+
+    def __init__(self, role: str, address: str, config: WorkerConfig) -> None:
+        """address: HOST:PORT, port 0 is any. Raises ValueError, also when it can be reached from other machines and
+        there is no TLS, or OSError.
+        """
+        family, where = resolve(f"tcp://{address}", config.tls)
+        self._context = config.tls.context(server_side=True) if config.tls else None
+        self._kv_port = config.kv_port
+        self._listener = socket.create_server(where, family=family)
+        port = self._listener.getsockname()[1]
+        print(f"pagewire: {role} waits for a front on {address.rpartition(':')[0]}:{port}", flush=True)
+
+    def __iter__(self) -> Iterator[Front]:
+        while True:
+            sock, peer = self._listener.accept()
+            host = sock.getsockname()[0]
+            prepare(sock)  # we beat, so a front whose machine is gone leaves something that is not acknowledged
+            if self._context:
+                sock = secure(self._context, sock, "front", server_side=True)
+                try:
+                    sock.settimeout(HANDSHAKE_S)
+                    sock.do_handshake()
+                except OSError as error:
+                    print(f"refused {peer[0]}: TLS: {error}", file=sys.stderr, flush=True)
+                    sock.close()
+                    continue
+            kv_address = f"tcp://{f'[{host}]' if ':' in host else host}:{self._kv_port}"
+            yield Front(Channel(sock, WORKER_CODEC, name=f"the front at {peer[0]}"), kv_address)
