@@ -179,6 +179,12 @@ def test_bad_messages(message):
     assert (status, param) == (400, "messages") and text
 
 
+def test_a_broken_bound_says_where_and_what_came():
+    role = refused(parse_chat, {"messages": [*MESSAGES, {"role": "tool", "content": "x"}]})[2]
+    assert "user" in role and "`$.messages[1].role`, got 'tool'" in role
+    assert "2.0 - at `$.temperature`, got 3" in refused(parse_completion, {"prompt": "x", "temperature": 3})[2]
+
+
 def test_message_fields_we_do_not_serve():
     for field, value in {"name": "bob", "tool_calls": [{}], "tool_call_id": "1"}.items():
         status, param, _ = refused(parse_chat, {"messages": [{"role": "user", "content": "x", field: value}]})

@@ -5,6 +5,7 @@ names a file, a peer or a URL.
 """
 
 import re
+import reprlib
 import secrets
 import time
 from typing import Annotated, Any, TypeVar
@@ -152,6 +153,7 @@ class ChatRequest(GenerationRequest):
 
 
 def _decode(data: bytes, kind: type[Request], unsupported: dict[str, tuple[Any, ...]]) -> Request:
+    body: Any = {}
     try:
         body = _asked(msgspec.json.decode(data, type=dict[str, Any]), kind, unsupported)
         if isinstance(messages := body.get("messages"), list):
@@ -159,9 +161,14 @@ def _decode(data: bytes, kind: type[Request], unsupported: dict[str, tuple[Any, 
             body["messages"] = [_asked(m, Message, refused, f"messages[{i}].") for i, m in enumerate(messages)]
         return msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
-        text = str(error)
-        where = re.search(r"at `\$\.(\w+)", text) or re.search(r"(?:unknown|required) field `(\w+)`", text)
-        raise ApiError(400, text, where[1] if where else None) from None
+        text, given = str(error), body
+        at = re.search(r"at `\$\.(.+)`", text)  # `$.messages[0].role`
+        place = re.findall(r"\w+", at[1]) if at else []
+        field = re.search(r"(?:unknown|required) field `(\w+)`", text)
+        for key in place:
+            given = given[int(key) if isinstance(given, list) else key]
+        got = "" if field or not place or "got" in text else f", got {reprlib.repr(given)}"
+        raise ApiError(400, text + got, place[0] if place else field[1] if field else None) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
