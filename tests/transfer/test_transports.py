@@ -15,6 +15,7 @@ import pytest
 import torch
 import trustme
 
+from pagewire.transfer import channel as channels
 from pagewire.transfer.channel import LENGTH, ChannelClosed, wait
 from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Frame, Hello, encode
@@ -223,6 +224,24 @@ def test_a_flood_is_taken_in_turns_and_pending_says_so(ends):
         assert got <= 16
         total += got
     assert not ends.d.pending and ends.d.poll() == []
+
+
+@pytest.mark.parametrize("max_reads", [1, 3])
+def test_what_was_read_and_not_yet_polled_is_not_waited_for(ends, monkeypatch, max_reads):
+    """The socket says nothing of what TLS or we hold already, nor of a payload whose last byte ended a turn."""
+    sent = [Commit("r", 1, b"c" * 16, 7, b"s" * 32, (b"d" * 32,) * 40), chunk(1, 2000)]
+    for frame in sent:
+        ends.p.send(frame)
+    while ends.p.num_unsent:
+        ends.p.flush()
+    for name, value in dict(READ_BYTES=100, PART_BYTES=100, MAX_READS=max_reads).items():
+        monkeypatch.setattr(channels, name, value)
+    got: list[Frame] = []
+    start = time.monotonic()
+    while len(got) < len(sent):
+        wait([ends.d], 5)
+        got += ends.d.poll()
+    assert got == sent and time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("who", ["p", "d"])
