@@ -33,7 +33,7 @@ REQUESTS = {  # prompt length, max_tokens
 def config_of(model: str, pool_tokens: int) -> WorkerConfig:
     return WorkerConfig(
         model=model, page_size=4, pool_tokens=pool_tokens, prefill_chunk=8, max_batch_size=4, max_waiting=8,
-        staging_bytes=4 * 2048, verify_kv=True, handoff_timeout_ms=TIMEOUT_S * 1000,
+        staging_bytes=4 * 2048, verify_kv=True, handoff_timeout_ms=TIMEOUT_S * 1000, device="cpu",
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(*args: str, fake: bool = False) -> list[str]:
-    return [sys.executable, "-c", QUICK.format(patch=FAKE if fake else ""), "serve", *args]
+    """On the CPU unless `args` say something else: what is tested here are processes; test_cuda.py is for a GPU."""
+    return [sys.executable, "-c", QUICK.format(patch=FAKE if fake else ""), "serve", "--device", "cpu", *args]
 
 
 class Server:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagewire.serve.messages import Sampling
-from pagewire.serve.model.sampling import sample, uniform
+from pagewire.serve.model import sampling
+from pagewire.serve.model.sampling import draw_all, sample, uniform
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0, 3.0]])
 
@@ -93,6 +94,45 @@ def test_top_p_in_a_vocabulary_with_a_long_tail() -> None:
     assert found[4000:num_kept].sum() > 40
 
 
+SHAPES = {
+    "random": lambda g: 3 * torch.randn(8, 1000, generator=g),
+    "ties": lambda g: torch.randint(0, 4, (8, 1000), generator=g).float(),
+    "peaked": lambda g: 200 * torch.randn(8, 1000, generator=g),
+    "masked": lambda g: torch.randn(8, 1000, generator=g).masked_fill(
+        torch.rand(8, 1000, generator=g) < 0.7, -torch.inf
+    ),
+    "flat": lambda g: torch.zeros(8, 1000),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpu_draws_what_a_cpu_draws(shape: str, seed: int) -> None:
+    """`draw_all` is what a GPU runs: here on the CPU, with one sampling a row, against NumPy's."""
+    logits = SHAPES[shape](torch.Generator().manual_seed(seed))
+    samplings = [
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        for temperature, top_k, top_p in [
+            (1.0, 0, 1.0), (0.7, 40, 1.0), (1.5, 0, 0.9), (0.0, 0, 1.0), (1.0, 1, 1.0), (1.0, 2000, 0.0),
+            (0.01, 7, 0.5), (2.0, 300, 0.95),
+        ]
+    ]  # fmt: skip
+    for position in range(20):
+        positions = list(range(position, position + 8))
+        found = draw_all(logits.argmax(-1), logits, samplings, positions)
+        assert found.tolist() == sample(logits, samplings, positions)
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_interval_draw_no_token_without_weight(u: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position: u)
+    logits = torch.full((1, 50_000), -torch.inf)
+    logits[0, 10_000:40_000] = torch.linspace(0, -1, 30_000)
+    expected = 10_000 if u == 0 else 39_999
+    given = logits, [Sampling(temperature=1.0)], [0]
+    assert sample(*given) == draw_all(logits.argmax(-1), *given).tolist() == [expected]
+
+
 def test_uniform_is_uniform_and_counter_based() -> None:
     values = torch.tensor([uniform(3, position) for position in range(4000)])
     assert bool(((values >= 0) & (values < 1)).all())
@@ -106,12 +146,18 @@ def test_uniform_is_uniform_and_counter_based() -> None:
     assert uniform(-1, 5) == uniform(2**64 - 1, 5) == 0.46292535650502586
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_broken_logits_are_refused(bad: float) -> None:
-    logits = LOGITS.clone()
-    logits[0, 2] = bad
-    with pytest.raises(ValueError, match="logits: expected finite numbers, got (nan|inf)"):
-        sample(logits, [Sampling()], [0])
+def test_a_broken_row_gets_no_token_and_the_others_theirs(bad: float, sampling: Sampling) -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 2] = bad
+    first, broken, third = sample(logits, [sampling] * 3, [0, 1, 2])
+    assert broken is None
+    assert [first, third] == [*sample(LOGITS, [sampling], [0]), *sample(LOGITS, [sampling], [2])]
+    samplings = [Sampling(temperature=1.0)] * 3
+    assert draw_all(logits.argmax(-1), logits, samplings, [0, 1, 2])[::2].tolist() == sample(
+        logits[::2], samplings[::2], [0, 2]
+    )
 
 
 def test_counts_must_agree() -> None:

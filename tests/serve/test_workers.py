@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(model: Path, **changes) -> WorkerConfig:
     fields = dict(
         model=str(model), page_size=4, pool_tokens=512, prefill_chunk=16, max_batch_size=4,
-        staging_bytes=1 << 15, verify_kv=True, backend="reference",
+        staging_bytes=1 << 15, verify_kv=True, backend="reference", device="cpu",
     )  # fmt: skip
     return WorkerConfig(**{**fields, **changes})
 

@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config_of(model: str, **changes) -> WorkerConfig:
     fields = dict(
         model=model, page_size=4, pool_tokens=256, prefill_chunk=8, max_batch_size=4, max_waiting=8,
-        staging_bytes=4 * 2048, verify_kv=True,
+        staging_bytes=4 * 2048, verify_kv=True, device="cpu",
     )  # fmt: skip
     return WorkerConfig(**{**fields, **changes})
 
@@ -185,7 +185,7 @@ def test_nan_fails_its_own_request_only(pair: Stepped, side: str, patch: pytest.
 
     patch.setattr(engine, "_sample", poisoned)
     pair.until_ended("a")
-    assert pair.ends["a"] == [Failed("a", "the model gave NaN")]
+    assert pair.ends["a"] == [Failed("a", "the model gave NaN or infinity")]
     patch.undo()
     check()
 

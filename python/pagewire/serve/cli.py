@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--served-model-name", help="the name clients use; default: the file's or folder's")
     p.add_argument("--colocated", action="store_true", help="one process instead of two: the baseline")
     p.add_argument("--api-key", help="clients must send it as a bearer token; PAGEWIRE_API_KEY hides it from ps")
+    p.add_argument("--device", default=config.device, help="auto (the first GPU if there is one), cpu, cuda, cuda:1")
     p.add_argument("--dtype", choices=DTYPES, default=config.dtype, help="of weights")
     p.add_argument("--kv-dtype", type=_kv_dtype, choices=KV_DTYPES, help="of KV caches: --dtype (default) or 8 bits")
     p.add_argument("--page-size", type=int, default=config.page_size, help="tokens")
@@ -203,6 +204,7 @@ def _main(argv: list[str]) -> int:
         kv_port=args.kv_port,
         tenant=args.tenant,
         model=str(path),
+        device=args.device,
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
         page_size=args.page_size,

@@ -10,6 +10,8 @@ leads to the front; without one, fronts connect. A config that cannot work ends 
 and exit code 2, before `Ready`.
 """
 
+import re
+
 import msgspec
 
 from pagewire.transfer.tls import Tls
@@ -22,6 +24,7 @@ EXIT_BAD_CONFIG = 2  # the config, the model files or the descriptors: restartin
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str  # a Hugging Face directory or a GGUF file
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: the first GPU if there is one
     dtype: str = "float32"  # of weights and activations
     kv_dtype: str | None = None  # of P's and D's KV cache; None: dtype. 8 bits have a scale per token and head
     page_size: int = 16
@@ -66,6 +69,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(
                 f"pool_tokens: expected at least one page of {self.page_size} tokens, got {self.pool_tokens}"
             )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise ValueError(f"device: expected auto, cpu, cuda or cuda:<index>, got {self.device!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name, dtypes in (("kv_dtype", (self.dtype, *SCALED_DTYPES)), ("kv_wire_dtype", KV_DTYPES)):

@@ -82,20 +82,20 @@ class Llama:
         slot_mapping: Tensor,
         page_table: Tensor,
         seq_lens: Tensor,
-        cu_seqlens_q: Tensor | None,
-        logit_rows: Tensor,
+        cu_seqlens_q: Tensor | None = None,
+        logit_rows: Tensor | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Run the tokens of a batch, writing their KV into `cache`; return the logits asked for.
 
         Args:
-            token_ids, positions: int64 [num_tokens]; a position is an index in its own request.
+            token_ids, positions: [num_tokens]; a position is an index in its own request. All are int32 or int64.
             cache: one layer of `cache` per layer of the model, in the model's dtype or quantised.
-            slot_mapping: int64 [num_tokens], where each token's K and V go.
+            slot_mapping: [num_tokens], where each token's K and V go; negative: nowhere.
             page_table: int32 [batch_size, max_pages_per_seq].
             seq_lens: int32 [batch_size], KV tokens of each request, these included.
             cu_seqlens_q: int32 [batch_size + 1], or None for exactly one token per request.
-            logit_rows: int64 [num_rows], rows of `token_ids` whose logits are wanted; may be empty.
+            logit_rows: [num_rows], rows of `token_ids` whose logits are wanted; may be empty. None: all.
             on_layer: called with i once the KV of layer i is in the cache, before its attention.
         Returns:
             fp32 [num_rows, vocab_size].
@@ -123,7 +123,7 @@ class Llama:
             x = x + layer.out(attended.flatten(1))
             gate, up = layer.gate_up(self._rms_norm(x, layer.mlp_norm)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        x = self._rms_norm(x[logit_rows], self._norm)
+        x = self._rms_norm(x if logit_rows is None else x[logit_rows], self._norm)
         return F.linear(x, self._lm_head).float()
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:

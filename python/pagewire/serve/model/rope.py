@@ -9,11 +9,11 @@ from pagewire.serve.model.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair: fp32 [head_dim / 2], scaling applied.
+    """Radians per position of each pair: fp32 [head_dim / 2], scaling applied, on the CPU.
 
     In fp32 throughout, as models are trained: at position 8000 fp64 would differ by 5e-4 rad.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
     if scaling is None:
@@ -21,7 +21,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "factors":
-        return frequencies / torch.tensor(scaling.factors, dtype=torch.float32)
+        return frequencies / torch.tensor(scaling.factors, dtype=torch.float32, device="cpu")
     # llama3: long wavelengths are stretched by factor, short ones kept, those between blended.
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_context / wavelengths
@@ -31,7 +31,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each fp32 [num_tokens, 1, head_dim / 2], of int64 positions [num_tokens]."""
+    """(cos, sin), each fp32 [num_tokens, 1, head_dim / 2], of positions [num_tokens], integers."""
     angles = positions.float()[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 

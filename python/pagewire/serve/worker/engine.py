@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import pagewire as pw
+from pagewire.environment import lookup
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Sampling, Submit
 from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.model.llama import Llama
 from pagewire.serve.model.sampling import sample
+from pagewire.serve.worker.decode_step import DecodeStep, Inputs
 from pagewire.types import QUANT_MAX
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # also a file name when recording
@@ -77,9 +80,10 @@ class Engine:
         config.check()
         torch.set_num_threads(config.num_threads)
         self.config = config
+        device = _device(config.device)
         dtype = getattr(torch, config.dtype)
         kv_dtype = getattr(torch, config.kv_dtype or config.dtype)
-        self.model = Llama.load(config.model, dtype, "cpu")
+        self.model = Llama.load(config.model, dtype, device)
         model = self.model.config
         self.cache = pw.PagedKVCache.allocate(
             num_layers=model.num_layers,
@@ -88,9 +92,11 @@ class Engine:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             dtype=kv_dtype,
-            device="cpu",
+            device=device,
             scale="token_head" if kv_dtype in QUANT_MAX else "none",
         )
+        self._max_pages = min(config.num_pages, -(-model.max_context // config.page_size))  # of a request
+        self._steps: dict[int, DecodeStep] = {}  # by batch size
         self.begin()
         self._record_dir: Path | None = None  # the warm-up is not recorded
         self._warm_up()
@@ -126,30 +132,28 @@ class Engine:
     ) -> dict[RequestState, int | None]:
         """Computes the chunks' KV; the first token of every request whose prompt is complete.
 
-        None instead of a token: the model gave NaN for this request.
+        None instead of a token: the model gave NaN or infinity for this request.
         """
-        starts = [chunk.start for chunk in chunks]
-        stops = [chunk.stop for chunk in chunks]
-        lens = [chunk.stop - chunk.start for chunk in chunks]
-        last_rows = torch.tensor(lens).cumsum(0) - 1
+        page_size, num_chunks = self.config.page_size, len(chunks)
+        ends = np.cumsum([chunk.stop - chunk.start for chunk in chunks])
         done = [chunk.stop == chunk.request.prompt_len for chunk in chunks]
-        rows = [self._page_row(chunk.request) for chunk in chunks]
-        logits = self.model.forward(
-            torch.tensor([t for c in chunks for t in c.request.submit.token_ids[c.start : c.stop]]),
-            torch.cat([torch.arange(*span) for span in zip(starts, stops, strict=True)]),
-            self.cache,
-            slot_mapping=torch.cat(
-                [
-                    pw.page_slots(row, start, stop, self.config.page_size)
-                    for row, start, stop in zip(rows, starts, stops, strict=True)
-                ]
-            ),
-            page_table=_page_table(rows),
-            seq_lens=torch.tensor(stops, dtype=torch.int32),
-            cu_seqlens_q=torch.tensor([0, *(last_rows + 1).tolist()], dtype=torch.int32),
-            logit_rows=last_rows[torch.tensor(done)],
-            on_layer=on_layer,
-        )  # [num_done, vocab_size]
+        of_rows = dict.fromkeys(("token_ids", "positions", "slot_mapping"), (int(ends[-1]),))
+        inputs = Inputs(
+            self.model.device, **of_rows, page_table=(num_chunks, self._max_pages), seq_lens=(num_chunks,),
+            cu_seqlens_q=(num_chunks + 1,), logit_rows=(sum(done),),
+        )  # fmt: skip
+        host = inputs.host
+        for row, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
+            pages, positions = np.array(chunk.request.pages), np.arange(chunk.start, chunk.stop)
+            new = slice(end - len(positions), end)
+            host["token_ids"][new] = chunk.request.submit.token_ids[chunk.start : chunk.stop]
+            host["positions"][new] = positions
+            host["slot_mapping"][new] = pages[positions // page_size] * page_size + positions % page_size
+            host["page_table"][row, : len(pages)] = pages
+            host["seq_lens"][row] = chunk.stop
+        host["cu_seqlens_q"][1:] = ends
+        host["logit_rows"][:] = ends[done] - 1
+        logits = self.model.forward(cache=self.cache, **inputs.upload(), on_layer=on_layer)  # [num_done, vocab_size]
         for chunk in chunks:
             chunk.request.num_computed = chunk.stop
         finished = [chunk.request for chunk, is_done in zip(chunks, done, strict=True) if is_done]
@@ -161,23 +165,20 @@ class Engine:
 
     def decode(self, requests: list[RequestState], on_layer: Callable[[int], None] | None = None) -> list[int | None]:
         """The token after each request's last one, whose KV is written on the way."""
-        page_size = self.config.page_size
-        positions = [r.prompt_len + len(r.output) - 1 for r in requests]
-        slots = [r.pages[p // page_size] * page_size + p % page_size for r, p in zip(requests, positions, strict=True)]
-        logits = self.model.forward(
-            torch.tensor([r.output[-1] for r in requests]),
-            torch.tensor(positions),
-            self.cache,
-            slot_mapping=torch.tensor(slots),
-            page_table=_page_table([self._page_row(r) for r in requests]),
-            seq_lens=torch.tensor(positions, dtype=torch.int32) + 1,
-            cu_seqlens_q=None,
-            logit_rows=torch.arange(len(requests)),
-            on_layer=on_layer,
-        )  # [batch_size, vocab_size]
+        batch_size = min(1 << (len(requests) - 1).bit_length(), self.config.max_batch_size)
+        if batch_size not in self._steps:
+            # the reference backend waits for the device, which a capture refuses
+            captures = self.model.device.type == "cuda" and lookup("PAGEWIRE_BACKEND") != "reference"
+            self._steps[batch_size] = DecodeStep(self.model, self.cache, batch_size, self._max_pages, captures=captures)
+        logits = self._steps[batch_size].run(
+            [r.output[-1] for r in requests],
+            [r.prompt_len + len(r.output) - 1 for r in requests],
+            [r.pages for r in requests],
+            on_layer,
+        )
         if self._record_dir:
             for request, row in zip(requests, logits, strict=True):
-                request.logits.append(row.clone())
+                request.logits.append(row.to("cpu", copy=True))
         return self._sample(requests, logits)
 
     def record_decode(self, request: RequestState) -> None:
@@ -186,17 +187,9 @@ class Engine:
             self._record(request, "decode", request.logits, request.output)
 
     def _sample(self, requests: list[RequestState], logits: Tensor) -> list[int | None]:
-        """A row with NaN fails its own request only."""
-        good = (~logits.isnan().any(dim=-1)).nonzero().flatten().tolist()
-        drawn = sample(
-            logits[good],
-            [requests[i].submit.sampling for i in good],
-            [requests[i].prompt_len + len(requests[i].output) for i in good],
-        )
-        tokens: list[int | None] = [None] * len(requests)
-        for i, token in zip(good, drawn, strict=True):
-            tokens[i] = token
-        return tokens
+        """None for a row with NaN or infinity, which fails its own request only."""
+        positions = [request.prompt_len + len(request.output) for request in requests]
+        return sample(logits, [request.submit.sampling for request in requests], positions)
 
     def _record(self, request: RequestState, phase: str, logits: list[Tensor], token_ids: list[int]) -> None:
         """<request id>.<phase>.safetensors: logits fp32 [num_rows, vocab_size], token_ids int64.
@@ -205,20 +198,34 @@ class Engine:
         decode: one row per step; the output tokens, the first one included.
         """
         assert self._record_dir is not None
-        rows = torch.stack(logits) if logits else torch.empty(0, self.model.config.vocab_size)
+        rows = torch.stack(logits).cpu() if logits else torch.empty(0, self.model.config.vocab_size, device="cpu")
         path = self._record_dir / f"{request.id}.{phase}.safetensors"
-        save_file({"logits": rows.contiguous(), "token_ids": torch.tensor(token_ids)}, path)
-
-    def _page_row(self, request: RequestState) -> Tensor:
-        return torch.tensor(request.pages, dtype=torch.int32)
+        save_file({"logits": rows.contiguous(), "token_ids": torch.tensor(token_ids, device="cpu")}, path)
 
     def _warm_up(self) -> None:
-        """One token through both kinds of forward: a backend that refuses says so before Ready."""
-        request = RequestState(Submit("", [0], 2, [], Sampling()), submitted_us=0, pages=[0, 0])
-        self.prefill([PromptChunk(request, 0, 1)])
-        request.output = [0]
-        self.decode([request])
+        """Both kinds of forward, so that a backend that refuses says so before Ready. On a GPU the longest prefill
+        too, and a step of each batch size: kernels are compiled and graphs captured here and not before a client.
+        """
+        config = self.config
+        longest = min(config.prefill_chunk, self.model.config.max_context, self._max_pages * config.page_size)
+        prompts, batches = [1], [1]
+        if self.model.device.type == "cuda":
+            prompts.append(longest)
+            batches += {min(1 << n, config.max_batch_size) for n in range(config.max_batch_size.bit_length() + 1)}
+        for length in prompts:
+            submit = Submit("", [0] * length, 1, [], Sampling(temperature=1.0))
+            self.prefill([PromptChunk(RequestState(submit, 0, list(range(self._max_pages))), 0, length)])
+        for batch_size in batches:
+            self.decode([RequestState(Submit("", [], 1, [], Sampling()), 0, [0], output=[0])] * batch_size)
 
 
-def _page_table(rows: list[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+def _device(name: str) -> torch.device:
+    """Raises ValueError where there is no such GPU. The one that is taken is then the current one."""
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and count == 0):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(name.partition(":")[2] or 0))
+    if device.index >= count:
+        raise ValueError(f"device: expected cpu or one of the {count} GPUs that torch sees, got {name}")
+    torch.cuda.set_device(device)
+    return device

@@ -5,6 +5,8 @@ A failing forward fails the requests of its batch and nothing else.
 
 from typing import TYPE_CHECKING
 
+from torch import AcceleratorError
+
 from pagewire.serve.messages import Failed, Finished
 from pagewire.serve.worker.engine import RequestState, next_chunks
 from pagewire.serve.worker.timeline import now_us
@@ -13,6 +15,7 @@ from pagewire.transfer.channel import ChannelClosed
 if TYPE_CHECKING:
     from pagewire.serve.worker.worker import Worker
 
+FATAL = (ChannelClosed, AcceleratorError)  # a GPU that has failed fails all that follows: another process may do better
 MAX_DESCRIPTION = 1000  # characters of an exception that a client is told
 
 Ending = Finished | Failed  # the last word on a request
@@ -45,7 +48,7 @@ class Prefilling:
                 worker.timeline.add("queue_p", request.submitted_us, start_us, request.id)
         try:
             first_tokens = worker.engine.prefill(chunks, lambda layer: worker.on_layer(layer, chunks))
-        except ChannelClosed:
+        except FATAL:
             raise
         except Exception as error:
             message = describe(error)
@@ -89,7 +92,7 @@ class Decoding:
                 worker.timeline.add("queue_d", request.computed_us, start_us, request.id)
         try:
             token_ids = worker.engine.decode(batch, lambda layer: worker.on_layer(layer, []))
-        except ChannelClosed:
+        except FATAL:
             raise
         except Exception as error:
             message = describe(error)

@@ -162,7 +162,7 @@ class Worker(ABC):
     def emit(self, request: RequestState, token_id: int | None) -> Ending | None:
         """Tells the front of the token; how the request ends with it, or None: it goes on."""
         if token_id is None:
-            return Failed(request.id, "the model gave NaN")
+            return Failed(request.id, "the model gave NaN or infinity")
         if token_id in request.submit.stop_token_ids:
             return Finished(request.id, "stop", len(request.output))
         request.output.append(token_id)
