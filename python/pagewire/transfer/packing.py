@@ -45,17 +45,24 @@ class Packing:
         """All caches have the same pages. Raises ValueError as `negotiate` does."""
         self.wire = negotiate(ours, theirs, checksum_kind)
         self._caches = _each(caches)
+        self._device = next(cache.device for cache in self._caches if cache)
         self._ours = ours.groups
         self._kept = theirs.groups if ours.role == "prefill" else None  # what D's cache is: the digests are of that
         most = max(self.wire.packed_bytes(g, 1, of.head_stop - of.head_start, 1) for g, of in enumerate(self._ours))
         # what `unpack` reads into, and as what chunk; pages of memory that nobody touches are none
-        self._private = torch.empty(max(MAX_CHUNK_BYTES, most), dtype=torch.uint8)
+        num_bytes, on_gpu = max(MAX_CHUNK_BYTES, most), self._device.type == "cuda"
+        self._private = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
+        # where a GPU packs and unpacks; a copy to or from the host waits for it
+        self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device) if on_gpu else self._private
         self._payload = functools.lru_cache(64)(self._new_payload)
         self._slots = functools.lru_cache(64)(self._new_slots)
 
     def pack(self, pages: list[int], block: Block, tokens: Range, out: Tensor) -> tuple[int, int]:
         """Into the head of `out`, uint8; returns the bytes used and their checksum."""
-        num_bytes = self._pack(pages, block, tokens, out).num_bytes
+        there = out if self._scratch is self._private else self._scratch
+        num_bytes = self._pack(pages, block, tokens, there).num_bytes
+        if there is not out:
+            out[:num_bytes].copy_(there[:num_bytes])
         return num_bytes, crc32c(out[:num_bytes].numpy())
 
     def unpack(self, chunk: Chunk, pages: list[int], staging: Tensor) -> str | None:
@@ -70,10 +77,12 @@ class Packing:
         if not chunk.payload_bytes == packed.num_bytes <= len(staging):
             expected = f"{packed.num_bytes} in a staging slot of {len(staging)}"
             return f"CHUNK: payload_bytes: expected {expected}, got {chunk.payload_bytes}"
-        packed.buffer.copy_(staging[: packed.num_bytes])
-        found = crc32c(packed.buffer.numpy())
+        private = self._private[: packed.num_bytes].copy_(staging[: packed.num_bytes])
+        found = crc32c(private.numpy())
         if found != chunk.checksum:
             return f"CHUNK: payload CRC32C: expected {chunk.checksum:#010x}, got {found:#010x}"
+        if self._scratch is not self._private:
+            packed.buffer.copy_(private)
         cache, slots = self._cache(block.group), self._slots(tuple(pages), *tokens)
         layers, heads = self._local(block)
         pw.unpack_kv(packed, cache, slots, layers=layers, heads=heads)
@@ -96,7 +105,7 @@ class Packing:
                     packed = pw.pack_kv(self._cache(block.group), slots, layers=of_layer, heads=heads)
                 else:
                     packed = _as_kept(self._pack(pages, one, tokens), kept)
-                digests.append(hashlib.sha256(packed.buffer.numpy().data).digest())
+                digests.append(hashlib.sha256(packed.buffer.cpu().numpy().data).digest())
         return tuple(digests)
 
     def staging(self, staging_bytes: int, chunk_tokens: int) -> tuple[int, int]:
@@ -142,11 +151,11 @@ class Packing:
         of = self.wire.groups[group]
         dtype, kind = getattr(torch, of.dtype), cast(StoredScaleKind, of.scale_kind)
         shape = pw.PackedShape(num_layers, num_heads, num_tokens, of.head_dim, of.head_dim_v, dtype, kind)
-        return pw.PackedKV.wrap(self._private, shape)
+        return pw.PackedKV.wrap(self._scratch, shape)
 
     def _new_slots(self, pages: tuple[int, ...], start: int, stop: int) -> Tensor:
         page_size = next(cache.page_size for cache in self._caches if cache)
-        return pw.page_slots(torch.tensor(pages), start, stop, page_size)
+        return pw.page_slots(torch.tensor(pages, device=self._device), start, stop, page_size)
 
 
 def _each(caches: Caches) -> tuple[pw.PagedKVCache | None, ...]:
@@ -161,5 +170,5 @@ def _as_kept(packed: pw.PackedKV, kept: Held) -> pw.PackedKV:
         head_dim_v=kept.head_dim_v, dtype=getattr(torch, kept.dtype), device=packed.buffer.device,
         scale=cast(StoredScaleKind, kept.scale_kind),
     )  # fmt: skip
-    pw.unpack_kv(packed, like_d, slots := torch.arange(num_tokens))
+    pw.unpack_kv(packed, like_d, slots := torch.arange(num_tokens, device=packed.buffer.device))
     return pw.pack_kv(like_d, slots)

@@ -5,9 +5,11 @@ either side slot i means the same: P packs into its own and sends the CHUNK; whe
 D's, until the CREDIT for it.
 """
 
+import contextlib
 import dataclasses
 import mmap
 import socket
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -43,6 +45,18 @@ class Staging:
         """uint8 [staging_slot_bytes], a view."""
         return self._bytes[index * self.staging_slot_bytes : (index + 1) * self.staging_slot_bytes]
 
+    def pin(self) -> str | None:
+        """Lets GPUs write the memory by themselves for as long as it is here; or why not: it is then slower."""
+        cudart, address = torch.cuda.cudart(), self._bytes.data_ptr()
+        try:
+            torch.cuda.check_error(cudart.cudaHostRegister(address, self._bytes.nbytes, 0))
+        except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):  # the next launch would raise it again
+                torch.ones(1, device="cuda")
+            return str(error)
+        weakref.finalize(self, cudart.cudaHostUnregister, address)
+        return None
+
 
 class Transport(Channel):
     """One connection: frames both ways, payloads from P to D. A CHUNK that is sent takes the payload in its slot along;
@@ -60,9 +74,10 @@ class Transport(Channel):
     def num_staging_bytes(self) -> int:
         return self.staging.num_staging_slots * self.staging.staging_slot_bytes if self.staging else 0
 
-    def open_staging(self, hello: Hello) -> None:
+    def open_staging(self, hello: Hello) -> Staging:
         """P: as D's HELLO says. Raises ValueError or OSError when it is not so."""
         self.staging = Staging(hello.num_slots, hello.slot_bytes)
+        return self.staging
 
     def greet(self, hello: Hello, fds: Sequence[int] = ()) -> None:
         """D: its HELLO, with its staging slots."""

@@ -4,6 +4,7 @@ D listens and P connects, each to the incarnations that the front's `Pair`s name
 process is gone: its link is then lost, what is sent into it vanishes, and the worker hears of it at its next turn.
 """
 
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -213,7 +214,9 @@ class Peers:
                 raise ValueError(f"HELLO: incarnation: expected {pair.incarnation}, got {hello.incarnation.hex()}")
             packing = Packing(self._cache, self._ours, hello)
             if self._listener is None:
-                transport.open_staging(hello)
+                staging = transport.open_staging(hello)
+                if self._cache.device.type == "cuda" and (problem := staging.pin()):
+                    print(f"{self._ours.role}: staging is not pinned: {problem}", file=sys.stderr, flush=True)
                 transport.send(self._ours)
         except (ValueError, OSError, ChannelClosed) as error:
             transport.close()
