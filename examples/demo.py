@@ -4,6 +4,7 @@ Starts `pagewire serve`, asks every question at once over HTTP and streams the a
 `--colocated` process. Compares P's and D's KV as bytes and both runs' logits within a tolerance, prints a table per
 run, and writes demo-out/trace.json for https://ui.perfetto.dev. Ends with 1 and one sentence if anything is wrong.
 With `--kv-dtype` a third run asks the same with such KV caches, and what that changes in the answers is printed.
+Everything runs on a GPU where there is one (`--device`).
 """
 
 import argparse
@@ -302,18 +303,22 @@ def write_trace(trace: bytes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answers questions through two processes and checks the handoff.")
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="also run with such KV caches")
-    kv_dtype = parser.parse_args().kv_dtype
+    parser.add_argument(
+        "--device", default="auto", help="of every run: auto (a GPU if there is one), cpu, cuda, cuda:1"
+    )
+    args = parser.parse_args()
+    kv_dtype, device = args.kv_dtype, ("--device", args.device)
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder, "two"), Path(folder, "one"), Path(folder, "narrow")
-        with server(records[0], "--verify-kv") as port:
+        with server(records[0], *device, "--verify-kv") as port:
             two = run(port, records[0], show=True)
             write_trace(get(port, "/debug/trace")[1])
-        with server(records[1], "--colocated") as port:
+        with server(records[1], *device, "--colocated") as port:
             print("asking the same of one process ...\n")
             one = run(port, records[1], show=False)
         if kv_dtype:
-            with server(records[2], "--verify-kv", "--kv-dtype", kv_dtype) as port:
+            with server(records[2], *device, "--verify-kv", "--kv-dtype", kv_dtype) as port:
                 print(f"asking the same of two processes with {kv_dtype} caches ...\n")
                 narrow = run(port, records[2], show=False)
         table("two processes, P and D", two)
