@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transfer.certificates import Certificates
 
 from serve.http_server import Server, command, environment, serve, wait_for
 from serve.test_recovery import OPTIONS, Stream, bodies, conserved
 from serve.tiny import make_tiny_llama
+from transfer.certificates import Certificates
 
 ROLES = ("prefill", "prefill", "decode", "decode")
 
