@@ -111,11 +111,12 @@ def payload(rig: Rig, side: str, state: str) -> None:
     """In the staging slot, between P's checksum and D's; D is the side that reads."""
     unpack, hit = rig.pair.d._unpack, []
 
-    def corrupt(chunk, pages):
+    def corrupt(action):
+        chunk = action.chunk
         if not hit:
             rig.pair.arena.staging_slot(chunk.slot)[chunk.payload_bytes - 1] ^= 1
             hit.append(chunk.request_id)
-        return unpack(chunk, pages)
+        return unpack(action)
 
     rig.pair.d._unpack = corrupt
     rig.settle()

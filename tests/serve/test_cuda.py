@@ -6,16 +6,16 @@ import warnings
 import pytest
 import torch
 
+import pagewire as pw
 from pagewire.serve.model.sampling import draw_all, sample
 from pagewire.serve.worker.engine import PromptChunk
-from pagewire.transfer.handoff import Stored
 from pagewire.transfer.packing import Packing
 from pagewire.transfer.shm import Arena
 from serve.http_server import serve, wait_for
 from serve.steps import DRAWN, GREEDY, both, copy_of, engine_of, new_request, start
 from serve.tiny import make_tiny_llama
 from serve.workers import Stepped, prompt_of
-from transfer.test_packing import D_PAGES, P_PAGES, chunk_of, make, rows
+from transfer.test_packing import D_PAGES, P_PAGES, block_of, chunk_of, filled, make, packing_of, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = "cuda"
@@ -89,44 +89,36 @@ def test_draws_are_the_cpus():
         assert found.tolist() == sample(logits, samplings, positions)
 
 
-@pytest.mark.parametrize("wire", [None, Stored("bfloat16", "none"), Stored("int8", "token_head")], ids=str)
+@pytest.mark.parametrize("wire", [None, "bfloat16", "int8"])
 def test_kv_through_the_pinned_arena_is_the_cpus(wire):
     """Packed on a GPU and on a CPU the bytes are the same; unpacked on either, so are the rows."""
-    on_cpu = make(wire=wire)
-    generator = torch.Generator().manual_seed(1)
-    for layer in (*on_cpu._cache.k, *on_cpu._cache.v):
-        layer.copy_(torch.randn(layer.shape, generator=generator))
-    p = _on_gpu(on_cpu, wire)
+    on_cpu, block, tokens = filled(make("prefill", wire)), block_of((1, 4)), (2, 13)
+    p = _on_gpu(on_cpu, "prefill", wire)
     arena = Arena.create(2, 16384)
     assert arena.pin() is None
     assert arena.staging_slot(1).is_pinned()
     ours, theirs = arena.staging_slot(0), arena.staging_slot(1)
-    packed = p.pack(P_PAGES, (1, 4), (2, 13), ours)
-    assert packed == on_cpu.pack(P_PAGES, (1, 4), (2, 13), theirs)
+    packed = p.pack(P_PAGES, block, tokens, ours)
+    assert packed == on_cpu.pack(P_PAGES, block, tokens, theirs)
     assert torch.equal(ours[: packed[0]], theirs[: packed[0]])
-    chunk = chunk_of(p, (1, 4), (2, 13), packed)
-    empty = make(wire=wire)
-    for layer in (*empty._cache.k, *empty._cache.v):
+    chunk = chunk_of(p, (1, 4), tokens, packed)
+    empty = make("decode", wire)
+    for layer in (*empty._caches[0].k, *empty._caches[0].v):
         layer.zero_()
-    d = _on_gpu(empty, wire)
+    d = _on_gpu(empty, "decode", wire)
     assert d.unpack(chunk, D_PAGES, ours) is None and empty.unpack(chunk, D_PAGES, ours) is None
-    slots = (2, 13)
-    assert torch.equal(_rows(d, slots), rows(empty, D_PAGES, slots))
-    assert p.digests(P_PAGES, 13) == on_cpu.digests(P_PAGES, 13)
+    slots = d._slots(tuple(D_PAGES), *tokens)
+    on_gpu = [layer.flatten(0, 1)[slots] for layer in (*d._caches[0].k, *d._caches[0].v)]
+    assert torch.equal(torch.stack(on_gpu).cpu(), rows(empty, D_PAGES, tokens))
+    assert p.digests(P_PAGES, [block], tokens) == on_cpu.digests(P_PAGES, [block], tokens)
     ours[5] ^= 1
     assert "CRC32C" in d.unpack(chunk, D_PAGES, ours)
 
 
-def _on_gpu(packing: Packing, wire: Stored | None) -> Packing:
-    import pagewire as pw
-
-    k, v = ([layer.to(GPU) for layer in layers] for layers in (packing._cache.k, packing._cache.v))
-    return Packing(pw.PagedKVCache(k, v, layout=packing._cache.layout), b"f" * 32, wire, packing._kept)
-
-
-def _rows(packing: Packing, tokens: tuple[int, int]) -> torch.Tensor:
-    slots = packing._slots(tuple(D_PAGES), *tokens)
-    return torch.stack([layer.flatten(0, 1)[slots] for layer in (*packing._cache.k, *packing._cache.v)]).cpu()
+def _on_gpu(packing: Packing, role: str, wire: str | None) -> Packing:
+    cache = packing._caches[0]
+    k, v = ([layer.to(GPU) for layer in layers] for layers in (cache.k, cache.v))
+    return packing_of(pw.PagedKVCache(k, v, layout=cache.layout), role, wire)
 
 
 def test_a_pair_in_one_process(tmp_path):

@@ -19,13 +19,14 @@ from pagewire.serve.worker import engine as engines
 from pagewire.serve.worker.decode_step import DecodeStep, Inputs
 from pagewire.serve.worker.engine import Engine
 from pagewire.transfer import packing as module
-from pagewire.transfer.packing import Packing
+from pagewire.transfer.frames import Block
+from pagewire.transfer.packing import Packing, new_hello
 from pagewire.transfer.shm import Arena
 from serve.steps import DRAWN, GREEDY, both, copy_of, engine_of, new_request, start
 from serve.tiny import make_tiny_llama
 from serve.tiny_gguf import make_tiny_gguf
 from serve.workers import FrontEnd, Stepped, prompt_of, spawn
-from transfer.test_packing import D_PAGES, P_PAGES, chunk_of, filled, make, rows
+from transfer.test_packing import D_PAGES, P_PAGES, block_of, chunk_of, filled, make, rows
 
 # every tensor says where it is made
 
@@ -57,9 +58,11 @@ def test_the_default_device_does_not_matter(tmp_path, kv_dtype):
                     request.output.append(token)
             for request in (*made, undecoded):
                 engine.record_decode(request)
-            packing, arena = Packing(engine.cache, b"f" * 32), Arena.create(1, 1 << 14)
-            _, digest = packing.pack(made[0].pages, (0, 2), (1, 5), arena.staging_slot(0))
-        outputs.append(([request.output for request in made], digest, packing.digests(made[0].pages, 5)))
+            hello = new_hello("decode", engine.cache, b"f" * 32)
+            packing, arena = Packing(engine.cache, hello, hello), Arena.create(1, 1 << 14)
+            block = Block(0, 0, 2, 0, engine.cache.geometry.num_kv_heads)
+            _, digest = packing.pack(made[0].pages, block, (1, 5), arena.staging_slot(0))
+        outputs.append(([request.output for request in made], digest, packing.digests(made[0].pages, [block], (0, 5))))
     assert outputs[0] == outputs[1]
 
 
@@ -274,13 +277,13 @@ def test_a_gpus_draws_wait_for_nothing(monkeypatch):
 
 def test_packed_on_a_device_and_unpacked_from_what_was_verified(monkeypatch):
     """The scratch memory stands for a GPU's: what lies in it is neither the slot's nor the verified copy."""
-    p, d, arena = filled(make()), make(), Arena.create(1, 16384)
+    p, d, arena = filled(make("prefill")), make(), Arena.create(1, 16384)
     plain = Arena.create(1, 16384).staging_slot(0)
-    packed = p.pack(P_PAGES, (1, 4), (2, 13), plain)
+    packed = p.pack(P_PAGES, block_of((1, 4)), (2, 13), plain)
     for packing in (p, d):
         packing._scratch = torch.full_like(packing._private, 7)
     staging = arena.staging_slot(0)
-    assert p.pack(P_PAGES, (1, 4), (2, 13), staging) == packed
+    assert p.pack(P_PAGES, block_of((1, 4)), (2, 13), staging) == packed
     assert torch.equal(staging[: packed[0]], plain[: packed[0]]) and not staging[packed[0] :].any()
     chunk = chunk_of(p, (1, 4), (2, 13), packed)
     crc32c = module.crc32c
@@ -294,9 +297,9 @@ def test_packed_on_a_device_and_unpacked_from_what_was_verified(monkeypatch):
         patch.setattr(module, "crc32c", then_changed)
         assert d.unpack(chunk, D_PAGES, staging) is None
     assert torch.equal(rows(d, D_PAGES, (2, 13))[1:4], rows(p, P_PAGES, (2, 13))[1:4])
-    before = [layer.clone() for layer in (*d._cache.k, *d._cache.v)]
+    before = [layer.clone() for layer in (*d._caches[0].k, *d._caches[0].v)]
     assert "CRC32C" in d.unpack(chunk, D_PAGES, staging)
-    assert all(map(torch.equal, before, (*d._cache.k, *d._cache.v)))
+    assert all(map(torch.equal, before, (*d._caches[0].k, *d._caches[0].v)))
 
 
 def test_an_arena_is_pinned_as_long_as_it_lives(monkeypatch):

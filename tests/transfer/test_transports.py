@@ -18,13 +18,13 @@ import trustme
 from pagewire.transfer import channel as channels
 from pagewire.transfer.channel import LENGTH, ChannelClosed, wait
 from pagewire.transfer.codec import ConnectionLost
-from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Frame, Hello, encode
+from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Frame, Held, Hello, encode
 from pagewire.transfer.shm import ShmTransport
 from pagewire.transfer.tls import Tls
 from pagewire.transfer.transport import Listener, Transport, connect, listen
 
 SLOTS, SLOT_BYTES = 3, 4 << 20
-HELLO = Hello("decode", "float32", "none", 3, 2, 16, 16, 0, 0, b"i" * 16, b"f" * 32)
+HELLO = Hello("decode", 0, 0, b"i" * 16, b"f" * 32, (Held(0, 3, 0, 2, 16, 16, "float32", "none"),))
 LOST = (ChannelClosed, ConnectionLost)
 
 

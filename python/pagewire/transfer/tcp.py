@@ -8,15 +8,8 @@ import socket
 from typing import Any
 
 from pagewire.transfer.frames import Chunk, Frame, Hello
-from pagewire.transfer.tls import Tls, resolve, secure
+from pagewire.transfer.tls import Tls, prepare, resolve, secure
 from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
-
-# seconds, but the last: one that is gone without a word is noticed within half a minute, and one that takes nothing of
-# what we send within a minute
-_OPTIONS = {
-    socket.TCP_NODELAY: 1, socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4,
-    socket.TCP_USER_TIMEOUT: 60_000,
-}  # fmt: skip
 
 
 class TcpTransport(Transport):
@@ -61,10 +54,3 @@ class TcpListener(Listener):
         if self._context:
             sock = secure(self._context, sock, "prefill", server_side=True)
         return TcpTransport(sock, self.name, Staging(*self.staging))
-
-
-def prepare(sock: socket.socket) -> None:
-    sock.setblocking(False)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _OPTIONS.items():
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)

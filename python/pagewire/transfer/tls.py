@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+# seconds, but the last: one that is gone without a word is noticed within half a minute, and one that takes nothing of
+# what we send within a minute
+_OPTIONS = {
+    socket.TCP_NODELAY: 1, socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 60_000,
+}  # fmt: skip
 DOMAIN = ".pagewire"  # of the DNS name in a certificate: prefill.pagewire, decode.pagewire, front.pagewire
 
 
@@ -54,6 +60,13 @@ def resolve(address: str, tls: Tls | None, flags: int = 0) -> tuple[socket.Addre
     if not tls and not ipaddress.ip_address(where[0]).is_loopback:
         raise ValueError(f"{address}: expected TLS (a CA, a certificate and a key), or a loopback address")
     return family, where
+
+
+def prepare(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _OPTIONS.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def secure(context: ssl.SSLContext, sock: socket.socket, role: str, server_side: bool) -> ssl.SSLSocket:

@@ -167,7 +167,7 @@ async def metrics(request: Request) -> Response:
 async def debug_requests(request: Request) -> Response:
     front: Front = request.app.state.front
     workers = front.supervisor.workers.values()
-    told = [{"role": w.name, "pid": w.ready.pid if w.ready else None, "ready": w.ready is not None} for w in workers]
+    told = [{"role": w.name, "pid": w.pid, "ready": w.ready is not None} for w in workers]
     return _json({"workers": told, "requests": front.events.requests()})
 
 

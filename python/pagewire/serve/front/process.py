@@ -78,6 +78,10 @@ class WorkerProcess(Worker):
             self._kill()
 
     @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
     def hopeless(self) -> bool:
         return self.process.returncode == EXIT_BAD_CONFIG
 

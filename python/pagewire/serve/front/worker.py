@@ -58,6 +58,10 @@ class Worker(ABC):
         return events
 
     @property
+    def pid(self) -> int | None:
+        return self.ready.pid if self.ready else None
+
+    @property
     def hopeless(self) -> bool:
         """Whether another life would end as this one did."""
         return False

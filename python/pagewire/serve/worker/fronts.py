@@ -8,8 +8,7 @@ from typing import NamedTuple
 from pagewire.serve.channel import WORKER_CODEC
 from pagewire.serve.config import WorkerConfig
 from pagewire.transfer.channel import Channel
-from pagewire.transfer.tcp import prepare
-from pagewire.transfer.tls import resolve, secure
+from pagewire.transfer.tls import prepare, resolve, secure
 
 HANDSHAKE_S = 10.0  # for a front that connects to show its certificate
 
