@@ -14,15 +14,15 @@ from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.model import llama
 from pagewire.serve.model.llama import Llama
 from pagewire.serve.model.rope import inverse_frequencies
-from pagewire.serve.model.sampling import draw_all
+from pagewire.serve.model.sampling import sample
 from pagewire.serve.worker import engine as engines
 from pagewire.serve.worker.decode_step import DecodeStep, Inputs
-from pagewire.serve.worker.engine import Engine
+from pagewire.serve.worker.engine import Engine, PromptChunk
 from pagewire.transfer import packing as module
 from pagewire.transfer.frames import Block
 from pagewire.transfer.packing import Packing, new_hello
 from pagewire.transfer.shm import Arena
-from serve.steps import DRAWN, GREEDY, both, copy_of, engine_of, new_request, start
+from serve.steps import DRAWN, GREEDY, PAGE_SIZE, both, copy_of, engine_of, new_request, start
 from serve.tiny import make_tiny_llama
 from serve.tiny_gguf import make_tiny_gguf
 from serve.workers import FrontEnd, Stepped, prompt_of, spawn
@@ -93,10 +93,10 @@ def test_frequencies_are_made_on_the_cpu(tmp_path, scaling):
 
 def test_draws_are_made_where_the_logits_are():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
-    given = logits.argmax(-1), logits, [DRAWN, GREEDY, DRAWN], [4, 5, 6]
-    expected = draw_all(*given)
+    given = logits, [DRAWN, GREEDY, DRAWN], [4, 5, 6]
+    expected = sample(*given)
     with elsewhere():
-        assert torch.equal(draw_all(*given), expected)
+        assert sample(*given) == expected
 
 
 # D's step over tensors that stay
@@ -135,18 +135,22 @@ def test_the_pool_is_less_than_the_context(tmp_path):
     both(engine, copy_of(engine.cache), [request])
 
 
-def test_inputs_begin_on_16_bytes_and_come_up_as_they_were_set():
-    inputs = Inputs(torch.device("cpu"), a=(3,), none=(0,), b=(5,), c=(2, 7))
-    for i, (name, host) in enumerate(inputs.host.items()):
-        host[...] = i
-        assert inputs.upload()[name].data_ptr() % 16 == inputs.upload()["a"].data_ptr() % 16
-    assert {name: part.shape for name, part in inputs.upload().items()} == {
-        "a": (3,),
-        "none": (0,),
-        "b": (5,),
-        "c": (2, 7),
-    }
-    assert [part.unique().tolist() for part in inputs.upload().values()] == [[0], [], [2], [3]]
+def test_inputs_begin_on_16_bytes_and_come_up_as_they_were_set(tmp_path):
+    """A request of 3 tokens and a row beyond it; the rest is what `host` holds."""
+    engine = engine_of(tmp_path)
+    request = new_request(engine, "r", 5, 1)
+    rows = dict.fromkeys(("token_ids", "positions", "slot_mapping", "seq_lens"), (5,))
+    inputs = Inputs(torch.device("cpu"), **rows, none=(0,), page_table=(2, 11), more=(2,))
+    inputs.host["more"][:] = 7, 8
+    found = inputs.upload([PromptChunk(request, 2, 5)], PAGE_SIZE)
+    assert len({part.data_ptr() % 16 for part in found.values()}) == 1
+    assert found["token_ids"][:3].tolist() == request.submit.token_ids[2:]
+    assert found["positions"][:3].tolist() == [2, 3, 4]
+    a, b = request.pages[:2]
+    assert found["slot_mapping"].tolist() == [a * PAGE_SIZE + 2, a * PAGE_SIZE + 3, b * PAGE_SIZE, -1, -1]
+    assert found["seq_lens"].tolist() == [5, 0, 0, 0, 0]
+    assert found["page_table"][0, :10].tolist() == request.pages
+    assert found["none"].shape == (0,) and found["more"].tolist() == [7, 8]
 
 
 class FakeGraph:
@@ -185,7 +189,7 @@ def test_a_graph_is_replayed_over_new_contents(tmp_path, monkeypatch):
     start(engine, *requests)
     cache = copy_of(engine.cache)
     graph = FakeGraph(engine.model, monkeypatch)
-    engine._steps[4] = DecodeStep(engine.model, engine.cache, 4, engine._max_pages, captures=True)
+    engine._steps[4] = DecodeStep(engine.model, engine.cache, 4, engine._max_pages, True)
     engine._record_dir = tmp_path
     calls, expected = [], []
     a, b, c, d = requests
@@ -255,7 +259,7 @@ def _has_mask(args) -> bool:
 def test_a_step_waits_once(tmp_path, monkeypatch):
     """For the tokens. The first step of a size makes its tensors; this is the second."""
     engine = engine_of(tmp_path)
-    requests = [new_request(engine, f"r{i}", 6, i) for i in range(3)]
+    requests = [new_request(engine, f"r{i}", 6, i, sampling) for i, sampling in enumerate((GREEDY, DRAWN, DRAWN))]
     start(engine, *requests)
     for _ in range(2):
         with monkeypatch.context() as patch, Syncs(patch) as syncs:
@@ -263,13 +267,6 @@ def test_a_step_waits_once(tmp_path, monkeypatch):
         for request, token in zip(requests, tokens, strict=True):
             request.output.append(token)
     assert syncs.found == ["tolist"]
-
-
-def test_a_gpus_draws_wait_for_nothing(monkeypatch):
-    logits = torch.randn(3, 50)
-    with Syncs(monkeypatch) as syncs:
-        draw_all(logits.argmax(-1), logits, [DRAWN, GREEDY, DRAWN], [4, 5, 6])
-    assert syncs.found == []
 
 
 # bytes through a device of their own

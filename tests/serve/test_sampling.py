@@ -1,5 +1,6 @@
 """Sampling: what may be drawn, how often, and that (seed, position) alone decides."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +8,29 @@ from hypothesis import strategies as st
 
 from pagewire.serve.messages import Sampling
 from pagewire.serve.model import sampling
-from pagewire.serve.model.sampling import draw_all, sample, uniform
+from pagewire.serve.model.sampling import sample, uniform
+
+
+def drawn_by_numpy(logits: np.ndarray, sampling: Sampling, u: float) -> int:
+    """One row in fp64: what `_draw` does in integers for all of them."""
+    weights = np.exp((logits - logits.max()) / sampling.temperature)  # probabilities times a constant
+    if 0 < sampling.top_k < weights.size:
+        weights = at_least(np.partition(weights, -sampling.top_k)[-sampling.top_k], weights)
+    if sampling.top_p < 1:
+        descending = np.sort(weights)[::-1]
+        cdf = descending.cumsum()
+        last_kept = min(int(np.searchsorted(cdf, sampling.top_p * cdf[-1])), weights.size - 1)
+        weights = at_least(descending[last_kept], weights)
+    cdf = weights.cumsum()
+    # Right of u: a token of weight 0 covers no interval and is never drawn.
+    token_id = int(np.searchsorted(cdf, u * cdf[-1], side="right"))
+    # u * total may round up to the total: then it is the last token with a weight.
+    return token_id if token_id < weights.size else int(weights.nonzero()[0][-1])
+
+
+def at_least(smallest: float, weights: np.ndarray) -> np.ndarray:
+    return np.where(weights >= smallest, weights, 0.0)
+
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0, 3.0]])
 
@@ -107,8 +130,8 @@ SHAPES = {
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_gpu_draws_what_a_cpu_draws(shape: str, seed: int) -> None:
-    """`draw_all` is what a GPU runs: here on the CPU, with one sampling a row, against NumPy's."""
+def test_draws_are_numpys(shape: str, seed: int) -> None:
+    """Integer weights against fp64 ones, one sampling a row."""
     logits = SHAPES[shape](torch.Generator().manual_seed(seed))
     samplings = [
         Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -119,8 +142,11 @@ def test_a_gpu_draws_what_a_cpu_draws(shape: str, seed: int) -> None:
     ]  # fmt: skip
     for position in range(20):
         positions = list(range(position, position + 8))
-        found = draw_all(logits.argmax(-1), logits, samplings, positions)
-        assert found.tolist() == sample(logits, samplings, positions)
+        expected = [
+            drawn_by_numpy(row.double().numpy(), one, uniform(seed, at)) if one.temperature else int(row.argmax())
+            for row, one, at in zip(logits, samplings, positions, strict=True)
+        ]
+        assert sample(logits, samplings, positions) == expected
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
@@ -130,7 +156,7 @@ def test_the_ends_of_the_interval_draw_no_token_without_weight(u: float, monkeyp
     logits[0, 10_000:40_000] = torch.linspace(0, -1, 30_000)
     expected = 10_000 if u == 0 else 39_999
     given = logits, [Sampling(temperature=1.0)], [0]
-    assert sample(*given) == draw_all(logits.argmax(-1), *given).tolist() == [expected]
+    assert sample(*given) == [expected]
 
 
 def test_uniform_is_uniform_and_counter_based() -> None:
@@ -154,10 +180,6 @@ def test_a_broken_row_gets_no_token_and_the_others_theirs(bad: float, sampling: 
     first, broken, third = sample(logits, [sampling] * 3, [0, 1, 2])
     assert broken is None
     assert [first, third] == [*sample(LOGITS, [sampling], [0]), *sample(LOGITS, [sampling], [2])]
-    samplings = [Sampling(temperature=1.0)] * 3
-    assert draw_all(logits.argmax(-1), logits, samplings, [0, 1, 2])[::2].tolist() == sample(
-        logits[::2], samplings[::2], [0, 2]
-    )
 
 
 def test_counts_must_agree() -> None:

@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,10 @@ class RequestState:
     def id(self) -> str:
         return self.submit.request_id
 
+    @cached_property
+    def page_row(self) -> np.ndarray:
+        return np.array(self.pages, np.int32)
+
     @property
     def prompt_len(self) -> int:
         return len(self.submit.token_ids)
@@ -53,11 +58,16 @@ class RequestState:
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """Prompt tokens [start, stop) of a request, in one forward."""
+    """Tokens [start, stop) of a request, in one forward: of its prompt, or of its output."""
 
     request: RequestState
     start: int
     stop: int
+
+    @property
+    def token_ids(self) -> list[int]:
+        prompt = self.request.submit.token_ids
+        return prompt[self.start : self.stop] or self.request.output[self.start - len(prompt) : self.stop - len(prompt)]
 
 
 def next_chunks(requests: Sequence[RequestState], max_tokens: int) -> list[PromptChunk]:
@@ -134,26 +144,17 @@ class Engine:
 
         None instead of a token: the model gave NaN or infinity for this request.
         """
-        page_size, num_chunks = self.config.page_size, len(chunks)
-        ends = np.cumsum([chunk.stop - chunk.start for chunk in chunks])
+        num_chunks, ends = len(chunks), np.cumsum([chunk.stop - chunk.start for chunk in chunks])
         done = [chunk.stop == chunk.request.prompt_len for chunk in chunks]
         of_rows = dict.fromkeys(("token_ids", "positions", "slot_mapping"), (int(ends[-1]),))
         inputs = Inputs(
             self.model.device, **of_rows, page_table=(num_chunks, self._max_pages), seq_lens=(num_chunks,),
             cu_seqlens_q=(num_chunks + 1,), logit_rows=(sum(done),),
         )  # fmt: skip
-        host = inputs.host
-        for row, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
-            pages, positions = np.array(chunk.request.pages), np.arange(chunk.start, chunk.stop)
-            new = slice(end - len(positions), end)
-            host["token_ids"][new] = chunk.request.submit.token_ids[chunk.start : chunk.stop]
-            host["positions"][new] = positions
-            host["slot_mapping"][new] = pages[positions // page_size] * page_size + positions % page_size
-            host["page_table"][row, : len(pages)] = pages
-            host["seq_lens"][row] = chunk.stop
-        host["cu_seqlens_q"][1:] = ends
-        host["logit_rows"][:] = ends[done] - 1
-        logits = self.model.forward(cache=self.cache, **inputs.upload(), on_layer=on_layer)  # [num_done, vocab_size]
+        inputs.host["cu_seqlens_q"][1:] = ends
+        inputs.host["logit_rows"][:] = ends[done] - 1
+        on_device = inputs.upload(chunks, self.config.page_size)
+        logits = self.model.forward(cache=self.cache, **on_device, on_layer=on_layer)  # [num_done, vocab_size]
         for chunk in chunks:
             chunk.request.num_computed = chunk.stop
         finished = [chunk.request for chunk, is_done in zip(chunks, done, strict=True) if is_done]
@@ -169,13 +170,10 @@ class Engine:
         if batch_size not in self._steps:
             # the reference backend waits for the device, which a capture refuses
             captures = self.model.device.type == "cuda" and lookup("PAGEWIRE_BACKEND") != "reference"
-            self._steps[batch_size] = DecodeStep(self.model, self.cache, batch_size, self._max_pages, captures=captures)
-        logits = self._steps[batch_size].run(
-            [r.output[-1] for r in requests],
-            [r.prompt_len + len(r.output) - 1 for r in requests],
-            [r.pages for r in requests],
-            on_layer,
-        )
+            self._steps[batch_size] = DecodeStep(self.model, self.cache, batch_size, self._max_pages, captures)
+        stops = [request.prompt_len + len(request.output) for request in requests]
+        chunks = [PromptChunk(request, stop - 1, stop) for request, stop in zip(requests, stops, strict=True)]
+        logits = self._steps[batch_size].run(chunks, on_layer)
         if self._record_dir:
             for request, row in zip(requests, logits, strict=True):
                 request.logits.append(row.to("cpu", copy=True))
@@ -203,20 +201,20 @@ class Engine:
         save_file({"logits": rows.contiguous(), "token_ids": torch.tensor(token_ids, device="cpu")}, path)
 
     def _warm_up(self) -> None:
-        """Both kinds of forward, so that a backend that refuses says so before Ready. On a GPU the longest prefill
-        too, and a step of each batch size: kernels are compiled and graphs captured here and not before a client.
+        """Both kinds of forward: a backend that refuses says so before Ready. On a GPU the longest prefill and a step
+        of each batch size too: kernels are compiled and graphs captured before a client waits for them.
         """
-        config = self.config
-        longest = min(config.prefill_chunk, self.model.config.max_context, self._max_pages * config.page_size)
-        prompts, batches = [1], [1]
+        config, longest, most = self.config, 1, 1
         if self.model.device.type == "cuda":
-            prompts.append(longest)
-            batches += {min(1 << n, config.max_batch_size) for n in range(config.max_batch_size.bit_length() + 1)}
-        for length in prompts:
-            submit = Submit("", [0] * length, 1, [], Sampling(temperature=1.0))
-            self.prefill([PromptChunk(RequestState(submit, 0, list(range(self._max_pages))), 0, length)])
-        for batch_size in batches:
-            self.decode([RequestState(Submit("", [], 1, [], Sampling()), 0, [0], output=[0])] * batch_size)
+            most = config.max_batch_size
+            longest = min(config.prefill_chunk, self.model.config.max_context, self._max_pages * config.page_size)
+        submit = Submit("", [0] * longest, 1, [], Sampling(temperature=1.0))
+        request = RequestState(submit, 0, list(range(self._max_pages)))
+        for stop in (1, longest):
+            self.prefill([PromptChunk(request, 0, stop)])
+        request = RequestState(Submit("", [], 1, [], Sampling()), 0, [0], output=[0])
+        for n in range((most - 1).bit_length() + 1):
+            self.decode([request] * min(1 << n, most))
 
 
 def _device(name: str) -> torch.device:
