@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pagewire.transfer import frames
+from pagewire.transfer.fields import layout
 from pagewire.transfer.frames import Abort, Ack, Block, Chunk, Commit, Credit, Held, Hello, Reserve
 from pagewire.transfer.handoff import prompt_sha256
 
@@ -44,7 +45,7 @@ def test_vector(name: str) -> None:
 
 def listed(cls: type) -> str:
     sizes = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "16s": "16 bytes", "32s": "32 bytes"}
-    return ", ".join(f"{name} {sizes[field.code]}" for name, field in frames._layout(cls).fixed.items())
+    return ", ".join(f"{name} {sizes[field.code]}" for name, field in layout(cls).fixed.items())
 
 
 @pytest.mark.parametrize("cls", [Held, Block], ids=lambda cls: cls.__name__)
@@ -55,7 +56,7 @@ def test_records_of_tlvs(cls: type) -> None:
 @pytest.mark.parametrize("kind", frames._KINDS)
 def test_table_row(kind: int) -> None:
     cls = frames._KINDS[kind]
-    layout = frames._layout(cls)
+    tlvs_of = layout(cls).tlvs
     fixed = listed(cls)
-    tlvs = ", ".join(f"{name} ({tlv.tag})" for name, tlv in layout.tlvs.items()) or "–"
+    tlvs = ", ".join(f"{name} ({tlv.tag})" for name, tlv in tlvs_of.items()) or "–"
     assert f"| {kind} | {cls.__name__.upper()} | {fixed} | {tlvs} |" in DOC

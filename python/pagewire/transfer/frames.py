@@ -15,12 +15,25 @@ FrameError, and a frame beyond them cannot be made. Whatever fits its bounds fit
 """
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any
 
 import google_crc32c
+
+from pagewire.transfer.fields import (
+    Field,
+    FrameError,
+    Record,
+    Tlv,
+    bounded,
+    expect,
+    layout,
+    pack,
+    records,
+    text,
+    unpack,
+)
 
 MAGIC = b"PWKV"
 VERSION = 3  # 1, without sequence numbers, and 2, of one group and whole caches, were never released
@@ -30,8 +43,7 @@ MAX_FRAME_BYTES = 256 << 10  # a COMMIT with a digest for each of MAX_LAYERS tak
 MAX_TLVS = 32
 MAX_GROUPS = 64
 MAX_LAYERS = 4096  # also of all groups together
-MAX_HEADS = 4096
-MAX_HEAD_DIM = 4096
+MAX_HEADS = MAX_HEAD_DIM = 4096
 MAX_TOKENS = 1 << 24
 MAX_STAGING_SLOTS = 1 << 16
 MAX_PAYLOAD_BYTES = 1 << 31
@@ -46,59 +58,13 @@ ROLES = ("prefill", "decode")
 Range = tuple[int, int]  # [start, stop)
 
 
-class FrameError(ValueError):
-    """These bytes are not a frame we can act on; nothing was changed."""
-
-
 def crc32c(data: Any) -> int:
     """Of bytes or a contiguous numpy array."""
     checksum: int = google_crc32c.value(data)
     return checksum
 
 
-def _expect(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise FrameError(sentence)
-
-
-class _Field(NamedTuple):
-    """What an annotation says of a fixed field."""
-
-    code: str  # struct format
-    least: int = 0
-    most: int = (1 << 64) - 1
-    names: tuple[str, ...] = ()  # of an enumeration; its index travels
-
-
-class _Tlv(NamedTuple):
-    """What an annotation says of a field that is a TLV; each is required, exactly once."""
-
-    tag: int
-    to_bytes: Callable[[Any], bytes]
-    from_bytes: Callable[[bytes], Any]
-
-
-class _Record:
-    """Fixed fields within their bounds, each `*_start` below its `*_stop`."""
-
-    def __post_init__(self) -> None:
-        layout = _layout(type(self))
-        for name, field in layout.bounded:
-            if not field.least <= getattr(self, name) <= field.most:
-                raise FrameError(f"{name}: {getattr(self, name)}, not {field.least} to {field.most}")
-        for name in layout.ranges:
-            start, stop = getattr(self, f"{name}_start"), getattr(self, f"{name}_stop")
-            if start >= stop and not self._may_be_empty:
-                raise FrameError(f"{name} range: [{start}, {stop})")
-        self._check()
-
-    _may_be_empty = False
-
-    def _check(self) -> None:
-        """Raises FrameError for values that do not go together."""
-
-
-class _Area(_Record):
+class _Area(Record):
     """Layers x heads."""
 
     layer_start: int
@@ -115,19 +81,19 @@ class _Area(_Record):
         return self.head_start, self.head_stop
 
 
-_U32 = Annotated[int, _Field("I", most=(1 << 32) - 1)]
-_U64 = Annotated[int, _Field("Q")]
-_Key16 = Annotated[bytes, _Field("16s")]
-_Hash32 = Annotated[bytes, _Field("32s")]
-_Group = Annotated[int, _Field("H", most=MAX_GROUPS - 1)]
-_Layer = Annotated[int, _Field("H", most=MAX_LAYERS)]
-_Head = Annotated[int, _Field("H", most=MAX_HEADS)]
-_HeadDim = Annotated[int, _Field("H", 1, MAX_HEAD_DIM)]
-_HeadDimV = Annotated[int, _Field("H", most=MAX_HEAD_DIM)]  # 0: V is a view of K and not packed
-_Token = Annotated[int, _Field("I", most=MAX_TOKENS)]
-_Slot = Annotated[int, _Field("I", most=MAX_STAGING_SLOTS - 1)]
-_Dtype = Annotated[str, _Field("B", names=DTYPES)]
-_ScaleKind = Annotated[str, _Field("B", names=SCALE_KINDS)]
+_U32 = Annotated[int, Field("I", most=(1 << 32) - 1)]
+_U64 = Annotated[int, Field("Q")]
+_Key16 = Annotated[bytes, Field("16s")]
+_Hash32 = Annotated[bytes, Field("32s")]
+_Group = Annotated[int, Field("H", most=MAX_GROUPS - 1)]
+_Layer = Annotated[int, Field("H", most=MAX_LAYERS)]
+_Head = Annotated[int, Field("H", most=MAX_HEADS)]
+_HeadDim = Annotated[int, Field("H", 1, MAX_HEAD_DIM)]
+_HeadDimV = Annotated[int, Field("H", most=MAX_HEAD_DIM)]  # 0: V is a view of K and not packed
+_Token = Annotated[int, Field("I", most=MAX_TOKENS)]
+_Slot = Annotated[int, Field("I", most=MAX_STAGING_SLOTS - 1)]
+_Dtype = Annotated[str, Field("B", names=DTYPES)]
+_ScaleKind = Annotated[str, Field("B", names=SCALE_KINDS)]
 
 
 @dataclass(frozen=True)
@@ -149,11 +115,10 @@ class Held(_Area):
 
     def _check(self) -> None:
         num_layers, num_heads = self.layer_stop - self.layer_start, self.head_stop - self.head_start
-        _expect(
-            num_layers == num_heads == 0 or min(num_layers, num_heads) > 0, f"{num_layers} layers, {num_heads} heads"
-        )
-        kind = self.scale_kind
-        _expect((self.dtype in SCALED_DTYPES) == (kind != "none"), f"scale_kind {kind} of {self.dtype}")
+        whole = num_layers == num_heads == 0 or min(num_layers, num_heads) > 0
+        expect(whole, f"{num_layers} layers, {num_heads} heads")
+        scaled, kind = self.dtype in SCALED_DTYPES, self.scale_kind
+        expect(scaled == (kind != "none"), f"scale_kind {kind} of {self.dtype}")
 
 
 @dataclass(frozen=True)
@@ -167,55 +132,29 @@ class Block(_Area):
     head_stop: _Head
 
 
-def _bounded(max_bytes: int, data: bytes) -> bytes:
-    _expect(len(data) <= max_bytes, f"{len(data)} bytes, at most {max_bytes}")
-    return data
-
-
-def _text(max_bytes: int) -> tuple[Callable[[str], bytes], Callable[[bytes], str]]:
-    def from_bytes(data: bytes) -> str:
-        try:
-            return _bounded(max_bytes, data).decode()
-        except UnicodeDecodeError:
-            raise FrameError("text is not UTF-8") from None
-
-    return lambda text: _bounded(max_bytes, text.encode()), from_bytes
-
-
-def _records(cls: type[_Record]) -> tuple[Callable[[tuple[Any, ...]], bytes], Callable[[bytes], tuple[Any, ...]]]:
-    def from_bytes(data: bytes) -> tuple[Any, ...]:
-        size = _layout(cls).body.size
-        _expect(len(data) % size == 0 and len(data) <= size * MAX_GROUPS, f"{len(data)} bytes of {cls.__name__}")
-        return tuple(cls(**_unpack(cls, data, at)) for at in range(0, len(data), size))
-
-    return lambda records: b"".join(map(_pack, records)), from_bytes
-
-
 def _dtypes_from_bytes(data: bytes) -> tuple[str, ...]:
     return tuple(DTYPES[i] for i in data if i < len(DTYPES))  # a later version's are not for us
 
 
-def _digests_from_bytes(data: bytes) -> tuple[bytes, ...]:
-    return tuple(data[i : i + 32] for i in range(0, len(data), 32))
-
-
-_RequestId = Annotated[str, _Tlv(1, *_text(128))]
-_Digests = Annotated[tuple[bytes, ...], _Tlv(2, b"".join, _digests_from_bytes)]
-_Reason = Annotated[str, _Tlv(3, *_text(1024))]
-_Dtypes = Annotated[tuple[str, ...], _Tlv(4, lambda dtypes: bytes(map(DTYPES.index, dtypes)), _dtypes_from_bytes)]
-_Groups = Annotated[tuple[Held, ...], _Tlv(5, *_records(Held))]
-_Tenant = Annotated[str, _Tlv(6, *_text(128))]
-_Staging = Annotated[bytes, _Tlv(7, *[partial(_bounded, 1024)] * 2)]
-_Blocks = Annotated[tuple[Block, ...], _Tlv(8, *_records(Block))]
+_RequestId = Annotated[str, Tlv(1, *text(128))]
+_Digests = Annotated[
+    tuple[bytes, ...], Tlv(2, b"".join, lambda data: tuple(data[i : i + 32] for i in range(0, len(data), 32)))
+]
+_Reason = Annotated[str, Tlv(3, *text(1024))]
+_Dtypes = Annotated[tuple[str, ...], Tlv(4, lambda dtypes: bytes(map(DTYPES.index, dtypes)), _dtypes_from_bytes)]
+_Groups = Annotated[tuple[Held, ...], Tlv(5, *records(Held, MAX_GROUPS))]
+_Tenant = Annotated[str, Tlv(6, *text(128))]
+_Staging = Annotated[bytes, Tlv(7, *[partial(bounded, 1024)] * 2)]
+_Blocks = Annotated[tuple[Block, ...], Tlv(8, *records(Block, MAX_GROUPS))]
 
 
 @dataclass(frozen=True)
-class Hello(_Record):
+class Hello(Record):
     """Both sides' first frame. D's speaks of the staging arena; P's has no staging slots."""
 
-    role: Annotated[str, _Field("B", names=ROLES)]
-    num_slots: Annotated[int, _Field("I", most=MAX_STAGING_SLOTS)]  # all of them P's to write until a chunk names one
-    slot_bytes: Annotated[int, _Field("I", most=MAX_PAYLOAD_BYTES)]
+    role: Annotated[str, Field("B", names=ROLES)]
+    num_slots: Annotated[int, Field("I", most=MAX_STAGING_SLOTS)]  # all of them P's to write until a chunk names one
+    slot_bytes: Annotated[int, Field("I", most=MAX_PAYLOAD_BYTES)]
     incarnation: _Key16  # random per process
     fingerprint: _Hash32  # of the model
     groups: _Groups
@@ -224,14 +163,14 @@ class Hello(_Record):
     staging: _Staging = b""  # how P reaches the arena, where the transport needs words for it
 
     def _check(self) -> None:
-        _expect(len(self.wire_dtypes) == len(set(self.wire_dtypes)) > 0, f"wire_dtypes {self.wire_dtypes}")
-        _expect(1 <= len(self.groups) <= MAX_GROUPS, f"{len(self.groups)} groups, not 1 to {MAX_GROUPS}")
+        expect(len(self.wire_dtypes) == len(set(self.wire_dtypes)) > 0, f"wire_dtypes {self.wire_dtypes}")
+        expect(1 <= len(self.groups) <= MAX_GROUPS, f"{len(self.groups)} groups, not 1 to {MAX_GROUPS}")
         num_layers = sum(held.layer_stop - held.layer_start for held in self.groups)
-        _expect(1 <= num_layers <= MAX_LAYERS, f"{num_layers} layers, not 1 to {MAX_LAYERS}")
+        expect(1 <= num_layers <= MAX_LAYERS, f"{num_layers} layers, not 1 to {MAX_LAYERS}")
 
 
 @dataclass(frozen=True)
-class Reserve(_Record):
+class Reserve(Record):
     """D owns pages for the request; P may push tokens [num_cached, num_tokens) of the blocks.
 
     No blocks: another sender pushes what this one holds; it is to COMMIT nevertheless.
@@ -246,13 +185,13 @@ class Reserve(_Record):
     blocks: _Blocks
 
     def _check(self) -> None:
-        _expect(self.num_cached < self.num_tokens, f"num_cached {self.num_cached} of {self.num_tokens} tokens")
+        expect(self.num_cached < self.num_tokens, f"num_cached {self.num_cached} of {self.num_tokens} tokens")
         groups = [block.group for block in self.blocks]
-        _expect(groups == sorted(set(groups)), f"blocks of groups {groups}, not one each in order")
+        expect(groups == sorted(set(groups)), f"blocks of groups {groups}, not one each in order")
 
 
 @dataclass(frozen=True)
-class Chunk(_Record):
+class Chunk(Record):
     """A staging slot holds packed KV, layers x heads x tokens of one request, described in full."""
 
     request_id: _RequestId
@@ -270,9 +209,9 @@ class Chunk(_Record):
     token_stop: _Token
     dtype: _Dtype
     scale_kind: _ScaleKind
-    checksum_kind: Annotated[str, _Field("B", names=CHECKSUM_KINDS)]
+    checksum_kind: Annotated[str, Field("B", names=CHECKSUM_KINDS)]
     checksum: _U64
-    payload_bytes: Annotated[int, _Field("Q", 1, MAX_PAYLOAD_BYTES)]
+    payload_bytes: Annotated[int, Field("Q", 1, MAX_PAYLOAD_BYTES)]
     slot: _Slot
 
     @property
@@ -285,7 +224,7 @@ class Chunk(_Record):
 
 
 @dataclass(frozen=True)
-class Commit(_Record):
+class Commit(Record):
     """Everything was pushed: KV of the prompt with this hash, which `first_token` followed."""
 
     request_id: _RequestId
@@ -296,12 +235,12 @@ class Commit(_Record):
     digests: _Digests  # SHA-256 per layer of each block, or ()
 
     def _check(self) -> None:
-        _expect(len(self.digests) <= MAX_LAYERS, f"{len(self.digests)} digests, at most {MAX_LAYERS}")
-        _expect(all(len(digest) == 32 for digest in self.digests), "digests are not SHA-256")
+        expect(len(self.digests) <= MAX_LAYERS, f"{len(self.digests)} digests, at most {MAX_LAYERS}")
+        expect(all(len(digest) == 32 for digest in self.digests), "digests are not SHA-256")
 
 
 @dataclass(frozen=True)
-class Ack(_Record):
+class Ack(Record):
     """D has all that this P was to push and needs it no more; P may drop its pages."""
 
     request_id: _RequestId
@@ -309,14 +248,14 @@ class Ack(_Record):
 
 
 @dataclass(frozen=True)
-class Credit(_Record):
+class Credit(Record):
     """D has consumed the staging slot's chunk; it is P's to write again."""
 
     slot: _Slot
 
 
 @dataclass(frozen=True)
-class Abort(_Record):
+class Abort(Record):
     """Either side gives the reservation up. The side that sends it answers to the front."""
 
     request_id: _RequestId
@@ -329,28 +268,6 @@ _KINDS: dict[int, type[Frame]] = dict(enumerate((Hello, Reserve, Chunk, Commit, 
 _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
 
 
-class _Layout(NamedTuple):
-    fixed: dict[str, _Field]
-    tlvs: dict[str, _Tlv]
-    body: struct.Struct
-    bounded: list[tuple[str, _Field]]
-    ranges: list[str]  # `layer`, of layer_start and layer_stop
-
-
-def _layout(cls: type[Any]) -> _Layout:
-    if cls not in _LAYOUTS:
-        hints = get_type_hints(cls, include_extras=True)
-        of = {field.name: hints[field.name].__metadata__[0] for field in fields(cls)}
-        fixed = {name: what for name, what in of.items() if isinstance(what, _Field)}
-        tlvs = {name: what for name, what in of.items() if isinstance(what, _Tlv)}
-        body = struct.Struct("<" + "".join(field.code for field in fixed.values()))
-        bounded = [(name, field) for name, field in fixed.items() if field.code in "HIQ"]
-        ranges = [name.removesuffix("_stop") for name in fixed if name.endswith("_stop")]
-        _LAYOUTS[cls] = _Layout(fixed, tlvs, body, bounded, ranges)
-    return _LAYOUTS[cls]
-
-
-_LAYOUTS: dict[type[Any], _Layout] = {}
 _PREFIX = struct.Struct("<4sHHHHIII")
 _TLV_HEAD = struct.Struct("<HHI")
 _CRC = struct.Struct("<I")
@@ -358,8 +275,8 @@ _CRC = struct.Struct("<I")
 
 def encode(frame: Frame, sequence: int) -> bytes:
     """Raises FrameError when a text is longer than a reader accepts."""
-    tlvs = _layout(type(frame)).tlvs
-    parts = [_pack(frame)]
+    tlvs = layout(type(frame)).tlvs
+    parts = [pack(frame)]
     for name, tlv in tlvs.items():
         data = tlv.to_bytes(getattr(frame, name))
         parts.append(_TLV_HEAD.pack(tlv.tag, 0, len(data)) + data)
@@ -373,53 +290,37 @@ def encode(frame: Frame, sequence: int) -> bytes:
 
 def decode(data: bytes) -> tuple[Frame, int]:
     """The frame in exactly these bytes, and its sequence. Raises FrameError naming what is wrong."""
-    _expect(_PREFIX.size + _CRC.size <= len(data) <= MAX_FRAME_BYTES, f"frame of {len(data)} bytes")
+    expect(_PREFIX.size + _CRC.size <= len(data) <= MAX_FRAME_BYTES, f"frame of {len(data)} bytes")
     magic, version, min_version, kind, num_tlvs, features, frame_bytes, sequence = _PREFIX.unpack_from(data)
-    _expect(magic == MAGIC, f"magic: expected {MAGIC!r}, got {magic!r}")
-    _expect(version >= VERSION >= min_version, f"version: expected {VERSION}, got {version} that needs {min_version}")
-    _expect(features & ~KNOWN_FEATURES == 0, f"features: unknown bits {features:#x}")
-    _expect(frame_bytes == len(data), f"frame_bytes: says {frame_bytes}, got {len(data)}")
-    _expect(num_tlvs <= MAX_TLVS, f"num_tlvs: expected at most {MAX_TLVS}, got {num_tlvs}")
+    expect(magic == MAGIC, f"magic: expected {MAGIC!r}, got {magic!r}")
+    expect(version >= VERSION >= min_version, f"version: expected {VERSION}, got {version} that needs {min_version}")
+    expect(features & ~KNOWN_FEATURES == 0, f"features: unknown bits {features:#x}")
+    expect(frame_bytes == len(data), f"frame_bytes: says {frame_bytes}, got {len(data)}")
+    expect(num_tlvs <= MAX_TLVS, f"num_tlvs: expected at most {MAX_TLVS}, got {num_tlvs}")
     end = len(data) - _CRC.size
-    _expect(_CRC.unpack_from(data, end)[0] == crc32c(data[:end]), "frame CRC32C does not match")
+    expect(_CRC.unpack_from(data, end)[0] == crc32c(data[:end]), "frame CRC32C does not match")
     cls = _KINDS.get(kind)
     if cls is None:
         raise FrameError(f"kind: expected one of {sorted(_KINDS)}, got {kind}")
-    at = _PREFIX.size + _layout(cls).body.size
-    _expect(at <= end, f"{cls.__name__}: the body is cut short")
-    return cls(**_unpack(cls, data, _PREFIX.size), **_decode_tlvs(cls, data, at, end, num_tlvs)), sequence
-
-
-def _pack(record: _Record) -> bytes:
-    layout = _layout(type(record))
-    values = ((getattr(record, name), field.names) for name, field in layout.fixed.items())
-    return layout.body.pack(*(names.index(value) if names else value for value, names in values))
-
-
-def _unpack(cls: type[Any], data: bytes, at: int) -> dict[str, Any]:
-    layout = _layout(cls)
-    values = dict(zip(layout.fixed, layout.body.unpack_from(data, at), strict=True))
-    for name, field in layout.fixed.items():
-        if field.names:
-            _expect(values[name] < len(field.names), f"{cls.__name__}.{name}: unknown value {values[name]}")
-            values[name] = field.names[values[name]]
-    return values
+    at = _PREFIX.size + layout(cls).body.size
+    expect(at <= end, f"{cls.__name__}: the body is cut short")
+    return cls(**unpack(cls, data, _PREFIX.size), **_decode_tlvs(cls, data, at, end, num_tlvs)), sequence
 
 
 def _decode_tlvs(cls: type[Frame], data: bytes, at: int, end: int, num_tlvs: int) -> dict[str, Any]:
-    known = {tlv.tag: (name, tlv) for name, tlv in _layout(cls).tlvs.items()}
+    known = {tlv.tag: (name, tlv) for name, tlv in layout(cls).tlvs.items()}
     values: dict[str, Any] = {}
     for _ in range(num_tlvs):
-        _expect(at + _TLV_HEAD.size <= end, f"{cls.__name__}: a TLV is cut short")
+        expect(at + _TLV_HEAD.size <= end, f"{cls.__name__}: a TLV is cut short")
         tag, _, length = _TLV_HEAD.unpack_from(data, at)
         at += _TLV_HEAD.size
-        _expect(length <= end - at, f"{cls.__name__}: TLV {tag}: {length} bytes, {end - at} left")
+        expect(length <= end - at, f"{cls.__name__}: TLV {tag}: {length} bytes, {end - at} left")
         if tag in known:
             name, tlv = known[tag]
-            _expect(name not in values, f"{cls.__name__}.{name}: given twice")
+            expect(name not in values, f"{cls.__name__}.{name}: given twice")
             values[name] = tlv.from_bytes(data[at : at + length])
         at += length
-    _expect(at == end, f"{cls.__name__}: {end - at} bytes behind the last TLV")
+    expect(at == end, f"{cls.__name__}: {end - at} bytes behind the last TLV")
     missing = [name for name, _ in known.values() if name not in values]
-    _expect(not missing, f"{cls.__name__}: {', '.join(missing)} missing")
+    expect(not missing, f"{cls.__name__}: {', '.join(missing)} missing")
     return values

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pagewire.allocator import PageAllocator
-from pagewire.transfer.frames import Abort, Ack, Block, Chunk, Commit, Credit, Held, Reserve
+from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
 from pagewire.transfer.grouping import Grouping
 from pagewire.transfer.handoff import (
     NO_GENERATION,
@@ -22,6 +22,7 @@ from pagewire.transfer.handoff import (
     abort_frame,
     prompt_sha256,
 )
+from pagewire.transfer.shares import intersection
 
 MAX_REMEMBERED = 4096  # request ids of which only one side has heard
 
@@ -232,7 +233,8 @@ class Sender:
             payload_bytes=payload_bytes, slot=push.staging_slot,
         )  # fmt: skip
         self._moved(self._links[push.link])
-        self._end_push(push)
+        del self._pushing[push.link, push.staging_slot]
+        outgoing.legs[push.link].num_pushing -= 1
         self._drained(push.link, outgoing)
         return [Send(chunk, push.link)]
 
@@ -321,7 +323,9 @@ class Sender:
             return f"RESERVE: expected {len(outgoing.token_ids)} tokens, got {reserve.num_tokens}"
         groups = self._links[number].wire.groups
         for block in reserve.blocks:
-            if block.group >= len(groups) or not _within(block, groups[block.group]):
+            held = groups[block.group] if block.group < len(groups) else None
+            common = held and (intersection(block.layers, held.layers), intersection(block.heads, held.heads))
+            if common != (block.layers, block.heads):
                 return f"RESERVE: {block} is not of what both hold"
         return None
 
@@ -338,14 +342,10 @@ class Sender:
             if not self._links[number].unpushed.holds(outgoing):
                 self._commits.append((number, outgoing))
 
-    def _end_push(self, push: Push) -> _Outgoing:
-        outgoing = self._pushing.pop((push.link, push.staging_slot))
-        outgoing.legs[push.link].num_pushing -= 1
-        return outgoing
-
     def _not_sent(self, push: Push) -> list[Action]:
         """Of a request that is gone: the staging slot is still ours, and nothing reads the pages for it now."""
-        outgoing = self._end_push(push)
+        outgoing = self._pushing.pop((push.link, push.staging_slot))
+        outgoing.legs[push.link].num_pushing -= 1
         if push.link in self._links:
             self.credit(push.link, Credit(push.staging_slot))
         if outgoing.num_pushing:
@@ -357,9 +357,9 @@ class Sender:
         outgoing = self._live.get(request_id)
         if outgoing is None:
             return []
-        actions = [*([answer] if answer else []), *self._aborts(outgoing, reason)]
+        told = self._aborts(outgoing, reason)
         self._free(outgoing)
-        return actions + self._admit()
+        return [*([answer] if answer else []), *told, *self._admit()]
 
     def _aborts(self, outgoing: _Outgoing, reason: str) -> list[Action]:
         """To every D that still takes part; one whose RESERVE is on its way is told when it comes."""
@@ -398,8 +398,3 @@ class Sender:
 
     def _num_pages(self, outgoing: _Outgoing) -> int:
         return -(-len(outgoing.token_ids) // self._page_size)
-
-
-def _within(block: Block, held: Held) -> bool:
-    (a, b), (c, d) = block.layers, block.heads
-    return held.layer_start <= a < b <= held.layer_stop and held.head_start <= c < d <= held.head_stop
