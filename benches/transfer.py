@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 import torch
 
 import pagewire as pw
-from pagewire.transfer.channel import Channel, Codec, wait
+from pagewire.net.channel import Channel, Codec, wait
 from pagewire.transfer.codec import FrameCodec
 from pagewire.transfer.frames import Ack, Block, Chunk, Commit, Credit, Reserve, crc32c
 from pagewire.transfer.handoff import Begin, Dropped, Push, Send, Start, Unpack

@@ -5,14 +5,12 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "pagewire"
 
 # lowest first; a module may import its own layer and those before it
 LAYERS = [
-    {"kernels", "version"},
+    {"kernels", "net", "version"},
     {"types", "environment", "errors", "emulation", "memo", "native", "overlap", "results", "scalars", "views"},
     {"quant", "packed", "pages", "allocator", "cache", "shared_kv"},
     {"check", "cache_part"},
@@ -34,7 +32,6 @@ LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 # what a part of serve/, a module or a folder, may import of the others
 SHARED = {"channel", "config", "messages"}
-WITHOUT_TORCH = ("channel", "tls")  # of transfer/: what the front may import
 SERVE = dict.fromkeys(SHARED, SHARED) | {
     "front": {"front", *SHARED},
     "worker": {"worker", "model", *SHARED},
@@ -96,23 +93,19 @@ def test_front_and_worker_do_not_know_each_other_and_the_model_knows_neither():
 
 def test_the_front_has_no_torch():
     """Neither in front/ nor in what it may import. That the cli reads a tokenizer without it is test_front.py's."""
-    shared = [
-        *(PACKAGE / "serve" / f"{part}.py" for part in SHARED),
-        *(PACKAGE / "transfer" / f"{part}.py" for part in WITHOUT_TORCH),
-    ]
+    shared = [PACKAGE / "serve" / f"{part}.py" for part in SHARED]
     files = [*(PACKAGE / "serve/front").rglob("*.py"), *shared]
-    assert len(files) > 9
+    assert len(files) > 8
     for path in files:
-        names = modules(path)
-        assert not any(name.split(".")[0] == "torch" for name in names), path
-        assert imported(path) <= {"serve", "transfer"}, path
-        of_transfer = {name for name in names if name.startswith("pagewire.transfer")}
-        assert {name.split(".")[2] for name in of_transfer if name.count(".") > 1} <= set(WITHOUT_TORCH), path
+        assert not any(name.split(".")[0] == "torch" for name in modules(path)), path
+        assert imported(path) <= {"net", "serve"}, path
 
 
-@pytest.mark.parametrize("part", WITHOUT_TORCH)
-def test_channel_and_tls_need_nothing_that_is_not_in_every_python(part):
-    assert {name.split(".")[0] for name in modules(PACKAGE / f"transfer/{part}.py")} <= sys.stdlib_module_names
+def test_net_needs_nothing_that_is_not_in_every_python():
+    files = sorted((PACKAGE / "net").glob("*.py"))
+    assert len(files) > 2
+    for path in files:
+        assert {name.split(".")[0] for name in modules(path)} <= sys.stdlib_module_names, path
 
 
 def test_kernels_import_only_torch_triton_and_siblings():

@@ -5,8 +5,8 @@ import socket
 import pytest
 
 from faults.stepped import REQUESTS, STATES, TIMEOUT_S, Rig, granted, phases
+from pagewire.net.channel import LENGTH
 from pagewire.serve.messages import Cancel
-from pagewire.transfer.channel import LENGTH
 from pagewire.transfer.frames import Abort
 from pagewire.transfer.handoff import Phase
 from serve.tiny import make_tiny_llama

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from pagewire.net.channel import Channel, ChannelClosed, wait
 from pagewire.serve.channel import WORKER_CODEC
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.messages import (
@@ -31,7 +32,6 @@ from pagewire.serve.messages import (
     Unlinked,
 )
 from pagewire.serve.worker.process import die_with_front
-from pagewire.transfer.channel import Channel, ChannelClosed, wait
 
 VOCAB_SIZE = 320  # tiny.py's
 POISON = 319

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import pagewire as pw
+from pagewire.net.channel import Channel, Codec
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Pair
 from pagewire.serve.worker import peers
 from pagewire.serve.worker.peers import MAX_FRAMES, MAX_PENDING, Peers
 from pagewire.transfer import shm
-from pagewire.transfer.channel import Channel, Codec
 from pagewire.transfer.codec import FrameCodec
 from pagewire.transfer.frames import Ack, Chunk, Credit, Held
 from pagewire.transfer.packing import new_hello

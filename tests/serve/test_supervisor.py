@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from pagewire.net.channel import ChannelClosed
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.front import links
 from pagewire.serve.front import worker as workers
@@ -14,7 +15,6 @@ from pagewire.serve.front.process import WorkerProcess
 from pagewire.serve.front.remote import Address, RemoteWorker
 from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.messages import Event, Events, Gauges, Linked, Pair, Ready, Sampling, Submit, Token, Unlinked
-from pagewire.transfer.channel import ChannelClosed
 
 
 def worker(role: str, incarnation: str, name: str = "") -> SimpleNamespace:

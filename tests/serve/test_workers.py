@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import pagewire as pw
+from pagewire.net.channel import frame
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.messages import Finished, Pair, Sampling
 from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.worker import process
 from pagewire.serve.worker.peers import Peers
-from pagewire.transfer.channel import frame
 from pagewire.transfer.frames import Ack
 from pagewire.transfer.packing import new_hello
 from serve.tiny import make_tiny_llama

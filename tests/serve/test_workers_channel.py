@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
+from pagewire.net.channel import LENGTH, MAX_FRAME_BYTES, Channel, ChannelClosed, Codec, frame, wait
 from pagewire.serve.channel import FRONT_CODEC, WORKER_CODEC, AsyncChannel
 from pagewire.serve.messages import Cancel, Finished, Sampling, Shutdown, Submit, Token
-from pagewire.transfer.channel import LENGTH, MAX_FRAME_BYTES, Channel, ChannelClosed, Codec, frame, wait
 
 SUBMIT = Submit("r", [1, 2, 300000], 5, [0], Sampling(temperature=0.5, seed=1 << 40))
 RAW = Codec(bytes, bytes)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from pagewire.net.channel import Channel, Codec
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Cancel, Failed, Finished, Sampling
 from pagewire.serve.worker import prefill, timeline
-from pagewire.transfer.channel import Channel, Codec
 from pagewire.transfer.frames import Abort
 from serve.tiny import make_tiny_llama
 from serve.workers import Stepped, prompt_of

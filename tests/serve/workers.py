@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from pagewire.net.channel import Channel, ChannelClosed, wait
 from pagewire.serve.channel import FRONT_CODEC, WORKER_CODEC
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import (
@@ -31,7 +32,6 @@ from pagewire.serve.messages import (
     Token,
     Unlinked,
 )
-from pagewire.transfer.channel import Channel, ChannelClosed, wait
 
 TIMEOUT_S = 60.0
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import trustme
 
-from pagewire.transfer.tls import DOMAIN, Tls
+from pagewire.net.tls import DOMAIN, Tls
 
 
 class Certificates:

@@ -16,12 +16,12 @@ import pytest
 import torch
 import trustme
 
+from pagewire.net.channel import LENGTH, ChannelClosed, wait
+from pagewire.net.tls import Tls
 from pagewire.transfer import channel as channels
-from pagewire.transfer.channel import LENGTH, ChannelClosed, wait
 from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Frame, Held, Hello, encode
 from pagewire.transfer.shm import ShmTransport
-from pagewire.transfer.tls import Tls
 from pagewire.transfer.transport import Listener, Transport, connect, listen
 
 SLOTS, SLOT_BYTES = 3, 4 << 20

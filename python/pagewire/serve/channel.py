@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
+from pagewire.net.channel import LENGTH, Codec, frame, frame_len
 from pagewire.serve.messages import FrontMessage, WorkerMessage
-from pagewire.transfer.channel import LENGTH, Codec, frame, frame_len
 
 WORKER_CODEC = Codec(msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FrontMessage).decode)
 FRONT_CODEC = Codec(msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(WorkerMessage).decode)

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import uvicorn
 
+from pagewire.net.tls import Tls, resolve
 from pagewire.serve.config import DTYPES, KV_DTYPES, WorkerConfig
 from pagewire.serve.front.app import make_app
 from pagewire.serve.front.front import Front
@@ -25,7 +26,6 @@ from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.front.worker import Worker
 from pagewire.serve.model import ModelError, default_model_path
 from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
-from pagewire.transfer.tls import Tls, resolve
 
 DRAIN_POLL_S = 0.05
 

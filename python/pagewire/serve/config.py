@@ -14,7 +14,7 @@ import re
 
 import msgspec
 
-from pagewire.transfer.tls import Tls
+from pagewire.net.tls import Tls
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")

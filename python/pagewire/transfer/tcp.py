@@ -7,8 +7,8 @@ import os
 import socket
 from typing import Any
 
+from pagewire.net.tls import Tls, prepare, resolve, secure
 from pagewire.transfer.frames import Chunk, Frame, Hello
-from pagewire.transfer.tls import Tls, prepare, resolve, secure
 from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
 
 

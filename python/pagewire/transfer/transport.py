@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pagewire.transfer.channel import Channel, ChannelClosed, Codec
+from pagewire.net.channel import Channel, ChannelClosed, Codec
+from pagewire.net.tls import Tls
 from pagewire.transfer.codec import ConnectionLost, FrameCodec
 from pagewire.transfer.frames import Chunk, Frame, Hello
-from pagewire.transfer.tls import Tls
 
 STAGING_ALIGN = 64  # bytes; also the alignment of every packed buffer's start
 BACKLOG = 4  # connections that wait to be accepted

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import msgspec
 
+from pagewire.net.channel import ChannelClosed
+from pagewire.net.tls import Tls
 from pagewire.serve.channel import AsyncChannel
 from pagewire.serve.front.worker import Worker
 from pagewire.serve.messages import Events, Ready, WorkerMessage
-from pagewire.transfer.channel import ChannelClosed
-from pagewire.transfer.tls import Tls
 
 DIAL_TIMEOUT_S = 10.0
 ROLES = ("prefill", "decode")

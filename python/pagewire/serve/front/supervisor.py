@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from pagewire.net.channel import ChannelClosed
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.front.links import Links, backoff_s
 from pagewire.serve.front.openai import server_error
@@ -15,7 +16,6 @@ from pagewire.serve.front.output import Output
 from pagewire.serve.front.routing import Routing
 from pagewire.serve.front.worker import Worker
 from pagewire.serve.messages import Events, Gauges, Linked, Ready, Unlinked, WorkerMessage
-from pagewire.transfer.channel import ChannelClosed
 
 WATCH_S = 0.1  # between two looks at the clocks
 STABLE_S = 30.0  # a process that was up for so long starts its backoff again

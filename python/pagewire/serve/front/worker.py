@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from pagewire.net.channel import ChannelClosed
 from pagewire.serve.channel import AsyncChannel
 from pagewire.serve.messages import Events, Gauges, Ready, WorkerMessage
-from pagewire.transfer.channel import ChannelClosed
 
 BEATING_S = 5.0  # /health believes a process that was heard within this
 

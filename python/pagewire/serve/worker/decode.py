@@ -7,13 +7,13 @@ import hashlib
 import secrets
 import time
 
+from pagewire.net.channel import Channel
 from pagewire.serve.messages import Failed, Submit
 from pagewire.serve.worker.engine import Engine, RequestState
 from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Decoding, Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
-from pagewire.transfer.channel import Channel
 from pagewire.transfer.frames import Abort, Chunk, Commit, Frame
 from pagewire.transfer.handoff import Action, Refused, Share, Start, Unpack
 from pagewire.transfer.packing import held

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from pagewire.net.channel import Channel
+from pagewire.net.tls import prepare, resolve, secure
 from pagewire.serve.channel import WORKER_CODEC
 from pagewire.serve.config import WorkerConfig
-from pagewire.transfer.channel import Channel
-from pagewire.transfer.tls import prepare, resolve, secure
 
 HANDSHAKE_S = 10.0  # for a front that connects to show its certificate
 

@@ -10,9 +10,9 @@ from collections import deque
 from dataclasses import dataclass
 
 import pagewire as pw
+from pagewire.net.channel import ChannelClosed
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Pair, Unlinked
-from pagewire.transfer.channel import ChannelClosed
 from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Frame, Hello
 from pagewire.transfer.packing import Packing

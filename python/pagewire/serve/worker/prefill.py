@@ -2,13 +2,13 @@
 
 from collections import deque
 
+from pagewire.net.channel import Channel
 from pagewire.serve.messages import Failed, Finished, Submit
 from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.peers import MAX_FRAMES, Link, Peers
 from pagewire.serve.worker.steps import Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
-from pagewire.transfer.channel import Channel
 from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Abort, Ack, Commit, Credit, Frame, Reserve
 from pagewire.transfer.handoff import Action, Push, Refused, Send

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from pagewire.net.channel import Channel, ChannelClosed, wait
 from pagewire.serve.channel import WORKER_CODEC
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.messages import Shutdown
 from pagewire.serve.worker.fronts import Front, Fronts
-from pagewire.transfer.channel import Channel, ChannelClosed, wait
 
 if TYPE_CHECKING:
     from pagewire.serve.worker.engine import Engine

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import AcceleratorError
 
+from pagewire.net.channel import ChannelClosed
 from pagewire.serve.messages import Failed, Finished
 from pagewire.serve.worker.engine import RequestState, next_chunks
 from pagewire.serve.worker.timeline import now_us
-from pagewire.transfer.channel import ChannelClosed
 
 if TYPE_CHECKING:
     from pagewire.serve.worker.worker import Worker

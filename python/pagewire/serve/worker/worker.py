@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 
 import msgspec
 
+from pagewire.net.channel import Channel
 from pagewire.serve.messages import (
     Cancel,
     Events,
@@ -22,7 +23,6 @@ from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Ending, Prefilling
 from pagewire.serve.worker.timeline import Timeline, now_us
-from pagewire.transfer.channel import Channel
 from pagewire.transfer.frames import Frame
 from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Refused, RequestFailed, Send
 
