@@ -12,10 +12,9 @@ TOKEN_BYTES = 10  # of one layer
 
 
 def make(max_tokens: int) -> Grouping[str]:
-    def num_bytes(block: Block, tokens: int) -> int:
-        return (block.layer_stop - block.layer_start) * tokens * TOKEN_BYTES
-
-    return Grouping(max_tokens * TOKEN_BYTES, num_bytes)
+    return Grouping(
+        max_tokens * TOKEN_BYTES, lambda _group, layers, heads, tokens: layers * heads * tokens * TOKEN_BYTES
+    )
 
 
 def layers_of(num_layers: int, group: int = 0) -> Block:

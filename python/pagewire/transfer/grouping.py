@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
 
@@ -17,7 +17,13 @@ Owner = TypeVar("Owner")
 class Piece(Generic[Owner]):
     owner: Owner
     tokens: Range
-    block: Block
+    of: Block  # of which it has some of the layers
+    layer_start: int
+    layer_stop: int
+
+    @property
+    def block(self) -> Block:
+        return Block(self.of.group, self.layer_start, self.layer_stop, *self.of.heads)
 
 
 class Grouping(Generic[Owner]):
@@ -25,8 +31,8 @@ class Grouping(Generic[Owner]):
     then its tokens are split. A piece is full when the next layer would not fit or there is none.
     """
 
-    def __init__(self, max_bytes: int, num_bytes: Callable[[Block, int], int]) -> None:
-        """num_bytes: of a block's so many tokens; one token of one layer is no more than max_bytes."""
+    def __init__(self, max_bytes: int, num_bytes: Callable[[int, int, int, int], int]) -> None:
+        """num_bytes: of (group, layers, heads, tokens); one token of one layer is no more than max_bytes."""
         self._max_bytes = max_bytes
         self._num_bytes = num_bytes
         self._open: dict[tuple[Owner, int, Range], Piece[Owner]] = {}
@@ -34,17 +40,15 @@ class Grouping(Generic[Owner]):
 
     def add(self, owner: Owner, block: Block, layer: int, start: int, stop: int) -> None:
         """Tokens [start, stop) of one of the block's layers, each layer of them in its turn."""
-        one = replace(block, layer_start=layer, layer_stop=layer + 1)
-        max_tokens = self._max_bytes // self._num_bytes(one, 1)
+        max_tokens = self._max_bytes // self._num_bytes(block.group, 1, block.head_stop - block.head_start, 1)
         for at in range(start, stop, max_tokens):
             tokens = at, min(at + max_tokens, stop)
             key = owner, block.group, tokens
             piece = self._open.get(key)
             if piece is None:
-                piece = self._open[key] = Piece(owner, tokens, one)
-            else:
-                assert piece.block.layer_stop == layer
-                piece.block = replace(piece.block, layer_stop=layer + 1)
+                piece = self._open[key] = Piece(owner, tokens, block, layer, layer)
+            assert piece.layer_stop == layer
+            piece.layer_stop = layer + 1
             if layer + 1 == block.layer_stop or self._bytes(piece, more=1) > self._max_bytes:
                 self._full.append(self._open.pop(key))
 
@@ -54,7 +58,7 @@ class Grouping(Generic[Owner]):
             return self._full.popleft()
         worth = (p for p in self._open.values() if self._bytes(p) >= IDLE_CHUNK_BYTES) if idle else iter(())
         piece = next(worth, None)
-        return self._open.pop((piece.owner, piece.block.group, piece.tokens)) if piece else None
+        return self._open.pop((piece.owner, piece.of.group, piece.tokens)) if piece else None
 
     def drop(self, owner: Owner) -> None:
         self._open = {key: piece for key, piece in self._open.items() if piece.owner is not owner}
@@ -64,6 +68,6 @@ class Grouping(Generic[Owner]):
         return any(piece.owner is owner for piece in chain(self._full, self._open.values()))
 
     def _bytes(self, piece: Piece[Owner], more: int = 0) -> int:
-        start, stop = piece.tokens
-        block = piece.block
-        return self._num_bytes(replace(block, layer_stop=block.layer_stop + more) if more else block, stop - start)
+        (start, stop), of = piece.tokens, piece.of
+        num_layers = piece.layer_stop - piece.layer_start + more
+        return self._num_bytes(of.group, num_layers, of.head_stop - of.head_start, stop - start)

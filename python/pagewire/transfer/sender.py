@@ -50,7 +50,7 @@ class _Link:
         self.progress_ms = now_ms  # when a frame was last sent, or a slot or a request given back
         self.credits = list(range(num_staging_slots))  # a stack: the slot used last is still in a cache
         self.sent_staging: set[int] = set()  # or being written
-        self.unpushed: Grouping[_Outgoing] = Grouping(staging_slot_bytes, wire.block_bytes)
+        self.unpushed: Grouping[_Outgoing] = Grouping(staging_slot_bytes, wire.packed_bytes)
         self.early: dict[str, Reserve] = {}  # RESERVE that overtook its Submit
         # each entry is consumed by what it waits for:
         self.ungranted = _Remembered()  # ended here; D's RESERVE or refusal is still on its way
@@ -113,8 +113,7 @@ class Sender:
     def link(self, number: int, wire: Wire, num_staging_slots: int, staging_slot_bytes: int) -> None:
         """A D is there. Raises ValueError when a staging slot cannot hold one token of one layer."""
         assert number not in self._links
-        held = enumerate(wire.groups)
-        token_bytes = max(wire.packed_bytes(group, 1, of.head_stop - of.head_start, 1) for group, of in held)
+        token_bytes = max(wire.packed_bytes(g, 1, of.head_stop - of.head_start, 1) for g, of in enumerate(wire.groups))
         if staging_slot_bytes < token_bytes:
             raise ValueError(
                 f"slot_bytes: expected at least {token_bytes} (one token of one layer), got {staging_slot_bytes}"
@@ -174,7 +173,9 @@ class Sender:
         """Tokens [start, stop) of the layer are in our cache; `next_send` says when they leave."""
         outgoing = self._live[request_id]
         self._progress_ms = self._now_ms()
-        for number, reserve in self.reserves(request_id).items():
+        for number, leg in outgoing.legs.items():
+            reserve = leg.reserve
+            assert reserve is not None
             for block in reserve.blocks:
                 if block.group == group and block.layer_start <= layer < block.layer_stop:
                     self._links[number].unpushed.add(outgoing, block, layer, max(start, reserve.num_cached), stop)
