@@ -16,7 +16,7 @@ LAYERS, HEADS, DIM, PAGE_SIZE, NUM_PAGES = 5, 2, 8, 4, 12
 P_PAGES, D_PAGES = [7, 1, 10, 4], [3, 11, 0, 8]
 
 
-def make(role: str = "decode", wire_dtype: str | None = None, **geometry) -> Packing:
+def make(role: str = "decode", wire_dtype: str | None = None, kind: str = "crc32c", **geometry) -> Packing:
     fields = dict(num_layers=LAYERS, num_pages=NUM_PAGES, page_size=PAGE_SIZE, num_kv_heads=HEADS, head_dim=DIM)
     cache = pw.PagedKVCache.allocate(**{**fields, **geometry}, dtype=torch.float32, device="cpu")
     return packing_of(cache, role, wire_dtype)
@@ -25,7 +25,7 @@ def make(role: str = "decode", wire_dtype: str | None = None, **geometry) -> Pac
 def packing_of(cache: pw.PagedKVCache, role: str, wire_dtype: str | None) -> Packing:
     """For a peer that is like us."""
     ours = new_hello(role, cache, b"f" * 32, wire_dtype)
-    return Packing(cache, ours, dataclasses.replace(ours, role="prefill" if role == "decode" else "decode"))
+    return Packing(cache, ours, dataclasses.replace(ours, role="prefill" if role == "decode" else "decode"), kind)
 
 
 def filled(packing: Packing) -> Packing:
@@ -42,7 +42,7 @@ def chunk_of(packing: Packing, layers: tuple[int, int], tokens: tuple[int, int],
         request_id="a", generation=1, capability=b"c" * 16, fingerprint=wire.fingerprint, group=0,
         layer_start=layers[0], layer_stop=layers[1], head_start=0, head_stop=HEADS, head_dim=DIM, head_dim_v=DIM,
         token_start=tokens[0], token_stop=tokens[1], dtype=of.dtype, scale_kind=of.scale_kind,
-        checksum_kind="crc32c", checksum=checksum, payload_bytes=num_bytes, slot=0,
+        checksum_kind=wire.checksum_kind, checksum=checksum, payload_bytes=num_bytes, slot=0,
     )  # fmt: skip
 
 
@@ -76,27 +76,29 @@ def test_a_payload_that_changes_while_it_is_read_is_not_unpacked(monkeypatch: py
     p, d, arena = filled(make("prefill")), make(), Arena.create(1, 16384)
     staging = arena.staging_slot(0)
     chunk = chunk_of(p, (0, 5), (0, 14), p.pack(P_PAGES, block_of((0, 5)), (0, 14), staging))
-    crc32c = module.crc32c
+    checksum = module.checksum
 
-    def and_then_tampered(data: object) -> int:
-        found = crc32c(data)
+    def and_then_tampered(kind: str, payload: torch.Tensor) -> int:
+        found = checksum(kind, payload)
         staging.fill_(255)
         return found
 
-    monkeypatch.setattr(module, "crc32c", and_then_tampered)
+    monkeypatch.setattr(module, "checksum", and_then_tampered)
     assert d.unpack(chunk, D_PAGES, staging) is None
     assert torch.equal(rows(d, D_PAGES, (0, 14)), rows(p, P_PAGES, (0, 14)))
 
 
-def test_a_payload_that_is_not_what_was_packed_changes_nothing() -> None:
-    p, d, arena = filled(make("prefill")), filled(make()), Arena.create(1, 16384)
+@pytest.mark.parametrize(("kind", "other"), [("crc32c", "fletcher64"), ("fletcher64", "crc32c")])
+def test_a_payload_that_is_not_what_was_packed_changes_nothing(kind: str, other: str) -> None:
+    p, d, arena = filled(make("prefill", kind=kind)), filled(make(kind=kind)), Arena.create(1, 16384)
     before = rows(d, D_PAGES, (0, 14))
     staging = arena.staging_slot(0)
     chunk = chunk_of(p, (0, 5), (0, 14), p.pack(P_PAGES, block_of((0, 5)), (0, 14), staging))
     staging[chunk.payload_bytes - 1] ^= 1
-    assert "CRC32C: expected 0x" in d.unpack(chunk, D_PAGES, staging)
+    assert f"{kind.upper()}: expected 0x" in d.unpack(chunk, D_PAGES, staging)
     for change, words in (
         ({"checksum_kind": "none"}, "got none"),
+        ({"checksum_kind": other}, f"got {other}"),
         ({"payload_bytes": 16385}, "slot of 16384, got 16385"),
     ):
         assert words in d.unpack(dataclasses.replace(chunk, **change), D_PAGES, staging)

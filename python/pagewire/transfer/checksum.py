@@ -32,9 +32,9 @@ def fletcher64(payload: Tensor) -> int:
     if payload.device.type == "cuda":
         from pagewire.kernels.checksum import sums
 
-        plain, weighted = map(int, sums(words).tolist())
+        plain, weighted = sums(words).tolist()
     else:
         unsigned = words.to(torch.int64) & 0xFFFF
         weights = torch.arange(1, len(words) + 1)
         plain, weighted = int(unsigned.sum()), int((unsigned * weights % PRIME).sum())
-    return weighted % PRIME << 32 | plain % PRIME
+    return int(weighted % PRIME << 32 | plain % PRIME)

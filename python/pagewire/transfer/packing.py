@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import pagewire as pw
-from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Block, Chunk, Held, Hello, Range, crc32c
+from pagewire.transfer.checksum import checksum
+from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Block, Chunk, Held, Hello, Range
 from pagewire.transfer.negotiation import negotiate
-from pagewire.transfer.shm import STAGING_ALIGN
+from pagewire.transfer.transport import STAGING_ALIGN
 from pagewire.types import StoredScaleKind, dtype_name
 
 MAX_CHUNK_BYTES = 4 << 20  # also of a staging slot, unless one token of one layer is more
@@ -45,25 +46,27 @@ class Packing:
         """All caches have the same pages. Raises ValueError as `negotiate` does."""
         self.wire = negotiate(ours, theirs, checksum_kind)
         self._caches = _each(caches)
-        self._device = next(cache.device for cache in self._caches if cache)
         self._ours = ours.groups
         self._kept = theirs.groups if ours.role == "prefill" else None  # what D's cache is: the digests are of that
         most = max(self.wire.packed_bytes(g, 1, of.head_stop - of.head_start, 1) for g, of in enumerate(self._ours))
-        # what `unpack` reads into, and as what chunk; pages of memory that nobody touches are none
-        num_bytes, on_gpu = max(MAX_CHUNK_BYTES, most), self._device.type == "cuda"
+        self._any = next(cache for cache in self._caches if cache)
+        num_bytes, device = max(MAX_CHUNK_BYTES, most), self._any.device
+        on_gpu = device.type == "cuda"
+        # next to staging slots in host memory; pages of memory that nobody touches are none
         self._private = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
-        # where a GPU packs and unpacks; a copy to or from the host waits for it
-        self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device) if on_gpu else self._private
+        # next to the caches
+        self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=device) if on_gpu else self._private
         self._payload = functools.lru_cache(64)(self._new_payload)
         self._slots = functools.lru_cache(64)(self._new_slots)
 
     def pack(self, pages: list[int], block: Block, tokens: Range, out: Tensor) -> tuple[int, int]:
-        """Into the head of `out`, uint8; returns the bytes used and their checksum."""
-        there = out if self._scratch is self._private else self._scratch
-        num_bytes = self._pack(pages, block, tokens, there).num_bytes
-        if there is not out:
-            out[:num_bytes].copy_(there[:num_bytes])
-        return num_bytes, crc32c(out[:num_bytes].numpy())
+        """Into the head of `out`, uint8; returns the bytes used and their checksum, when they are all there."""
+        here = self._scratch if self._through_host(out) else out
+        packed = self._pack(pages, block, tokens, here)
+        payload = out[: packed.num_bytes]
+        if here is not out:
+            payload.copy_(packed.buffer)
+        return packed.num_bytes, checksum(self.wire.checksum_kind, payload)
 
     def unpack(self, chunk: Chunk, pages: list[int], staging: Tensor) -> str | None:
         """The chunk's payload, at the head of `staging`, into its pages; or why not.
@@ -77,11 +80,12 @@ class Packing:
         if not chunk.payload_bytes == packed.num_bytes <= len(staging):
             expected = f"{packed.num_bytes} in a staging slot of {len(staging)}"
             return f"CHUNK: payload_bytes: expected {expected}, got {chunk.payload_bytes}"
-        private = self._private[: packed.num_bytes].copy_(staging[: packed.num_bytes])
-        found = crc32c(private.numpy())
+        private = self._private[: packed.num_bytes] if self._through_host(staging) else packed.buffer
+        private.copy_(staging[: packed.num_bytes])
+        kind, found = chunk.checksum_kind, checksum(chunk.checksum_kind, private)
         if found != chunk.checksum:
-            return f"CHUNK: payload CRC32C: expected {chunk.checksum:#010x}, got {found:#010x}"
-        if self._scratch is not self._private:
+            return f"CHUNK: payload {kind.upper()}: expected {chunk.checksum:#010x}, got {found:#010x}"
+        if private is not packed.buffer:
             packed.buffer.copy_(private)
         cache, slots = self._cache(block.group), self._slots(tuple(pages), *tokens)
         layers, heads = self._local(block)
@@ -127,6 +131,10 @@ class Packing:
             )
         return min(staging_bytes // staging_slot_bytes, MAX_STAGING_SLOTS), staging_slot_bytes
 
+    def _through_host(self, staging: Tensor) -> bool:
+        """Whether its bytes are verified in host memory, and packed and unpacked elsewhere."""
+        return self._scratch is not self._private and not staging.is_cuda
+
     def _cache(self, group: int) -> pw.PagedKVCache:
         cache = self._caches[group]
         assert cache is not None, f"group {group} is not held here"
@@ -154,8 +162,7 @@ class Packing:
         return pw.PackedKV.wrap(self._scratch, shape)
 
     def _new_slots(self, pages: tuple[int, ...], start: int, stop: int) -> Tensor:
-        page_size = next(cache.page_size for cache in self._caches if cache)
-        return pw.page_slots(torch.tensor(pages, device=self._device), start, stop, page_size)
+        return pw.page_slots(torch.tensor(pages, device=self._any.device), start, stop, self._any.page_size)
 
 
 def _each(caches: Caches) -> tuple[pw.PagedKVCache | None, ...]:
