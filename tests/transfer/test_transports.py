@@ -18,11 +18,11 @@ import trustme
 
 from pagewire.net.channel import LENGTH, ChannelClosed, wait
 from pagewire.net.tls import Tls
-from pagewire.transfer import channel as channels
+from pagewire.net import channel as channels
 from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Frame, Held, Hello, encode
-from pagewire.transfer.shm import ShmTransport
 from pagewire.transfer.transport import Listener, Transport, connect, listen
+from pagewire.transfer.unix import UnixTransport
 
 SLOTS, SLOT_BYTES = 3, 4 << 20
 HELLO = Hello("decode", 0, 0, b"i" * 16, b"f" * 32, (Held(0, 3, 0, 2, 16, 16, "float32", "none"),))
@@ -591,7 +591,7 @@ def test_the_last_words_are_waited_for(ends):
 
     thread = threading.Thread(target=read)
     thread.start()
-    assert ends.p.num_unsent or isinstance(ends.p, ShmTransport)
+    assert ends.p.num_unsent or isinstance(ends.p, UnixTransport)
     ends.p.drain(10)
     thread.join()
     assert not ends.p.num_unsent and len(got) == 1 + SLOTS

@@ -1,21 +1,21 @@
 """On one machine: the staging slots are a sealed memfd, which D creates and passes with its HELLO; P writes there, D
-reads there. The frames cross a Unix socket with an abstract name: no file is left behind, and it ends with the process.
+reads there.
 """
 
-import errno
 import fcntl
+import mmap
 import os
-import secrets
 import socket
-import struct
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from pagewire.transfer.frames import Frame, Hello
-from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
-from pagewire.transfer.transport import STAGING_ALIGN as STAGING_ALIGN
+from pagewire.transfer.transport import STAGING_ALIGN, Staging, Transport
+from pagewire.transfer.unix import UnixListener, UnixTransport, expect_same_user
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 class Arena(Staging):
@@ -35,8 +35,11 @@ class Arena(Staging):
             )
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise ValueError("staging arena: expected a memfd sealed against shrinking and growing")
-        super().__init__(num_staging_slots, staging_slot_bytes, fd)
         self.fd = fd
+        super().__init__(num_staging_slots, staging_slot_bytes)
+
+    def _map(self, num_bytes: int) -> Tensor:
+        return torch.frombuffer(mmap.mmap(self.fd, num_bytes), dtype=torch.uint8)
 
     @classmethod
     def create(cls, num_staging_slots: int, staging_slot_bytes: int) -> "Arena":
@@ -50,18 +53,10 @@ class Arena(Staging):
             raise
 
 
-class ShmTransport(Transport):
-    @classmethod
-    def connect(cls, address: str, name: str) -> "ShmTransport":
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            sock.connect(_abstract(address))
-            _expect_same_user(sock)
-            return cls(sock, name, None, accept_fds=True)
-        except OSError:
-            sock.close()
-            raise
+class ShmTransport(UnixTransport):
+    def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:
+        super().__init__(sock, name, staging)
+        self.accept_fds = staging is None
 
     def greet(self, hello: Hello, fds: Sequence[int] = ()) -> None:
         assert isinstance(self.staging, Arena)
@@ -84,26 +79,7 @@ class ShmTransport(Transport):
             self.close_fds()
 
 
-class ShmListener(Listener):
-    def __init__(self, hello: Hello, staging: tuple[int, int], name: str) -> None:
-        address = f"unix:{secrets.token_hex(16)}"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind(_abstract(address))
-        sock.listen(BACKLOG)
-        super().__init__(sock, address, hello, staging, name)
-
+class ShmListener(UnixListener):
     def serve(self, sock: socket.socket) -> Transport:
-        _expect_same_user(sock)
+        expect_same_user(sock)
         return ShmTransport(sock, self.name, Arena.create(*self.staging))
-
-
-def _abstract(address: str) -> str:
-    return f"\0pagewire-{address.removeprefix('unix:')}"
-
-
-def _expect_same_user(sock: socket.socket) -> None:
-    """Raises PermissionError."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid = _CREDENTIALS.unpack(credentials)[1]
-    if uid != os.getuid():
-        raise PermissionError(errno.EPERM, "its address belongs to another user")

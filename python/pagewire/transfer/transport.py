@@ -1,4 +1,5 @@
-"""What carries frames and payloads between P and D: the interface of `shm` and `tcp`, and addresses that name one.
+"""What carries frames and payloads between P and D: the interface of `shm` and `tcp`, and addresses that
+name one.
 
 D listens and P connects. D's HELLO goes first, with its staging slots; P's Transport has slots once that is opened. On
 either side slot i means the same: P packs into its own and sends the CHUNK; when D has the CHUNK, the payload lies in
@@ -27,9 +28,9 @@ MAX_STAGING_BYTES = 1 << 34  # that a peer may make us map
 
 
 class Staging:
-    """`num_staging_slots` x `staging_slot_bytes` of memory, this process's own or `fd`'s."""
+    """`num_staging_slots` x `staging_slot_bytes` of memory; here, of this process's own."""
 
-    def __init__(self, num_staging_slots: int, staging_slot_bytes: int, fd: int = -1) -> None:
+    def __init__(self, num_staging_slots: int, staging_slot_bytes: int) -> None:
         """Raises ValueError on an impossible size, OSError when there is no memory."""
         num_bytes = num_staging_slots * staging_slot_bytes
         if not 0 < num_bytes <= MAX_STAGING_BYTES or staging_slot_bytes % STAGING_ALIGN:
@@ -39,7 +40,10 @@ class Staging:
             )
         self.num_staging_slots = num_staging_slots
         self.staging_slot_bytes = staging_slot_bytes
-        self._bytes = torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)  # it keeps the mapping
+        self._bytes = self._map(num_bytes)
+
+    def _map(self, num_bytes: int) -> Tensor:
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)  # it keeps the mapping
 
     def staging_slot(self, index: int) -> Tensor:
         """uint8 [staging_slot_bytes], a view."""
@@ -63,10 +67,10 @@ class Transport(Channel):
     one that `poll` returns has it there. Raises ChannelClosed or ConnectionLost once it is over.
     """
 
-    def __init__(self, sock: socket.socket, name: str, staging: Staging | None, accept_fds: bool = False) -> None:
+    def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:
         """staging: of D; None: this is P's."""
         codec = FrameCodec()
-        super().__init__(sock, Codec(codec.encode, codec.decode), name=name, accept_fds=accept_fds)
+        super().__init__(sock, Codec(codec.encode, codec.decode), name=name)
         self.staging = staging
         self._pushes = staging is None
 
@@ -149,7 +153,7 @@ def listen(
     from pagewire.transfer.tcp import TcpListener
 
     if address == "unix:":
-        return ShmListener(hello, staging, name)
+        return ShmListener("unix", hello, staging, name)
     return TcpListener(address, hello, staging, name, tls)
 
 
