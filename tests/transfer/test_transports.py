@@ -23,6 +23,7 @@ from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Frame, Held, Hello, encode
 from pagewire.transfer.transport import Listener, Transport, connect, listen
 from pagewire.transfer.unix import UnixTransport
+from transfer import fake_cuda
 
 SLOTS, SLOT_BYTES = 3, 4 << 20
 HELLO = Hello("decode", 0, 0, b"i" * 16, b"f" * 32, (Held(0, 3, 0, 2, 16, 16, "float32", "none"),))
@@ -56,11 +57,30 @@ def tls(tmp_path_factory) -> dict[str, Tls]:
     return kinds
 
 
-@pytest.fixture(params=["shm", "tcp", "tcp6", "tls"])
+@pytest.fixture(scope="module")
+def libcuda(tmp_path_factory) -> str:
+    return fake_cuda.build(tmp_path_factory.mktemp("libcuda"))
+
+
+@pytest.fixture()
+def one_process(libcuda, monkeypatch):
+    """CUDA IPC with a driver that allows both ends in one; it has nothing left in the end."""
+    fake_cuda.install(libcuda, monkeypatch.setattr)
+    monkeypatch.setenv("FAKE_CUDA_ONE_PROCESS", "1")
+    yield
+    assert fake_cuda.num_bytes(libcuda) == (0, 0)
+
+
+ADDRESSES = {"shm": "unix:", "ipc": "cuda-ipc:", "tcp": "tcp://localhost:0", "tcp6": "tcp://[::1]:0"}
+
+
+@pytest.fixture(params=[*ADDRESSES, "tls"])
 def kind(request, tls) -> Kind:
     if request.param == "tls":
         return Kind("tcp://127.0.0.1:0", tls["prefill"], tls["decode"])
-    return Kind({"shm": "unix:", "tcp": "tcp://localhost:0", "tcp6": "tcp://[::1]:0"}[request.param])
+    if request.param == "ipc":
+        request.getfixturevalue("one_process")
+    return Kind(ADDRESSES[request.param])
 
 
 class Ends(NamedTuple):
@@ -285,7 +305,7 @@ def test_a_chunk_from_d_ends_the_connection(ends):
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
 def test_a_cut_in_the_middle_of_a_frame_or_payload_is_an_end_and_no_chunk(ends, kind, share):
-    data = framed(chunk(1, 100_000)) + (b"" if kind.address == "unix:" else bytes(100_000))
+    data = framed(chunk(1, 100_000)) + (bytes(100_000) if kind.address.startswith("tcp") else b"")
     raw(ends.p, data[: max(3, int(len(data) * share))])
     got: list[Frame] = []
     for _ in range(3):

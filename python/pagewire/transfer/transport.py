@@ -1,4 +1,4 @@
-"""What carries frames and payloads between P and D: the interface of `shm` and `tcp`, and addresses that
+"""What carries frames and payloads between P and D: the interface of `shm`, `cuda_ipc` and `tcp`, and addresses that
 name one.
 
 D listens and P connects. D's HELLO goes first, with its staging slots; P's Transport has slots once that is opened. On
@@ -66,6 +66,8 @@ class Transport(Channel):
     """One connection: frames both ways, payloads from P to D. A CHUNK that is sent takes the payload in its slot along;
     one that `poll` returns has it there. Raises ChannelClosed or ConnectionLost once it is over.
     """
+
+    checksum_kind = "crc32c"  # of payloads: one that is cheap where the staging slots are
 
     def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:
         """staging: of D; None: this is P's."""
@@ -148,20 +150,26 @@ class Listener(ABC):
 def listen(
     address: str, hello: Hello, staging: tuple[int, int], *, name: str = "P", tls: Tls | None = None
 ) -> Listener:
-    """address: "unix:", or "tcp://host:port" with port 0 for any. Raises ValueError or OSError."""
+    """address: "unix:", "cuda-ipc:", or "tcp://host:port" with port 0 for any. Raises ValueError or OSError."""
+    from pagewire.transfer.cuda_ipc import CudaIpcListener
     from pagewire.transfer.shm import ShmListener
     from pagewire.transfer.tcp import TcpListener
 
     if address == "unix:":
         return ShmListener("unix", hello, staging, name)
+    if address == "cuda-ipc:":
+        return CudaIpcListener("cuda-ipc", hello, staging, name)
     return TcpListener(address, hello, staging, name, tls)
 
 
 def connect(address: str, *, name: str = "D", tls: Tls | None = None) -> Transport:
     """P's, to a Listener's `address`; it may still be under way. Raises ValueError or OSError."""
+    from pagewire.transfer.cuda_ipc import CudaIpcTransport
     from pagewire.transfer.shm import ShmTransport
     from pagewire.transfer.tcp import TcpTransport
 
     if address.startswith("unix:"):
         return ShmTransport.connect(address, name)
+    if address.startswith("cuda-ipc:"):
+        return CudaIpcTransport.connect(address, name)
     return TcpTransport.connect(address, name, tls)
