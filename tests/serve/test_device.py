@@ -278,20 +278,21 @@ def test_packed_on_a_device_and_unpacked_from_what_was_verified(monkeypatch):
     plain = Arena.create(1, 16384).staging_slot(0)
     packed = p.pack(P_PAGES, block_of((1, 4)), (2, 13), plain)
     for packing in (p, d):
+        packing._through_host = lambda slot: True
         packing._scratch = torch.full_like(packing._private, 7)
     staging = arena.staging_slot(0)
     assert p.pack(P_PAGES, block_of((1, 4)), (2, 13), staging) == packed
     assert torch.equal(staging[: packed[0]], plain[: packed[0]]) and not staging[packed[0] :].any()
     chunk = chunk_of(p, (1, 4), (2, 13), packed)
-    crc32c = module.crc32c
+    checksum = module.checksum
 
-    def then_changed(checked):
-        found = crc32c(checked)
+    def then_changed(kind, checked):
+        found = checksum(kind, checked)
         staging[:64] ^= 1  # P writes once more
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "crc32c", then_changed)
+        patch.setattr(module, "checksum", then_changed)
         assert d.unpack(chunk, D_PAGES, staging) is None
     assert torch.equal(rows(d, D_PAGES, (2, 13))[1:4], rows(p, P_PAGES, (2, 13))[1:4])
     before = [layer.clone() for layer in (*d._caches[0].k, *d._caches[0].v)]

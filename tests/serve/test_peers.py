@@ -1,6 +1,7 @@
 """A worker's end of the link: whom it joins, what it refuses and why, and that nothing of a lost one is kept."""
 
 import dataclasses
+import gc
 import os
 import socket
 import time
@@ -40,6 +41,7 @@ def peers_of(role: str, cache: pw.PagedKVCache, config: WorkerConfig = CONFIG, a
 @pytest.fixture()
 def ends(cache):
     """D's and P's; no descriptor is left once they are gone."""
+    gc.collect()  # mappings keep a descriptor until they are
     num_fds = len(os.listdir("/proc/self/fd"))
     both = peers_of("decode", cache), peers_of("prefill", cache)
     yield both
@@ -209,9 +211,9 @@ def test_p_against_a_d_that_lies(cache, change, sentence):
     num_fds = len(os.listdir("/proc/self/fd"))
     p = peers_of("prefill", cache, msgspec.structs.replace(CONFIG, handoff_timeout_ms=50))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind("\0pagewire-test-liar")
+    listener.bind(f"\0pagewire-test-liar-{os.getpid()}")
     listener.listen()
-    p.pair(Pair(1, (b"i" * 16).hex(), "unix:test-liar"))
+    p.pair(Pair(1, (b"i" * 16).hex(), f"unix:test-liar-{os.getpid()}"))
     sock, _ = listener.accept()
     codec = FrameCodec()
     channel = Channel(sock, Codec(codec.encode, codec.decode), name="P")

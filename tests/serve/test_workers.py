@@ -259,6 +259,7 @@ def is_alive(pid: int) -> bool:
         ({"model": "/nowhere"}, "/nowhere: expected a Hugging Face directory or a .gguf file"),
         ({"backend": "warp"}, "warp"),
         ({"staging_bytes": 300}, "staging_bytes: expected at least"),
+        ({"kv_transport": "nvlink"}, "kv_transport: expected one of shm, cuda-ipc, got 'nvlink'"),
         ({"kv_wire_dtype": "int4"}, "kv_wire_dtype: expected null or one of float32, bfloat16, float16, float8_e4m3fn"),
         (
             {"kv_dtype": "bfloat16"},

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pagewire.transfer import cuda_ipc
 from pagewire.net.channel import ChannelClosed
+from pagewire.transfer import cuda_ipc
 from pagewire.transfer.frames import Ack, Held, Hello
 from pagewire.transfer.transport import connect, listen
 from transfer import fake_cuda

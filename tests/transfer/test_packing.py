@@ -19,10 +19,10 @@ P_PAGES, D_PAGES = [7, 1, 10, 4], [3, 11, 0, 8]
 def make(role: str = "decode", wire_dtype: str | None = None, kind: str = "crc32c", **geometry) -> Packing:
     fields = dict(num_layers=LAYERS, num_pages=NUM_PAGES, page_size=PAGE_SIZE, num_kv_heads=HEADS, head_dim=DIM)
     cache = pw.PagedKVCache.allocate(**{**fields, **geometry}, dtype=torch.float32, device="cpu")
-    return packing_of(cache, role, wire_dtype)
+    return packing_of(cache, role, wire_dtype, kind)
 
 
-def packing_of(cache: pw.PagedKVCache, role: str, wire_dtype: str | None) -> Packing:
+def packing_of(cache: pw.PagedKVCache, role: str, wire_dtype: str | None, kind: str = "crc32c") -> Packing:
     """For a peer that is like us."""
     ours = new_hello(role, cache, b"f" * 32, wire_dtype)
     return Packing(cache, ours, dataclasses.replace(ours, role="prefill" if role == "decode" else "decode"), kind)

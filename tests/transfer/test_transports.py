@@ -16,9 +16,9 @@ import pytest
 import torch
 import trustme
 
+from pagewire.net import channel as channels
 from pagewire.net.channel import LENGTH, ChannelClosed, wait
 from pagewire.net.tls import Tls
-from pagewire.net import channel as channels
 from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Frame, Held, Hello, encode
 from pagewire.transfer.transport import Listener, Transport, connect, listen

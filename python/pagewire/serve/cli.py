@@ -16,7 +16,7 @@ import msgspec
 import uvicorn
 
 from pagewire.net.tls import Tls, resolve
-from pagewire.serve.config import DTYPES, KV_DTYPES, WorkerConfig
+from pagewire.serve.config import DTYPES, KV_ADDRESSES, KV_DTYPES, WorkerConfig
 from pagewire.serve.front.app import make_app
 from pagewire.serve.front.front import Front
 from pagewire.serve.front.limits import Limits
@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--kv-wire-dtype", type=_kv_dtype, choices=KV_DTYPES, help="of KV between P and D; default: the caches'"
     )
+    p.add_argument("--kv-transport", choices=KV_ADDRESSES, default=config.kv_transport,
+                   help="between P and D: through host memory, or, on one GPU, through its own")  # fmt: skip
     p.add_argument("--threads", type=int, default=config.num_threads, help="of each model process")
     p.add_argument("--backend", help="pagewire backend of the model processes; default: the best that runs here")
     p.add_argument("--max-queue", type=int, default=limits.max_inflight, help="choices in flight; more get a 429")
@@ -214,6 +216,7 @@ def _main(argv: list[str]) -> int:
         prefill_chunk=args.prefill_chunk,
         num_threads=args.threads,
         kv_wire_dtype=args.kv_wire_dtype,
+        kv_transport=args.kv_transport,
         backend=args.backend,
         handoff_timeout_ms=int(1000 * args.handoff_timeout),
         start_timeout_s=args.start_timeout,

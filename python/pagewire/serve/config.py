@@ -19,6 +19,7 @@ from pagewire.net.tls import Tls
 DTYPES = ("float32", "bfloat16", "float16")
 SCALED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
 KV_DTYPES = (*DTYPES, *SCALED_DTYPES)  # of a cache, and of the wire
+KV_ADDRESSES = {"shm": "unix:", "cuda-ipc": "cuda-ipc:"}  # by kv_transport: what a D on P's machine listens at
 EXIT_BAD_CONFIG = 2  # the config, the model files or the descriptors: restarting will not help
 
 
@@ -34,8 +35,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefill_chunk: int = 512  # prompt tokens in one forward
     num_threads: int = 1
     kv_wire_dtype: str | None = None  # None: as P and D agree, see transfer/negotiation.py
+    kv_transport: str = "shm"  # of P and D on one machine; cuda-ipc: and on one GPU, see KV_ADDRESSES
     backend: str | None = None  # PAGEWIRE_BACKEND of the process
-    staging_bytes: int = 64 << 20  # D's shared memory that P writes into
+    staging_bytes: int = 64 << 20  # D's memory that P writes into
     handoff_timeout_ms: int = 60_000  # how long a handoff may make no progress
     start_timeout_s: float = 600.0  # from spawn to Ready; the first Triton compilations are in it
     worker_timeout_s: float = 30.0  # a process that is silent, or does not advance, for so long is killed
@@ -73,6 +75,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:<index>, got {self.device!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.kv_transport not in KV_ADDRESSES:
+            raise ValueError(f"kv_transport: expected one of {', '.join(KV_ADDRESSES)}, got {self.kv_transport!r}")
         for name, dtypes in (("kv_dtype", (self.dtype, *SCALED_DTYPES)), ("kv_wire_dtype", KV_DTYPES)):
             if getattr(self, name) not in (None, *dtypes):
                 raise ValueError(f"{name}: expected null or one of {', '.join(dtypes)}, got {getattr(self, name)!r}")

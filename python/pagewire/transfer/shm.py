@@ -69,12 +69,11 @@ class ShmTransport(UnixTransport):
         self.accept_fds = False  # HELLO has brought its own
         return super().received(message)
 
-    def open_staging(self, hello: Hello) -> Staging:
+    def open_staging(self, hello: Hello) -> None:
         try:
             if len(self.fds) != 1:
                 raise ValueError(f"HELLO: expected the staging arena's descriptor, got {len(self.fds)}")
             self.staging = Arena(self.fds[0], hello.num_slots, hello.slot_bytes)
-            return self.staging
         finally:
             self.close_fds()
 

@@ -50,7 +50,9 @@ class Staging:
         return self._bytes[index * self.staging_slot_bytes : (index + 1) * self.staging_slot_bytes]
 
     def pin(self) -> str | None:
-        """Lets GPUs write the memory by themselves for as long as it is here; or why not: it is then slower."""
+        """Lets GPUs write host memory by themselves for as long as it is here; or why not: it is then slower."""
+        if self._bytes.is_cuda:
+            return None
         cudart, address = torch.cuda.cudart(), self._bytes.data_ptr()
         try:
             torch.cuda.check_error(cudart.cudaHostRegister(address, self._bytes.nbytes, 0))
@@ -80,10 +82,9 @@ class Transport(Channel):
     def num_staging_bytes(self) -> int:
         return self.staging.num_staging_slots * self.staging.staging_slot_bytes if self.staging else 0
 
-    def open_staging(self, hello: Hello) -> Staging:
+    def open_staging(self, hello: Hello) -> None:
         """P: as D's HELLO says. Raises ValueError or OSError when it is not so."""
         self.staging = Staging(hello.num_slots, hello.slot_bytes)
-        return self.staging
 
     def greet(self, hello: Hello, fds: Sequence[int] = ()) -> None:
         """D: its HELLO, with its staging slots."""

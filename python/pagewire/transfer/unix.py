@@ -7,7 +7,6 @@ import os
 import secrets
 import socket
 import struct
-from typing import Self
 
 from pagewire.transfer.frames import Hello
 from pagewire.transfer.transport import BACKLOG, Listener, Transport
@@ -17,7 +16,7 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 class UnixTransport(Transport):
     @classmethod
-    def connect(cls, address: str, name: str) -> Self:
+    def connect(cls, address: str, name: str) -> "UnixTransport":
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)

@@ -15,7 +15,7 @@ HANDSHAKE_S = 10.0  # for a front that connects to show its certificate
 
 class Front(NamedTuple):
     channel: Channel
-    kv_address: str  # where D listens for P's while this front is there
+    kv_address: str  # where D listens for P's while this front is there; "": they are on this machine
 
 
 class Fronts:

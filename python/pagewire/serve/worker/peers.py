@@ -212,10 +212,11 @@ class Peers:
                 raise ValueError(f"HELLO: expected one from {self._other}, got one from {hello.role}")
             if hello.incarnation.hex() != pair.incarnation:
                 raise ValueError(f"HELLO: incarnation: expected {pair.incarnation}, got {hello.incarnation.hex()}")
-            packing = Packing(self._cache, self._ours, hello)
+            packing = Packing(self._cache, self._ours, hello, transport.checksum_kind)
             if self._listener is None:
-                staging = transport.open_staging(hello)
-                if self._cache.device.type == "cuda" and (problem := staging.pin()):
+                transport.open_staging(hello)
+                assert transport.staging is not None
+                if self._cache.device.type == "cuda" and (problem := transport.staging.pin()):
                     print(f"{self._ours.role}: staging is not pinned: {problem}", file=sys.stderr, flush=True)
                 transport.send(self._ours)
         except (ValueError, OSError, ChannelClosed) as error:

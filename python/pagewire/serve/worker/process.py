@@ -14,7 +14,7 @@ import msgspec
 
 from pagewire.net.channel import Channel, ChannelClosed, wait
 from pagewire.serve.channel import WORKER_CODEC
-from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
+from pagewire.serve.config import EXIT_BAD_CONFIG, KV_ADDRESSES, WorkerConfig
 from pagewire.serve.messages import Shutdown
 from pagewire.serve.worker.fronts import Front, Fronts
 
@@ -100,7 +100,7 @@ def _inherited(fd: int) -> Front:
         raise ValueError(f"--control-fd: expected an AF_UNIX stream socket, got {sock.family!r}")
     os.set_inheritable(fd, False)
     die_with_front(sock)
-    return Front(Channel(sock, WORKER_CODEC, name="the front"), "unix:")
+    return Front(Channel(sock, WORKER_CODEC, name="the front"), "")
 
 
 def _serve(role: str, engine: "Engine", front: Front) -> None:
@@ -117,7 +117,9 @@ def _serve(role: str, engine: "Engine", front: Front) -> None:
         worker = DecodeWorker(engine, front.channel, None)
     else:
         hello = new_hello(role, engine.cache, engine.fingerprint, config.kv_wire_dtype, tenant=config.tenant)
-        peers = Peers(hello, engine.cache, config, front.kv_address)
+        if config.kv_transport == "cuda-ipc" and engine.cache.device.type != "cuda":
+            raise ValueError(f"kv_transport: expected shm for caches on {engine.cache.device.type}, got cuda-ipc")
+        peers = Peers(hello, engine.cache, config, front.kv_address or KV_ADDRESSES[config.kv_transport])
         worker = (PrefillWorker if role == "prefill" else DecodeWorker)(engine, front.channel, peers)
     worker.send_ready(os.getpid())
     serve(worker, front.channel)
