@@ -60,7 +60,7 @@ def in_bounds(frame: Frame) -> bool:
     for field in fields(frame):
         value = getattr(frame, field.name)
         sizes = {"request_id": 128, "reason": 1024, "capability": 16, "incarnation": 16, "fingerprint": 32,
-                 "tenant": 128, "staging": 1024}  # fmt: skip
+                 "tenant": 128, "staging": 16 << 10}  # fmt: skip
         if field.name in sizes:
             data = value.encode() if isinstance(value, str) else value
             if len(data) > sizes[field.name]:
@@ -190,7 +190,7 @@ def test_values_out_of_bounds_can_neither_be_made_nor_sent(change: dict) -> None
 def test_whatever_is_within_its_bounds_fits_a_frame(frame: Frame) -> None:
     longest = {
         "request_id": "x" * 128, "reason": "x" * 1024, "digests": (b"d" * 32,) * frames.MAX_LAYERS,
-        "tenant": "x" * 128, "staging": b"x" * 1024, "groups": HELLO.groups[:1] * 64,
+        "tenant": "x" * 128, "staging": b"x" * (16 << 10), "groups": HELLO.groups[:1] * 64,
         "blocks": tuple(Block(group, 0, 1, 0, 1) for group in range(64)),
     }  # fmt: skip
     frame = replace(frame, **{name: value for name, value in longest.items() if hasattr(frame, name)})

@@ -144,7 +144,7 @@ _Reason = Annotated[str, Tlv(3, *text(1024))]
 _Dtypes = Annotated[tuple[str, ...], Tlv(4, lambda dtypes: bytes(map(DTYPES.index, dtypes)), _dtypes_from_bytes)]
 _Groups = Annotated[tuple[Held, ...], Tlv(5, *records(Held, MAX_GROUPS))]
 _Tenant = Annotated[str, Tlv(6, *text(128))]
-_Staging = Annotated[bytes, Tlv(7, *[partial(bounded, 1024)] * 2)]
+_Staging = Annotated[bytes, Tlv(7, *[partial(bounded, 16 << 10)] * 2)]
 _Blocks = Annotated[tuple[Block, ...], Tlv(8, *records(Block, MAX_GROUPS))]
 
 

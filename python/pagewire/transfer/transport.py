@@ -151,8 +151,11 @@ class Listener(ABC):
 def listen(
     address: str, hello: Hello, staging: tuple[int, int], *, name: str = "P", tls: Tls | None = None
 ) -> Listener:
-    """address: "unix:", "cuda-ipc:", or "tcp://host:port" with port 0 for any. Raises ValueError or OSError."""
+    """address: "unix:", "cuda-ipc:", "tcp://host:port" with port 0 for any, or "nixl+tcp://…". Raises ValueError or
+    OSError.
+    """
     from pagewire.transfer.cuda_ipc import CudaIpcListener
+    from pagewire.transfer.nixl import NixlListener
     from pagewire.transfer.shm import ShmListener
     from pagewire.transfer.tcp import TcpListener
 
@@ -160,12 +163,15 @@ def listen(
         return ShmListener("unix", hello, staging, name)
     if address == "cuda-ipc:":
         return CudaIpcListener("cuda-ipc", hello, staging, name)
+    if address.startswith("nixl+"):
+        return NixlListener(address.removeprefix("nixl+"), hello, staging, name, tls)
     return TcpListener(address, hello, staging, name, tls)
 
 
 def connect(address: str, *, name: str = "D", tls: Tls | None = None) -> Transport:
     """P's, to a Listener's `address`; it may still be under way. Raises ValueError or OSError."""
     from pagewire.transfer.cuda_ipc import CudaIpcTransport
+    from pagewire.transfer.nixl import NixlTransport
     from pagewire.transfer.shm import ShmTransport
     from pagewire.transfer.tcp import TcpTransport
 
@@ -173,4 +179,6 @@ def connect(address: str, *, name: str = "D", tls: Tls | None = None) -> Transpo
         return ShmTransport.connect(address, name)
     if address.startswith("cuda-ipc:"):
         return CudaIpcTransport.connect(address, name)
+    if address.startswith("nixl+"):
+        return NixlTransport.connect(address.removeprefix("nixl+"), name, tls)
     return TcpTransport.connect(address, name, tls)
