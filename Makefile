@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: setup demo test test-slow test-faults test-triton fuzz bench bench-check bench-record lint format wheel clean
+.PHONY: setup demo test test-slow test-faults test-triton test-nixl fuzz bench bench-check bench-record lint format wheel clean
 
 setup: $(READY)
 
@@ -61,6 +61,21 @@ $(OTHER):
 
 test-triton: $(READY) $(OTHER)
 	PYTHONPATH=$(OTHER) $(PYTEST) -m "not slow and not faults" tests/kernels tests/ops tests/gluon -k "triton or kernels or gluon"
+
+# the KV stream over NIXL, laid over the same environment: `nixl` alone is a meta package, and the whole of it would bring
+# a backend for each CUDA
+NIXL ?= 1.5.1
+NIXL_AT := $(VENV)-nixl-$(NIXL)
+
+$(NIXL_AT): $(READY)
+	cuda=$$($(BIN)/python -c 'import torch; print((torch.version.cuda or "12").split(".")[0])') && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps --target $@.part \
+		nixl==$(NIXL) nixl-cu$$cuda==$(NIXL) || \
+		{ echo "test-nixl: nixl $(NIXL) cannot be installed here (wheels for Linux, Python 3.10 or later): nothing was tested"; exit 1; }
+	mv $@.part $@
+
+test-nixl: $(READY) $(NIXL_AT)
+	NIXL_LOG_LEVEL=WARN PYTHONPATH=$(CURDIR)/$(NIXL_AT) $(PYTEST) tests/transfer/test_nixl.py tests/transfer/test_transports.py -k nixl
 
 # random problems for every backend against an oracle of their own; MINUTES for each backend
 MINUTES ?= 10
