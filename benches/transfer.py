@@ -1,9 +1,10 @@
-"""The KV stream beside the raw transport: python benches/transfer.py [--prompts 16,256] [--layers 30 ...]
+"""The KV stream beside the raw transport: python benches/transfer.py [--transports shm,tcp,tls] [--prompts 16,256] ...
 
-Two processes of one thread each, a socket and the shared arena between them. Ours is the whole way of a prompt's KV
-through `Sender`, `Packing`, `Arena`, frames and `Receiver`, from RESERVE to a checked COMMIT. Raw moves as many bytes
-in as many pieces: memcpy into the arena, CRC32C, a 12-byte frame, CRC32C, memcpy out of it, a credit. Both in turn, in
-every round; the figures are medians over the rounds, `% of raw` of the rounds' ratios.
+Two processes of one thread each. Ours is the whole way of a prompt's KV through `Sender`, `Packing`, a transport and
+`Receiver`, from RESERVE to a checked COMMIT. Raw moves as many bytes in as many pieces: memcpy into a staging slot,
+CRC32C, a 12-byte frame, CRC32C, memcpy out of it, a credit; with tcp and tls the piece itself crosses a blocking socket
+of the same kind behind its frame. Both in turn, in every round; the figures are medians over the rounds, `% of raw` of
+the rounds' ratios. tls needs the package trustme, for certificates.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ import argparse
 import multiprocessing
 import secrets
 import socket
+import ssl
 import statistics
 import struct
+import tempfile
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
 import pagewire as pw
-from pagewire.net.channel import Channel, Codec, wait
-from pagewire.transfer.codec import FrameCodec
+from pagewire.net.channel import wait
+from pagewire.net.tls import DOMAIN, Tls, secure
 from pagewire.transfer.frames import Ack, Block, Chunk, Commit, Credit, Reserve, crc32c
 from pagewire.transfer.handoff import Begin, Dropped, Push, Send, Start, Unpack
 from pagewire.transfer.packing import Packing, held, new_hello
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
-from pagewire.transfer.shm import Arena
+from pagewire.transfer.transport import Transport, connect, listen
 
 STAGING_BYTES = 64 << 20
 FORWARD_TOKENS = 512  # prompt tokens whose layers are ready together
@@ -41,11 +45,14 @@ def now_ms() -> int:
 
 
 class Side:
-    """What both processes have: a cache with room for the longest prompt, the arena, two sockets and a pipe."""
+    """What both processes have: a cache with room for the longest prompt, a transport, a raw socket and a pipe."""
 
     roles: tuple[str, str]  # ours, theirs
+    channel: Transport
+    pieces: socket.socket
+    in_band: bool  # pieces cross the socket, not shared memory
 
-    def __init__(self, args: argparse.Namespace, frames: socket.socket, pieces: socket.socket, pipe: Connection):
+    def __init__(self, args: argparse.Namespace, pipe: Connection) -> None:
         torch.set_num_threads(1)
         num_pages = -(-max(args.prompts) // args.page_size)
         self.cache = pw.PagedKVCache.allocate(
@@ -56,14 +63,15 @@ class Side:
             part.fill_(1)
         self.page_size = args.page_size
         self.pages = pw.PageAllocator(num_pages)
-        hellos = [new_hello(role, self.cache, b"f" * 32) for role in self.roles]
-        self.packing = Packing(self.cache, *hellos)
+        self.hello, theirs = (new_hello(role, self.cache, b"f" * 32) for role in self.roles)
+        self.packing = Packing(self.cache, self.hello, theirs)
         block = Block(0, 0, args.layers, 0, args.heads)
         self.memory = torch.ones(self.packing.wire.block_bytes(block, max(args.prompts)), dtype=torch.uint8)
-        codec = FrameCodec()
-        self.channel = Channel(frames, Codec(codec.encode, codec.decode), name="the other side")
-        self.pieces = pieces
         self.pipe = pipe
+
+    def receive(self, into: memoryview) -> None:
+        while into:
+            into = into[self.pieces.recv_into(into) :]
 
     def shuffle(self) -> None:
         """As in a pool that has served for a while: neighbours in a prompt are not neighbours in memory."""
@@ -74,9 +82,20 @@ class Side:
 class P(Side):
     roles = "prefill", "decode"
 
-    def serve(self, arena: Arena) -> None:
+    def serve(self, address: str, raw: tuple[str, int], tls: Tls | None) -> None:
         """Does what the pipe says until it closes."""
-        self.arena = arena
+        self.in_band = not address.startswith("unix:")
+        self.channel = connect(address, tls=tls)
+        while not (hello := self.channel.poll(1)):
+            wait([self.channel], None)
+        self.channel.open_staging(hello[0])
+        self.pieces = socket.create_connection(raw)
+        self.pieces.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls:
+            self.pieces = shaken(secure(tls.context(False), self.pieces, "decode", server_side=False))
+        self.got_credits = b""
+        assert self.channel.staging is not None
+        arena = self.arena = self.channel.staging
         self.shuffle()
         self.sender = Sender(self.pages, self.page_size, now_ms=now_ms)
         self.sender.link(LINK, self.packing.wire, arena.num_staging_slots, arena.staging_slot_bytes)
@@ -119,23 +138,30 @@ class P(Side):
 
     def raw(self, sizes: list[int]) -> None:
         self.pipe.send("ready")
-        self.pieces.recv(1)
+        self.receive(memoryview(bytearray(1)))
         at = 0
         for size in sizes:
             self.take_credits(wait=not self.credits)
             slot = self.credits.pop()
             out = self.arena.staging_slot(slot)[:size].copy_(self.memory[at : at + size])
             self.pieces.sendall(PIECE.pack(slot, size, crc32c(out.numpy())))
+            if self.in_band:
+                self.pieces.sendall(out.numpy().data)
             at += size
         while len(self.credits) < self.arena.num_staging_slots:
             self.take_credits(wait=True)
 
     def take_credits(self, wait: bool) -> None:
+        self.pieces.setblocking(wait)
         try:
-            data = self.pieces.recv(4096, 0 if wait else socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        self.credits += [slot for (slot,) in SLOT.iter_unpack(data)]
+            self.got_credits += self.pieces.recv(4096)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        finally:
+            self.pieces.setblocking(True)
+        whole = len(self.got_credits) // SLOT.size * SLOT.size
+        self.credits += [slot for (slot,) in SLOT.iter_unpack(self.got_credits[:whole])]
+        self.got_credits = self.got_credits[whole:]
 
 
 class D(Side):
@@ -143,16 +169,35 @@ class D(Side):
 
     roles = "decode", "prefill"
 
-    def begin(self) -> Arena:
-        arena = Arena.create(*self.packing.staging(STAGING_BYTES, FORWARD_TOKENS))
-        self.arena = arena
+    def begin(self, address: str, tls: Tls | None) -> None:
+        self.in_band = not address.startswith("unix:")
+        listener = listen(address, self.hello, self.packing.staging(STAGING_BYTES, FORWARD_TOKENS), tls=tls)
+        with socket.create_server(("127.0.0.1", 0)) as raw:
+            self.pipe.send((listener.address, raw.getsockname()[:2]))
+            while (channel := listener.accept()) is None:
+                time.sleep(0.01)
+            self.channel = channel
+            raw.setblocking(False)
+            while True:  # beside the handshakes
+                channel.flush()
+                try:
+                    self.pieces, _ = raw.accept()
+                    break
+                except BlockingIOError:
+                    time.sleep(0.01)
+        self.pieces.setblocking(True)
+        self.pieces.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls:
+            self.pieces = shaken(secure(tls.context(True), self.pieces, "prefill", server_side=True))
+        listener.close()
+        assert channel.staging is not None
+        arena = self.arena = channel.staging
         self.shuffle()
         self.receiver = Receiver(
             self.pages, self.page_size, (held(self.cache),), vocab_size=2, max_waiting=1, timeout_ms=60_000,
             now_ms=now_ms, new_capability=lambda: secrets.token_bytes(16),
         )  # fmt: skip
         self.receiver.link(LINK, self.packing.wire, arena.num_staging_slots)
-        return arena
 
     def ours(self, request_id: str, num_tokens: int) -> tuple[float, list[int]]:
         """Seconds, and the bytes of every chunk."""
@@ -194,10 +239,13 @@ class D(Side):
         self.ask("raw", sizes)
         start_s = time.perf_counter()
         self.pieces.send(b"!")
-        at = 0
+        at, header = 0, bytearray(PIECE.size)
         for _ in sizes:
-            slot, size, checksum = PIECE.unpack(self.pieces.recv(PIECE.size, socket.MSG_WAITALL))
+            self.receive(memoryview(header))
+            slot, size, checksum = PIECE.unpack(header)
             piece = self.arena.staging_slot(slot)[:size]
+            if self.in_band:
+                self.receive(piece.numpy().data)
             assert crc32c(piece.numpy()) == checksum
             self.memory[at : at + size].copy_(piece)
             self.pieces.send(SLOT.pack(slot))
@@ -209,10 +257,27 @@ class D(Side):
         assert self.pipe.recv() == "ready"
 
 
-def p_process(args: argparse.Namespace, frames: socket.socket, pieces: socket.socket, pipe: Connection) -> None:
-    p = P(args, frames, pieces, pipe)
-    _, (fd,), _, _ = socket.recv_fds(pieces, 1, 1)
-    p.serve(Arena(fd, *pipe.recv()))
+def shaken(sock: ssl.SSLSocket) -> ssl.SSLSocket:
+    sock.setblocking(True)
+    sock.do_handshake()
+    return sock
+
+
+def p_process(args: argparse.Namespace, pipe: Connection, tls: Tls | None) -> None:
+    P(args, pipe).serve(*pipe.recv(), tls)
+
+
+def certificates(folder: Path) -> dict[str, Tls]:
+    import trustme
+
+    ca, found = trustme.CA(), {}
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for role in ("prefill", "decode"):
+        issued, paths = ca.issue_cert(role + DOMAIN), [str(folder / f"{role}.{kind}") for kind in ("pem", "key")]
+        issued.cert_chain_pems[0].write_to_path(paths[0])
+        issued.private_key_pem.write_to_path(paths[1])
+        found[role] = Tls(str(folder / "ca.pem"), *paths)
+    return found
 
 
 def measure(d: D, num_tokens: int, num_rounds: int) -> str:
@@ -237,19 +302,24 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--prompts", type=lambda text: [int(n) for n in text.split(",")], default=[16, 256, 1024, 4096])
+    parser.add_argument("--transports", type=lambda text: text.split(","), default=["shm", "tcp", "tls"])
     args = parser.parse_args()
-    (frames, p_frames), (pieces, p_pieces) = (socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
-    pipe, p_pipe = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process
-    child = process(target=p_process, args=(args, p_frames, p_pieces, p_pipe), daemon=True)
-    child.start()  # before there is memory that both would have, to be copied when D writes it
-    d = D(args, frames, pieces, pipe)
-    arena = d.begin()
-    slots = arena.num_staging_slots, arena.staging_slot_bytes
-    socket.send_fds(pieces, [b"!"], [arena.fd])
-    pipe.send(slots)
     print(f"{args.layers} layers, {args.heads} heads of {args.head_dim}, {args.dtype}, pages of {args.page_size}")
-    print(f"{slots[0]} staging slots of {slots[1]} bytes, {args.rounds} rounds")
+    for transport in args.transports:
+        with tempfile.TemporaryDirectory() as folder:
+            run(transport, args, certificates(Path(folder)) if transport == "tls" else {})
+
+
+def run(transport: str, args: argparse.Namespace, tls: dict[str, Tls]) -> None:
+    pipe, p_pipe = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(
+        target=p_process, args=(args, p_pipe, tls.get("prefill")), daemon=True
+    )
+    child.start()  # before there is memory that both would have, to be copied when D writes it
+    d = D(args, pipe)
+    d.begin("unix:" if transport == "shm" else "tcp://127.0.0.1:0", tls.get("decode"))
+    slots = d.arena.num_staging_slots, d.arena.staging_slot_bytes
+    print(f"{transport}: {slots[0]} staging slots of {slots[1]} bytes, {args.rounds} rounds")
     print("tokens chunks       MB   ms ours    ms raw % of raw")
     for num_tokens in args.prompts:
         print(measure(d, num_tokens, args.rounds), flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+TRANSPORTS = ("shm", "tcp", "tls")
 SCRIPT = Path(__file__).parents[2] / "benches" / "transfer.py"
 
 
@@ -16,10 +17,13 @@ def test_every_prompt_has_its_line() -> None:
                "--page-size", "4", "--prompts", "3,600", "--rounds", "2"]  # fmt: skip
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=100)
-    geometry, staging, head, *lines = done.stdout.splitlines()
+    geometry, *tables = done.stdout.splitlines()
     assert geometry == "2 layers, 1 heads of 8, bfloat16, pages of 4"
-    assert "slots of 32768 bytes, 2 rounds" in staging  # both layers of a whole forward
-    assert head.split() == "tokens chunks MB ms ours ms raw % of raw".split()
-    rows = [[float(word) for word in line.split()] for line in lines]
-    assert [row[:3] for row in rows] == [[3, 1, 0.0], [600, 2, 0.04]]
-    assert all(min(ours, raw, percent) > 0 for *_, ours, raw, percent in rows)
+    assert len(tables) == 4 * len(TRANSPORTS)
+    for transport, (staging, head, *lines) in zip(TRANSPORTS, (tables[:4], tables[4:8], tables[8:]), strict=True):
+        # both layers of a whole forward
+        assert staging.startswith(f"{transport}: ") and staging.endswith("slots of 32768 bytes, 2 rounds")
+        assert head.split() == "tokens chunks MB ms ours ms raw % of raw".split()
+        rows = [[float(word) for word in line.split()] for line in lines]
+        assert [row[:3] for row in rows] == [[3, 1, 0.0], [600, 2, 0.04]]
+        assert all(min(ours, raw, percent) > 0 for *_, ours, raw, percent in rows)
