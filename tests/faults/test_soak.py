@@ -91,8 +91,12 @@ def settled(server: Server) -> dict[str, tuple[float, int]]:
     """Memory and descriptors of each process, once nothing is in flight."""
     server.wait_healthy()
     wait_for(lambda: conserved(server), 20)
-    time.sleep(0.3)  # connections that clients have closed
-    return {role: (rss_mb(pid), num_fds(pid)) for role, pid in {"front": server.process.pid, **server.pids()}.items()}
+    pids = {"front": server.process.pid, **server.pids()}
+    fewest = {role: num_fds(pid) for role, pid in pids.items()}
+    for _ in range(10):  # connections that clients have closed
+        time.sleep(0.1)
+        fewest = {role: min(fds, num_fds(pids[role])) for role, fds in fewest.items()}
+    return {role: (rss_mb(pid), fewest[role]) for role, pid in pids.items()}
 
 
 def run(server: Server, numbers: range, expected: list[str]) -> list[Client]:

@@ -1,6 +1,5 @@
 """A worker's end of the link: whom it joins, what it refuses and why, and that nothing of a lost one is kept."""
 
-import dataclasses
 import gc
 import os
 import socket
@@ -171,16 +170,16 @@ def test_a_peer_of_another_model_is_refused(d, p, of, change, sentence, monkeypa
     """By the field in which they differ."""
     liar, honest = (p, d) if of == "d" else (d, p)
     if "wire_dtypes" in change:
-        honest._ours = dataclasses.replace(honest._ours, wire_dtypes=("int8",))
+        honest._ours = msgspec.structs.replace(honest._ours, wire_dtypes=("int8",))
     if liar is d:
-        d._listener.hello = dataclasses.replace(d._listener.hello, **change)
+        d._listener.hello = msgspec.structs.replace(d._listener.hello, **change)
 
     def lying(address, **options):
         transport = connect_to(address, **options)
 
         def send(frame):
             del transport.send
-            transport.send(dataclasses.replace(frame, **change))
+            transport.send(msgspec.structs.replace(frame, **change))
 
         transport.send = send
         return transport
@@ -218,7 +217,7 @@ def test_p_against_a_d_that_lies(cache, change, sentence):
     codec = FrameCodec()
     channel = Channel(sock, Codec(codec.encode, codec.decode), name="P")
     arena = Arena.create(4, 4096)
-    hello = dataclasses.replace(
+    hello = msgspec.structs.replace(
         new_hello(change.get("role", "decode"), cache, b"f" * 32),
         num_slots=change.get("num_slots", 4), slot_bytes=4096, incarnation=b"i" * 16,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """CUDA IPC between two processes: on one GPU, and with a fake of the driver where there is none."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 import torch
 
@@ -242,14 +242,14 @@ def test_memory_of_a_process_that_is_gone(greeted):
     gone.wait()
     reach = f"{gone.pid} 5".encode().ljust(64, b"\0") + hello.staging[64:]
     with pytest.raises(OSError, match="expected memory of D, another process that lives: .*CUDA_ERROR_INVALID_VALUE"):
-        p.open_staging(dataclasses.replace(HELLO, num_slots=SLOTS, slot_bytes=SLOT_BYTES, staging=reach))
+        p.open_staging(msgspec.structs.replace(HELLO, num_slots=SLOTS, slot_bytes=SLOT_BYTES, staging=reach))
 
 
 @pytest.mark.parametrize("reach", [b"", b"x" * 79, b"x" * 81])
 def test_a_hello_without_a_handle(greeted, reach):
     p, hello = greeted
     with pytest.raises(ValueError, match=f"HELLO: staging: expected 80 bytes, got {len(reach)}"):
-        p.open_staging(dataclasses.replace(hello, staging=reach))
+        p.open_staging(msgspec.structs.replace(hello, staging=reach))
 
 
 @pytest.mark.parametrize(

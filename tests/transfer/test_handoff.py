@@ -1,8 +1,7 @@
 """The handoff step by step: what each event makes each side do."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.codec import FrameCodec

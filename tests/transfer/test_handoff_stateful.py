@@ -6,11 +6,11 @@ played out fairly, and every request must have been answered.
 """
 
 from collections import Counter, deque
-from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.codec import ConnectionLost, FrameCodec

@@ -1,9 +1,9 @@
 """One request over several links, step by step, and a sender that lies to a receiver with others."""
 
-from dataclasses import replace
 from itertools import count
 
 import pytest
+from msgspec.structs import replace
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.frames import Abort, Ack, Block, Chunk, Commit, Credit, Held, Reserve

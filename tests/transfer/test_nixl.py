@@ -1,11 +1,11 @@
 """The KV stream over NIXL between two processes, and what becomes of an arena whose connection ends."""
 
-import dataclasses
 import multiprocessing
 import os
 import signal
 import time
 
+import msgspec
 import pytest
 import torch
 
@@ -205,13 +205,13 @@ def test_a_hello_without_a_way_to_the_arena_is_refused(ends, staging):
     p, d, _ = ends
     (hello,) = everything(p, d, 1)
     with pytest.raises((ValueError, OSError), match="expected NIXL's metadata, got|NIXL: "):
-        p.open_staging(dataclasses.replace(hello, staging=staging))
+        p.open_staging(msgspec.structs.replace(hello, staging=staging))
 
 
 def test_an_arena_that_d_does_not_offer_is_not_written(ends):
     p, d, _ = ends
     (hello,) = everything(p, d, 1)
-    p.open_staging(dataclasses.replace(hello, num_slots=2 * SLOTS))
+    p.open_staging(msgspec.structs.replace(hello, num_slots=2 * SLOTS))
     p.send(chunk(0, 1 << 16))
     with pytest.raises(NixlError, match="D: NIXL: "):
         p.send(chunk(SLOTS, 1 << 16))

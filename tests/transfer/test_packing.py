@@ -1,7 +1,6 @@
 """Packing: whatever layers and tokens, what arrives is what was packed, and only what was verified."""
 
-import dataclasses
-
+import msgspec
 import pytest
 import torch
 
@@ -25,7 +24,7 @@ def make(role: str = "decode", wire_dtype: str | None = None, kind: str = "crc32
 def packing_of(cache: pw.PagedKVCache, role: str, wire_dtype: str | None, kind: str = "crc32c") -> Packing:
     """For a peer that is like us."""
     ours = new_hello(role, cache, b"f" * 32, wire_dtype)
-    return Packing(cache, ours, dataclasses.replace(ours, role="prefill" if role == "decode" else "decode"), kind)
+    return Packing(cache, ours, msgspec.structs.replace(ours, role="prefill" if role == "decode" else "decode"), kind)
 
 
 def filled(packing: Packing) -> Packing:
@@ -101,7 +100,7 @@ def test_a_payload_that_is_not_what_was_packed_changes_nothing(kind: str, other:
         ({"checksum_kind": other}, f"got {other}"),
         ({"payload_bytes": 16385}, "slot of 16384, got 16385"),
     ):
-        assert words in d.unpack(dataclasses.replace(chunk, **change), D_PAGES, staging)
+        assert words in d.unpack(msgspec.structs.replace(chunk, **change), D_PAGES, staging)
     assert torch.equal(rows(d, D_PAGES, (0, 14)), before)
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 import torch
 import trustme
@@ -118,7 +119,7 @@ def joined(p: Transport, d: Transport) -> None:
     (hello,) = got
     assert isinstance(hello, Hello)
     p.open_staging(hello)
-    p.send(dataclasses.replace(HELLO, role="prefill"))
+    p.send(msgspec.structs.replace(HELLO, role="prefill"))
     while not (got := turn(p, d)[1]):
         pass
     assert [frame.role for frame in got] == ["prefill"]
@@ -393,7 +394,7 @@ def test_impossible_staging_is_refused_by_p(kind, staging):
     d = accepted(listener)
     everything(p, d, 1)
     with pytest.raises(ValueError, match=f"got {staging[0]} slots of {staging[1]} bytes|expected {staging[0]} slots"):
-        p.open_staging(dataclasses.replace(HELLO, num_slots=staging[0], slot_bytes=staging[1]))
+        p.open_staging(msgspec.structs.replace(HELLO, num_slots=staging[0], slot_bytes=staging[1]))
     for end in (p, d, listener):
         end.close()
 

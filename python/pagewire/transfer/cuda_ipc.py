@@ -11,7 +11,6 @@ and looks for that when it accepts or closes one.
 
 import contextlib
 import ctypes
-import dataclasses
 import select
 import socket
 import uuid
@@ -19,11 +18,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from pagewire.net.channel import ChannelClosed
-from pagewire.transfer.frames import Frame, Hello
+from pagewire.transfer.frames import ChecksumKind, Frame, Hello
 from pagewire.transfer.transport import Staging, Transport
 from pagewire.transfer.unix import UnixListener, UnixTransport, expect_same_user
 
@@ -81,12 +81,12 @@ Kept = list[tuple[socket.socket, DeviceStaging]]  # by D, of closed connections
 
 
 class CudaIpcTransport(UnixTransport):
-    checksum_kind = "fletcher64"
+    checksum_kind: ChecksumKind = "fletcher64"
     kept: Kept | None = None  # D
 
     def greet(self, hello: Hello, fds: Sequence[int] = ()) -> None:
         assert isinstance(self.staging, DeviceStaging) and self.staging.reach
-        super().greet(dataclasses.replace(hello, staging=self.staging.reach))
+        super().greet(msgspec.structs.replace(hello, staging=self.staging.reach))
 
     def open_staging(self, hello: Hello) -> None:
         self.staging = DeviceStaging(hello.num_slots, hello.slot_bytes, hello.staging)

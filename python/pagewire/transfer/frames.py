@@ -1,106 +1,81 @@
 """Frames of the KV stream: what a sender (P) and a receiver (D) of packed KV say to each other.
 
-Everything is little-endian. A frame is
+A frame is, with little-endian integers around the body,
 
-    prefix   magic "PWKV", version u16, min_version u16, kind u16, num_tlvs u16, features u32,
-             frame_bytes u32, sequence u32
-    body     the kind's fixed fields, in the order of its class
-    TLVs     num_tlvs times: tag u16, reserved u16, length u32, value; unknown tags are skipped
+    prefix   magic "PWKV", version u16, min_version u16, features u32, frame_bytes u32, sequence u32
+    body     MessagePack: a map from a class's field names, and `type`, to values; unknown names are skipped
     crc      CRC32C of everything before it, u32
 
-`sequence` counts a sender's frames on one connection, from 0, modulo 2^32; see `codec`. A reader
-refuses a frame whose min_version is above its own version or whose feature bits it does not know.
-Every length is bounded before it is believed: `decode` returns values within their bounds or raises
-FrameError, and a frame beyond them cannot be made. Whatever fits its bounds fits MAX_FRAME_BYTES.
+`sequence` counts a sender's frames on one connection; see `codec`. `decode` returns values within their bounds, whose
+frame then fits MAX_FRAME_BYTES, or raises FrameError; a frame beyond them cannot be sent.
 """
 
 import struct
-from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
 import google_crc32c
-
-from pagewire.transfer.fields import (
-    Field,
-    FrameError,
-    Record,
-    Tlv,
-    bounded,
-    expect,
-    layout,
-    pack,
-    records,
-    text,
-    unpack,
-)
+from msgspec import Meta, MsgspecError, Struct, msgpack
 
 MAGIC = b"PWKV"
 VERSION = 3  # 1, without sequence numbers, and 2, of one group and whole caches, were never released
 KNOWN_FEATURES = 0
-
 MAX_FRAME_BYTES = 256 << 10  # a COMMIT with a digest for each of MAX_LAYERS takes half of it
-MAX_TLVS = 32
 MAX_GROUPS = 64
 MAX_LAYERS = 4096  # also of all groups together
-MAX_HEADS = MAX_HEAD_DIM = 4096
-MAX_TOKENS = 1 << 24
 MAX_STAGING_SLOTS = 1 << 16
 MAX_PAYLOAD_BYTES = 1 << 31
 MAX_DEADLINE_MS = (1 << 32) - 1
 
-DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+Dtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
+ScaleKind = Literal["none", "tensor", "head", "token_head"]
+ChecksumKind = Literal["none", "crc32c", "fletcher64"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 SCALED_DTYPES = DTYPES[3:]  # 8 bits: never without scales
-SCALE_KINDS = ("none", "tensor", "head", "token_head")
-CHECKSUM_KINDS = ("none", "crc32c", "fletcher64")
-ROLES = ("prefill", "decode")
-
 Range = tuple[int, int]  # [start, stop)
 
+_U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+_U64 = Annotated[int, Meta(ge=0)]  # MessagePack has none above
+_Key16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+_Hash32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+_Name = Annotated[str, Meta(max_length=128)]
+_Group = Annotated[int, Meta(ge=0, lt=MAX_GROUPS)]
+_Layer = Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
+_Head = Annotated[int, Meta(ge=0, le=4096)]
+_HeadDim = Annotated[int, Meta(ge=1, le=4096)]
+_HeadDimV = Annotated[int, Meta(ge=0, le=4096)]  # 0: V is a view of K and not packed
+_Token = Annotated[int, Meta(ge=0, le=1 << 24)]
+_Slot = Annotated[int, Meta(ge=0, lt=MAX_STAGING_SLOTS)]
+crc32c: Callable[[Any], int] = google_crc32c.value  # of bytes or a contiguous numpy array
 
-def crc32c(data: Any) -> int:
-    """Of bytes or a contiguous numpy array."""
-    checksum: int = google_crc32c.value(data)
-    return checksum
+
+class FrameError(ValueError):
+    """These bytes are not a frame we can act on, or these values none that may be sent; nothing was changed."""
 
 
-class _Area(Record):
-    """Layers x heads."""
+def _expect(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise FrameError(sentence)
 
-    layer_start: int
-    layer_stop: int
-    head_start: int
-    head_stop: int
+
+class _Area:  # layers x heads
+    __slots__ = ()
+
+    def __post_init__(self: Any) -> None:
+        _expect(self.layer_start < self.layer_stop, f"layer range: {self.layers}")
+        _expect(self.head_start < self.head_stop, f"head range: {self.heads}")
 
     @property
-    def layers(self) -> Range:
+    def layers(self: Any) -> Range:
         return self.layer_start, self.layer_stop
 
     @property
-    def heads(self) -> Range:
+    def heads(self: Any) -> Range:
         return self.head_start, self.head_stop
 
 
-_U32 = Annotated[int, Field("I", most=(1 << 32) - 1)]
-_U64 = Annotated[int, Field("Q")]
-_Key16 = Annotated[bytes, Field("16s")]
-_Hash32 = Annotated[bytes, Field("32s")]
-_Group = Annotated[int, Field("H", most=MAX_GROUPS - 1)]
-_Layer = Annotated[int, Field("H", most=MAX_LAYERS)]
-_Head = Annotated[int, Field("H", most=MAX_HEADS)]
-_HeadDim = Annotated[int, Field("H", 1, MAX_HEAD_DIM)]
-_HeadDimV = Annotated[int, Field("H", most=MAX_HEAD_DIM)]  # 0: V is a view of K and not packed
-_Token = Annotated[int, Field("I", most=MAX_TOKENS)]
-_Slot = Annotated[int, Field("I", most=MAX_STAGING_SLOTS - 1)]
-_Dtype = Annotated[str, Field("B", names=DTYPES)]
-_ScaleKind = Annotated[str, Field("B", names=SCALE_KINDS)]
-
-
-@dataclass(frozen=True)
-class Held(_Area):
-    """What a side holds of one group of layers. The model's layers of the group and its kv heads are counted over all
-    ranks and stages; no layers: it holds nothing of the group.
-    """
+class Held(_Area, Struct, frozen=True):
+    """What a side holds of one group of layers, both counted over all ranks and stages; no layers: nothing of it."""
 
     layer_start: _Layer
     layer_stop: _Layer
@@ -108,21 +83,17 @@ class Held(_Area):
     head_stop: _Head
     head_dim: _HeadDim
     head_dim_v: _HeadDimV
-    dtype: _Dtype
-    scale_kind: _ScaleKind
+    dtype: Dtype
+    scale_kind: ScaleKind
 
-    _may_be_empty = True
-
-    def _check(self) -> None:
-        num_layers, num_heads = self.layer_stop - self.layer_start, self.head_stop - self.head_start
-        whole = num_layers == num_heads == 0 or min(num_layers, num_heads) > 0
-        expect(whole, f"{num_layers} layers, {num_heads} heads")
-        scaled, kind = self.dtype in SCALED_DTYPES, self.scale_kind
-        expect(scaled == (kind != "none"), f"scale_kind {kind} of {self.dtype}")
+    def __post_init__(self) -> None:
+        layers, heads = self.layer_stop - self.layer_start, self.head_stop - self.head_start
+        _expect(layers == heads == 0 or min(layers, heads) > 0, f"{layers} layers, {heads} heads")
+        kind, scaled = self.scale_kind, self.dtype in SCALED_DTYPES
+        _expect(scaled == (kind != "none"), f"scale_kind {kind} of {self.dtype}")
 
 
-@dataclass(frozen=True)
-class Block(_Area):
+class Block(_Area, Struct, frozen=True):
     """Layers x heads of a group that one sender is to push."""
 
     group: _Group
@@ -132,70 +103,48 @@ class Block(_Area):
     head_stop: _Head
 
 
-def _dtypes_from_bytes(data: bytes) -> tuple[str, ...]:
-    return tuple(DTYPES[i] for i in data if i < len(DTYPES))  # a later version's are not for us
+class _OfRequest(Struct, frozen=True):
+    request_id: _Name
+    generation: _U64
 
 
-_RequestId = Annotated[str, Tlv(1, *text(128))]
-_Digests = Annotated[
-    tuple[bytes, ...], Tlv(2, b"".join, lambda data: tuple(data[i : i + 32] for i in range(0, len(data), 32)))
-]
-_Reason = Annotated[str, Tlv(3, *text(1024))]
-_Dtypes = Annotated[tuple[str, ...], Tlv(4, lambda dtypes: bytes(map(DTYPES.index, dtypes)), _dtypes_from_bytes)]
-_Groups = Annotated[tuple[Held, ...], Tlv(5, *records(Held, MAX_GROUPS))]
-_Tenant = Annotated[str, Tlv(6, *text(128))]
-_Staging = Annotated[bytes, Tlv(7, *[partial(bounded, 16 << 10)] * 2)]
-_Blocks = Annotated[tuple[Block, ...], Tlv(8, *records(Block, MAX_GROUPS))]
-
-
-@dataclass(frozen=True)
-class Hello(Record):
+class Hello(Struct, frozen=True, tag="hello"):
     """Both sides' first frame. D's speaks of the staging arena; P's has no staging slots."""
 
-    role: Annotated[str, Field("B", names=ROLES)]
-    num_slots: Annotated[int, Field("I", most=MAX_STAGING_SLOTS)]  # all of them P's to write until a chunk names one
-    slot_bytes: Annotated[int, Field("I", most=MAX_PAYLOAD_BYTES)]
+    role: Literal["prefill", "decode"]
+    num_slots: Annotated[int, Meta(ge=0, le=MAX_STAGING_SLOTS)]  # all of them P's to write until a chunk names one
+    slot_bytes: Annotated[int, Meta(ge=0, le=MAX_PAYLOAD_BYTES)]
     incarnation: _Key16  # random per process
     fingerprint: _Hash32  # of the model
-    groups: _Groups
-    wire_dtypes: _Dtypes = DTYPES  # that it takes, what it wants most first; see `negotiation`
-    tenant: _Tenant = ""
-    staging: _Staging = b""  # how P reaches the arena, where the transport needs words for it
+    groups: Annotated[tuple[Held, ...], Meta(max_length=MAX_GROUPS)]
+    wire_dtypes: Annotated[tuple[_Name, ...], Meta(min_length=1, max_length=32)] = DTYPES  # wanted most first
+    tenant: _Name = ""
+    staging: Annotated[bytes, Meta(max_length=16 << 10)] = b""  # how P reaches the arena, where that takes words
 
-    def _check(self) -> None:
-        expect(len(self.wire_dtypes) == len(set(self.wire_dtypes)) > 0, f"wire_dtypes {self.wire_dtypes}")
-        expect(1 <= len(self.groups) <= MAX_GROUPS, f"{len(self.groups)} groups, not 1 to {MAX_GROUPS}")
+    def __post_init__(self) -> None:
+        _expect(len(self.wire_dtypes) == len(set(self.wire_dtypes)), f"wire_dtypes {self.wire_dtypes}")
         num_layers = sum(held.layer_stop - held.layer_start for held in self.groups)
-        expect(1 <= num_layers <= MAX_LAYERS, f"{num_layers} layers, not 1 to {MAX_LAYERS}")
+        _expect(1 <= num_layers <= MAX_LAYERS, f"{num_layers} layers, not 1 to {MAX_LAYERS}")
 
 
-@dataclass(frozen=True)
-class Reserve(Record):
-    """D owns pages for the request; P may push tokens [num_cached, num_tokens) of the blocks.
+class Reserve(_OfRequest, frozen=True, tag="reserve"):
+    """D owns pages for the request; P may push tokens [num_cached, num_tokens) of the blocks."""
 
-    No blocks: another sender pushes what this one holds; it is to COMMIT nevertheless.
-    """
-
-    request_id: _RequestId
-    generation: _U64
     capability: _Key16  # random; every later frame about this reservation repeats it
     num_cached: _Token
     num_tokens: _Token  # of the prompt
     deadline_ms: _U32  # how long either side waits without progress of the other
-    blocks: _Blocks
+    blocks: Annotated[tuple[Block, ...], Meta(max_length=MAX_GROUPS)]  # none: others push it; COMMIT nevertheless
 
-    def _check(self) -> None:
-        expect(self.num_cached < self.num_tokens, f"num_cached {self.num_cached} of {self.num_tokens} tokens")
+    def __post_init__(self) -> None:
+        _expect(self.num_cached < self.num_tokens, f"num_cached {self.num_cached} of {self.num_tokens} tokens")
         groups = [block.group for block in self.blocks]
-        expect(groups == sorted(set(groups)), f"blocks of groups {groups}, not one each in order")
+        _expect(groups == sorted(set(groups)), f"blocks of groups {groups}, not one each in order")
 
 
-@dataclass(frozen=True)
-class Chunk(Record):
+class Chunk(_Area, _OfRequest, frozen=True, tag="chunk"):
     """A staging slot holds packed KV, layers x heads x tokens of one request, described in full."""
 
-    request_id: _RequestId
-    generation: _U64
     capability: _Key16
     fingerprint: _Hash32
     group: _Group
@@ -207,120 +156,81 @@ class Chunk(Record):
     head_dim_v: _HeadDimV
     token_start: _Token
     token_stop: _Token
-    dtype: _Dtype
-    scale_kind: _ScaleKind
-    checksum_kind: Annotated[str, Field("B", names=CHECKSUM_KINDS)]
+    dtype: Dtype
+    scale_kind: ScaleKind
+    checksum_kind: ChecksumKind
     checksum: _U64
-    payload_bytes: Annotated[int, Field("Q", 1, MAX_PAYLOAD_BYTES)]
+    payload_bytes: Annotated[int, Meta(ge=1, le=MAX_PAYLOAD_BYTES)]
     slot: _Slot
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect(self.token_start < self.token_stop, f"token range: {self.tokens}")
 
     @property
     def block(self) -> Block:
-        return Block(self.group, self.layer_start, self.layer_stop, self.head_start, self.head_stop)
+        return Block(self.group, *self.layers, *self.heads)
 
     @property
     def tokens(self) -> Range:
         return self.token_start, self.token_stop
 
 
-@dataclass(frozen=True)
-class Commit(Record):
+class Commit(_OfRequest, frozen=True, tag="commit"):
     """Everything was pushed: KV of the prompt with this hash, which `first_token` followed."""
 
-    request_id: _RequestId
-    generation: _U64
     capability: _Key16
     first_token: _U32
     prompt_sha256: _Hash32  # of the token ids, u32 each
-    digests: _Digests  # SHA-256 per layer of each block, or ()
-
-    def _check(self) -> None:
-        expect(len(self.digests) <= MAX_LAYERS, f"{len(self.digests)} digests, at most {MAX_LAYERS}")
-        expect(all(len(digest) == 32 for digest in self.digests), "digests are not SHA-256")
+    digests: Annotated[tuple[_Hash32, ...], Meta(max_length=MAX_LAYERS)]  # SHA-256 per layer of each block, or ()
 
 
-@dataclass(frozen=True)
-class Ack(Record):
+class Ack(_OfRequest, frozen=True, tag="ack"):
     """D has all that this P was to push and needs it no more; P may drop its pages."""
 
-    request_id: _RequestId
-    generation: _U64
 
-
-@dataclass(frozen=True)
-class Credit(Record):
+class Credit(Struct, frozen=True, tag="credit"):
     """D has consumed the staging slot's chunk; it is P's to write again."""
 
     slot: _Slot
 
 
-@dataclass(frozen=True)
-class Abort(Record):
+class Abort(_OfRequest, frozen=True, tag="abort"):
     """Either side gives the reservation up. The side that sends it answers to the front."""
 
-    request_id: _RequestId
-    generation: _U64
-    reason: _Reason
+    reason: Annotated[str, Meta(max_length=256)]
 
 
 Frame = Hello | Reserve | Chunk | Commit | Ack | Credit | Abort
-_KINDS: dict[int, type[Frame]] = dict(enumerate((Hello, Reserve, Chunk, Commit, Ack, Credit, Abort), start=1))
-_KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
-
-
-_PREFIX = struct.Struct("<4sHHHHIII")
-_TLV_HEAD = struct.Struct("<HHI")
-_CRC = struct.Struct("<I")
+_PREFIX = struct.Struct("<4sHHIII")
+_CRC_BYTES = 4
+_BODY = msgpack.Decoder(Frame)
+_NO_BODY = (MsgspecError, UnicodeError, OverflowError, RecursionError)  # what msgspec raises for one
 
 
 def encode(frame: Frame, sequence: int) -> bytes:
-    """Raises FrameError when a text is longer than a reader accepts."""
-    tlvs = layout(type(frame)).tlvs
-    parts = [pack(frame)]
-    for name, tlv in tlvs.items():
-        data = tlv.to_bytes(getattr(frame, name))
-        parts.append(_TLV_HEAD.pack(tlv.tag, 0, len(data)) + data)
-    frame_bytes = _PREFIX.size + sum(map(len, parts)) + _CRC.size
-    assert frame_bytes <= MAX_FRAME_BYTES, frame_bytes
-    kind = _KIND_OF[type(frame)]
-    prefix = _PREFIX.pack(MAGIC, VERSION, VERSION, kind, len(tlvs), KNOWN_FEATURES, frame_bytes, sequence)
-    data = b"".join((prefix, *parts))
-    return data + _CRC.pack(crc32c(data))
+    """Raises FrameError for what a reader would refuse."""
+    try:
+        body = msgpack.encode(frame)
+        _BODY.decode(body)  # a constructor does not look at bounds
+    except _NO_BODY as error:
+        raise FrameError(f"{type(frame).__name__}: {error}") from error
+    frame_bytes = _PREFIX.size + len(body) + _CRC_BYTES
+    data = _PREFIX.pack(MAGIC, VERSION, VERSION, KNOWN_FEATURES, frame_bytes, sequence) + body
+    return data + crc32c(data).to_bytes(_CRC_BYTES, "little")
 
 
 def decode(data: bytes) -> tuple[Frame, int]:
     """The frame in exactly these bytes, and its sequence. Raises FrameError naming what is wrong."""
-    expect(_PREFIX.size + _CRC.size <= len(data) <= MAX_FRAME_BYTES, f"frame of {len(data)} bytes")
-    magic, version, min_version, kind, num_tlvs, features, frame_bytes, sequence = _PREFIX.unpack_from(data)
-    expect(magic == MAGIC, f"magic: expected {MAGIC!r}, got {magic!r}")
-    expect(version >= VERSION >= min_version, f"version: expected {VERSION}, got {version} that needs {min_version}")
-    expect(features & ~KNOWN_FEATURES == 0, f"features: unknown bits {features:#x}")
-    expect(frame_bytes == len(data), f"frame_bytes: says {frame_bytes}, got {len(data)}")
-    expect(num_tlvs <= MAX_TLVS, f"num_tlvs: expected at most {MAX_TLVS}, got {num_tlvs}")
-    end = len(data) - _CRC.size
-    expect(_CRC.unpack_from(data, end)[0] == crc32c(data[:end]), "frame CRC32C does not match")
-    cls = _KINDS.get(kind)
-    if cls is None:
-        raise FrameError(f"kind: expected one of {sorted(_KINDS)}, got {kind}")
-    at = _PREFIX.size + layout(cls).body.size
-    expect(at <= end, f"{cls.__name__}: the body is cut short")
-    return cls(**unpack(cls, data, _PREFIX.size), **_decode_tlvs(cls, data, at, end, num_tlvs)), sequence
-
-
-def _decode_tlvs(cls: type[Frame], data: bytes, at: int, end: int, num_tlvs: int) -> dict[str, Any]:
-    known = {tlv.tag: (name, tlv) for name, tlv in layout(cls).tlvs.items()}
-    values: dict[str, Any] = {}
-    for _ in range(num_tlvs):
-        expect(at + _TLV_HEAD.size <= end, f"{cls.__name__}: a TLV is cut short")
-        tag, _, length = _TLV_HEAD.unpack_from(data, at)
-        at += _TLV_HEAD.size
-        expect(length <= end - at, f"{cls.__name__}: TLV {tag}: {length} bytes, {end - at} left")
-        if tag in known:
-            name, tlv = known[tag]
-            expect(name not in values, f"{cls.__name__}.{name}: given twice")
-            values[name] = tlv.from_bytes(data[at : at + length])
-        at += length
-    expect(at == end, f"{cls.__name__}: {end - at} bytes behind the last TLV")
-    missing = [name for name, _ in known.values() if name not in values]
-    expect(not missing, f"{cls.__name__}: {', '.join(missing)} missing")
-    return values
+    _expect(_PREFIX.size + _CRC_BYTES <= len(data) <= MAX_FRAME_BYTES, f"frame of {len(data)} bytes")
+    magic, version, min_version, features, frame_bytes, sequence = _PREFIX.unpack_from(data)
+    _expect(magic == MAGIC, f"magic: expected {MAGIC!r}, got {magic!r}")
+    _expect(version >= VERSION >= min_version, f"version: expected {VERSION}, got {version} that needs {min_version}")
+    _expect(features & ~KNOWN_FEATURES == 0, f"features: unknown bits {features:#x}")
+    _expect(frame_bytes == len(data), f"frame_bytes: says {frame_bytes}, got {len(data)}")
+    end = len(data) - _CRC_BYTES
+    _expect(int.from_bytes(data[end:], "little") == crc32c(data[:end]), "frame CRC32C does not match")
+    try:
+        return _BODY.decode(data[_PREFIX.size : end]), sequence
+    except _NO_BODY as error:
+        raise FrameError(str(error)) from error

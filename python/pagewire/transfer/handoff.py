@@ -19,7 +19,7 @@ import struct
 from dataclasses import dataclass
 from enum import Enum
 
-from pagewire.transfer.frames import DTYPES, Abort, Block, Chunk, Commit, Frame, Held, Range, Reserve
+from pagewire.transfer.frames import DTYPES, Abort, Block, ChecksumKind, Chunk, Commit, Frame, Held, Range, Reserve
 
 NO_GENERATION = 0  # of an ABORT before any RESERVE
 DTYPE_BYTES = dict(zip(DTYPES, (4, 2, 2, 1, 1, 1), strict=True))
@@ -31,7 +31,7 @@ class Wire:
 
     fingerprint: bytes  # of the model, 32 bytes
     groups: tuple[Held, ...]  # what both hold of each, in the dtype and with the scales that travel
-    checksum_kind: str = "crc32c"
+    checksum_kind: ChecksumKind = "crc32c"
 
     def packed_bytes(self, group: int, num_layers: int, num_heads: int, num_tokens: int) -> int:
         """Of a payload; the layout is `PackedShape`'s."""

@@ -1,11 +1,11 @@
 """What KV is on the wire. Both ends compute it, from the two HELLOs; no frame says it, but every CHUNK repeats it."""
 
-from pagewire.transfer.frames import SCALED_DTYPES, Held, Hello
+from pagewire.transfer.frames import DTYPES, SCALED_DTYPES, ChecksumKind, Held, Hello
 from pagewire.transfer.handoff import DTYPE_BYTES, Wire, mismatch
 from pagewire.transfer.shares import intersection
 
 
-def negotiate(ours: Hello, theirs: Hello, checksum_kind: str = "crc32c") -> Wire:
+def negotiate(ours: Hello, theirs: Hello, checksum_kind: ChecksumKind = "crc32c") -> Wire:
     """Per group of layers, what both hold, in the dtype that both take: the narrower cache's (P's, if they are as
     wide), or the other cache's, or the first that D names. Its scales are what P's cache gives: its own, if its bytes
     go as they are, else one per token and head. D takes any.
@@ -17,7 +17,7 @@ def negotiate(ours: Hello, theirs: Hello, checksum_kind: str = "crc32c") -> Wire
     if len(ours.groups) != len(theirs.groups):
         raise ValueError(f"groups: expected {len(ours.groups)}, got {len(theirs.groups)}")
     p, d = (ours, theirs) if ours.role == "prefill" else (theirs, ours)
-    both = [dtype for dtype in d.wire_dtypes if dtype in p.wire_dtypes]
+    both = sorted(set(DTYPES).intersection(p.wire_dtypes, d.wire_dtypes), key=d.wire_dtypes.index)
     if not both:
         raise ValueError(f"wire dtype: D takes {', '.join(d.wire_dtypes)}, P takes {', '.join(p.wire_dtypes)}")
     groups = []

@@ -3,7 +3,6 @@ CHUNK follows. Frames, addresses and TLS are `tcp`'s; what NIXL moves is not enc
 """
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import socket
@@ -11,6 +10,8 @@ import struct
 import time
 from collections import deque
 from typing import Any
+
+import msgspec
 
 from pagewire.net.channel import ChannelClosed, frame
 from pagewire.net.tls import Tls
@@ -45,7 +46,7 @@ class NixlTransport(TcpTransport):
 
     def greet(self, hello: Hello, fds: Any = ()) -> None:
         metadata = self._tried(self._agent.get_partial_agent_metadata, self._region, True)
-        super().greet(dataclasses.replace(hello, staging=_BASE.pack(self._base) + metadata))
+        super().greet(msgspec.structs.replace(hello, staging=_BASE.pack(self._base) + metadata))
 
     def open_staging(self, hello: Hello) -> None:
         super().open_staging(hello)

@@ -4,17 +4,17 @@ import functools
 import hashlib
 import secrets
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 import pagewire as pw
 from pagewire.transfer.checksum import checksum
-from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Block, Chunk, Held, Hello, Range
+from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Block, ChecksumKind, Chunk, Held, Hello, Range
 from pagewire.transfer.negotiation import negotiate
 from pagewire.transfer.transport import STAGING_ALIGN
-from pagewire.types import StoredScaleKind, dtype_name
+from pagewire.types import dtype_name
 
 MAX_CHUNK_BYTES = 4 << 20  # also of a staging slot, unless one token of one layer is more
 Caches = pw.PagedKVCache | Sequence[pw.PagedKVCache | None]  # one per group of layers; None: this side has none of it
@@ -24,11 +24,11 @@ def held(cache: pw.PagedKVCache, layer_start: int = 0, head_start: int = 0) -> H
     """What a rank or stage holds whose cache begins with this layer of its group and this kv head of the model."""
     of = pw.packed_shape(cache, 1)
     layers, heads = (layer_start, layer_start + of.num_layers), (head_start, head_start + of.num_heads)
-    return Held(*layers, *heads, of.head_dim, of.head_dim_v, dtype_name(of.dtype), of.scale_kind)
+    return Held(*layers, *heads, of.head_dim, of.head_dim_v, DTYPES[DTYPES.index(dtype_name(of.dtype))], of.scale_kind)
 
 
 def new_hello(
-    role: str, caches: Caches, fingerprint: bytes, wire_dtype: str | None = None, *,
+    role: Literal["prefill", "decode"], caches: Caches, fingerprint: bytes, wire_dtype: str | None = None, *,
     groups: tuple[Held, ...] | None = None, tenant: str = "",
 ) -> Hello:  # fmt: skip
     """Of a side that takes `wire_dtype` on the wire, or any. D adds its staging arena. groups: what the caches hold;
@@ -42,7 +42,7 @@ def new_hello(
 class Packing:
     """Packs tokens of a request's pages into wire buffers, and unpacks what came, over one link."""
 
-    def __init__(self, caches: Caches, ours: Hello, theirs: Hello, checksum_kind: str = "crc32c") -> None:
+    def __init__(self, caches: Caches, ours: Hello, theirs: Hello, checksum_kind: ChecksumKind = "crc32c") -> None:
         """All caches have the same pages. Raises ValueError as `negotiate` does."""
         self.wire = negotiate(ours, theirs, checksum_kind)
         self._caches = _each(caches)
@@ -157,7 +157,7 @@ class Packing:
 
     def _new_payload(self, group: int, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedKV:
         of = self.wire.groups[group]
-        dtype, kind = getattr(torch, of.dtype), cast(StoredScaleKind, of.scale_kind)
+        dtype, kind = getattr(torch, of.dtype), of.scale_kind
         shape = pw.PackedShape(num_layers, num_heads, num_tokens, of.head_dim, of.head_dim_v, dtype, kind)
         return pw.PackedKV.wrap(self._scratch, shape)
 
@@ -175,7 +175,7 @@ def _as_kept(packed: pw.PackedKV, kept: Held) -> pw.PackedKV:
     like_d = pw.PagedKVCache.allocate(
         num_layers=1, num_pages=1, page_size=num_tokens, num_kv_heads=num_heads, head_dim=kept.head_dim,
         head_dim_v=kept.head_dim_v, dtype=getattr(torch, kept.dtype), device=packed.buffer.device,
-        scale=cast(StoredScaleKind, kept.scale_kind),
+        scale=kept.scale_kind,
     )  # fmt: skip
     pw.unpack_kv(packed, like_d, slots := torch.arange(num_tokens, device=packed.buffer.device))
     return pw.pack_kv(like_d, slots)

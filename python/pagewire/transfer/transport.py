@@ -7,20 +7,20 @@ D's, until the CREDIT for it.
 """
 
 import contextlib
-import dataclasses
 import mmap
 import socket
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
 from pagewire.net.channel import Channel, ChannelClosed, Codec
 from pagewire.net.tls import Tls
 from pagewire.transfer.codec import ConnectionLost, FrameCodec
-from pagewire.transfer.frames import Chunk, Frame, Hello
+from pagewire.transfer.frames import ChecksumKind, Chunk, Frame, Hello
 
 STAGING_ALIGN = 64  # bytes; also the alignment of every packed buffer's start
 BACKLOG = 4  # connections that wait to be accepted
@@ -69,7 +69,7 @@ class Transport(Channel):
     one that `poll` returns has it there. Raises ChannelClosed or ConnectionLost once it is over.
     """
 
-    checksum_kind = "crc32c"  # of payloads: one that is cheap where the staging slots are
+    checksum_kind: ChecksumKind = "crc32c"  # of payloads: one that is cheap where the staging slots are
 
     def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:
         """staging: of D; None: this is P's."""
@@ -90,7 +90,7 @@ class Transport(Channel):
         """D: its HELLO, with its staging slots."""
         assert self.staging is not None
         num_slots, slot_bytes = self.staging.num_staging_slots, self.staging.staging_slot_bytes
-        self.send(dataclasses.replace(hello, num_slots=num_slots, slot_bytes=slot_bytes), fds)
+        self.send(msgspec.structs.replace(hello, num_slots=num_slots, slot_bytes=slot_bytes), fds)
 
     def received(self, message: Frame) -> memoryview | None:
         if isinstance(message, Chunk):

@@ -8,7 +8,7 @@ import signal
 import socket
 import struct
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -103,7 +103,7 @@ def _inherited(fd: int) -> Front:
     return Front(Channel(sock, WORKER_CODEC, name="the front"), "")
 
 
-def _serve(role: str, engine: "Engine", front: Front) -> None:
+def _serve(role: Literal["prefill", "decode", "colocated"], engine: "Engine", front: Front) -> None:
     """Raises ValueError or OSError when the links that the config asks for cannot be."""
     from pagewire.serve.worker.decode import DecodeWorker
     from pagewire.serve.worker.peers import Peers
