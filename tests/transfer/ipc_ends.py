@@ -5,7 +5,6 @@
 LIBRARY: a fake libcuda, or "" for the GPU. It says "ready" once P has D's memory mapped; a D says its address before.
 """
 
-import dataclasses
 import sys
 import time
 
@@ -93,8 +92,7 @@ class P:
     def push(self, slot: int) -> None:
         tokens, of = RANGES[slot], self.packing.wire.groups[0]
         num_bytes, checksum = self.packing.pack(P_PAGES, BLOCK, tokens, self.link.staging.staging_slot(slot))
-        fields = {field.name for field in dataclasses.fields(Chunk)}
-        of_block = {name: value for name, value in dataclasses.asdict(BLOCK).items() if name in fields}
+        of_block = {name: getattr(BLOCK, name) for name in Chunk.__struct_fields__ if hasattr(BLOCK, name)}
         self.link.send(
             Chunk(
                 request_id="r", generation=1, capability=b"c" * 16, fingerprint=b"f" * 32, **of_block, head_dim=DIM,

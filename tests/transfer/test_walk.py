@@ -11,6 +11,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+import msgspec
 import pytest
 
 from pagewire.allocator import PageAllocator
@@ -253,6 +254,8 @@ def canonical(value: Any) -> Any:
     if is_dataclass(value):
         of = {field.name: getattr(value, field.name) for field in fields(value)}
         return type(value).__name__, canonical(of)
+    if isinstance(value, msgspec.Struct):
+        return type(value).__name__, canonical(msgspec.structs.asdict(value))
     if callable(value):
         return None
     return type(value).__name__, canonical(value.__dict__)

@@ -1,7 +1,6 @@
 """Frames on one connection, counted: a frame that is missing, repeated or damaged means that the connection is lost."""
 
-from pagewire.transfer.fields import FrameError
-from pagewire.transfer.frames import Frame, decode, encode
+from pagewire.transfer.frames import Frame, FrameError, decode, encode
 
 SEQUENCES = 1 << 32
 
