@@ -11,6 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import uvicorn
@@ -28,6 +29,7 @@ from pagewire.serve.model import ModelError, default_model_path
 from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
 
 DRAIN_POLL_S = 0.05
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class ServeError(Exception):
@@ -35,9 +37,15 @@ class ServeError(Exception):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Defaults that the model processes also know come from WorkerConfig."""
-    config, limits = WorkerConfig(model=""), Limits()
     p = argparse.ArgumentParser(prog="pagewire serve", description="Serve a model from two processes, P and D.")
+    defaults = msgspec.structs.asdict(WorkerConfig(model="")) | msgspec.structs.asdict(Limits())
+
+    def fill(field: str, help: str, option: str = "", **more: Any) -> None:
+        """An option for a field of WorkerConfig or Limits, which say its default."""
+        option, default = option or field.replace("_", "-"), defaults[field]
+        how = {"metavar": option.replace("-", "_").upper(), "type": str if default is None else type(default)} | more
+        p.add_argument(f"--{option}", dest=field, default=default, help=help, **how)
+
     p.add_argument("--role", choices=("all", "front", "prefill", "decode"), default="all",
                    help="all (default): the front, a P and a D on this machine; front: HTTP for the --peer processes; "
                    "prefill or decode: one model process that waits for a front on --host and --port")  # fmt: skip
@@ -46,47 +54,45 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tls-ca", help="PEM; with certificate and key: TLS 1.3 between front, P and D")
     p.add_argument("--tls-certificate", help="PEM; its DNS name is front.pagewire, prefill.pagewire or decode.pagewire")
     p.add_argument("--tls-key", help="PEM")
-    p.add_argument("--kv-port", type=int, default=config.kv_port, help="of --role decode: for KV; 0 (default): any")
-    p.add_argument("--tenant", default=config.tenant, help="P and D of different ones do not exchange KV")
-    p.add_argument(
-        "--host", default="127.0.0.1", help="beyond loopback an API key or, for a model process, TLS is required"
-    )
+    fill("kv_port", "of --role decode: for KV; 0 (default): any")
+    fill("tenant", "P and D of different ones do not exchange KV")
+    remote = "beyond loopback an API key or, for a model process, TLS is required"
+    p.add_argument("--host", default="127.0.0.1", help=remote)
     p.add_argument("--port", type=int, default=8000, help="0: any free port, printed on stdout")
     p.add_argument("--model", help="a Hugging Face directory or a .gguf file; default: SmolLM2-135M-Instruct")
     p.add_argument("--served-model-name", help="the name clients use; default: the file's or folder's")
     p.add_argument("--colocated", action="store_true", help="one process instead of two: the baseline")
     p.add_argument("--api-key", help="clients must send it as a bearer token; PAGEWIRE_API_KEY hides it from ps")
-    p.add_argument("--device", default=config.device, help="auto (the first GPU if there is one), cpu, cuda, cuda:1")
-    p.add_argument("--dtype", choices=DTYPES, default=config.dtype, help="of weights")
-    p.add_argument("--kv-dtype", type=_kv_dtype, choices=KV_DTYPES, help="of KV caches: --dtype (default) or 8 bits")
-    p.add_argument("--page-size", type=int, default=config.page_size, help="tokens")
-    p.add_argument("--pool-tokens", type=int, default=config.pool_tokens, help="KV tokens of each process's pool")
-    p.add_argument("--max-batch-size", type=int, default=config.max_batch_size, help="requests decoded at once")
-    p.add_argument("--prefill-chunk", type=int, default=config.prefill_chunk, help="prompt tokens in one forward")
-    p.add_argument(
-        "--kv-wire-dtype", type=_kv_dtype, choices=KV_DTYPES, help="of KV between P and D; default: the caches'"
-    )
-    p.add_argument("--kv-transport", choices=KV_ADDRESSES, default=config.kv_transport,
-                   help="between P and D: through host memory, or, on one GPU, through its own")  # fmt: skip
-    p.add_argument("--threads", type=int, default=config.num_threads, help="of each model process")
-    p.add_argument("--backend", help="pagewire backend of the model processes; default: the best that runs here")
-    p.add_argument("--max-queue", type=int, default=limits.max_inflight, help="choices in flight; more get a 429")
-    p.add_argument("--request-timeout", type=float, default=limits.request_timeout_s, help="seconds")
-    p.add_argument(
-        "--on-failure",
-        choices=("recover", "fail"),
-        default="recover",
-        help="of a model process: its requests go on in another one, or end with an error",
-    )
-    p.add_argument("--handoff-timeout", type=float, default=config.handoff_timeout_ms / 1000,
+    fill("device", "auto (the first GPU if there is one), cpu, cuda, cuda:1")
+    fill("dtype", "of weights", choices=DTYPES, metavar=None)
+    kv_dtypes: dict[str, Any] = {"type": _kv_dtype, "choices": KV_DTYPES, "metavar": None}
+    fill("kv_dtype", "of KV caches: --dtype (default) or 8 bits", **kv_dtypes)
+    fill("page_size", "tokens")
+    fill("pool_tokens", "KV tokens of each process's pool")
+    fill("max_batch_size", "requests decoded at once")
+    fill("prefill_chunk", "prompt tokens in one forward")
+    fill("kv_wire_dtype", "of KV between P and D; default: the caches'", **kv_dtypes)
+    fill("kv_transport", "between P and D: through host memory, or, on one GPU, through its own", choices=KV_ADDRESSES,
+         metavar=None)  # fmt: skip
+    fill("num_threads", "of each model process", "threads")
+    fill("backend", "pagewire backend of the model processes; default: the best that runs here")
+    fill("max_inflight", "choices in flight; more get a 429", "max-queue")
+    fill("request_timeout_s", "seconds", "request-timeout")
+    p.add_argument("--on-failure", choices=("recover", "fail"), default="recover",
+                   help="of a model process: its requests go on in another one, or end with an error")  # fmt: skip
+    p.add_argument("--handoff-timeout", type=float, default=defaults["handoff_timeout_ms"] / 1000,
                    help="seconds that a handoff from P to D may make no progress")  # fmt: skip
-    p.add_argument("--worker-timeout", type=float, default=config.worker_timeout_s,
-                   help="seconds after which a silent model process is killed and started again")  # fmt: skip
-    p.add_argument("--start-timeout", type=float, default=config.start_timeout_s,
-                   help="seconds that a model process may take to load")  # fmt: skip
-    p.add_argument("--record-dir", help="write each request's logits here (tests, debugging)")
+    late = "seconds after which a silent model process is killed and started again"
+    fill("worker_timeout_s", late, "worker-timeout")
+    fill("start_timeout_s", "seconds that a model process may take to load", "start-timeout")
+    fill("record_dir", "write each request's logits here (tests, debugging)")
     p.add_argument("--verify-kv", action="store_true", help="compare digests of P's and D's KV at each handoff")
     return p
+
+
+def _filled(kind: type[T], args: argparse.Namespace, **others: Any) -> T:
+    """A `kind` of the options that are its fields, and the others."""
+    return kind(**{name: value for name, value in vars(args).items() if name in kind.__struct_fields__} | others)
 
 
 def _kv_dtype(name: str) -> str:
@@ -201,31 +207,13 @@ def _main(argv: list[str]) -> int:
     if (args.role == "front") != bool(args.peer) or (args.colocated and args.role != "all"):
         raise ServeError("--peer: expected with --role front, once for each model process; --colocated with --role all")
     path = Path(args.model) if args.model else default_model_path()
-    config = WorkerConfig(
-        tls=_tls(args.tls_ca, args.tls_certificate, args.tls_key),
-        kv_port=args.kv_port,
-        tenant=args.tenant,
-        model=str(path),
-        device=args.device,
-        dtype=args.dtype,
-        kv_dtype=args.kv_dtype,
-        page_size=args.page_size,
-        pool_tokens=args.pool_tokens,
-        max_batch_size=args.max_batch_size,
-        max_waiting=2 * args.max_queue,
-        prefill_chunk=args.prefill_chunk,
-        num_threads=args.threads,
-        kv_wire_dtype=args.kv_wire_dtype,
-        kv_transport=args.kv_transport,
-        backend=args.backend,
-        handoff_timeout_ms=int(1000 * args.handoff_timeout),
-        start_timeout_s=args.start_timeout,
-        worker_timeout_s=args.worker_timeout,
-        record_dir=args.record_dir,
-        verify_kv=args.verify_kv,
-    )
+    config = _filled(
+        WorkerConfig, args, model=str(path), tls=_tls(args.tls_ca, args.tls_certificate, args.tls_key),
+        max_waiting=2 * args.max_inflight, handoff_timeout_ms=int(1000 * args.handoff_timeout),
+    )  # fmt: skip
+    limits = _filled(Limits, args)
     try:
-        if args.max_queue < 1 or not args.request_timeout > 0:
+        if limits.max_inflight < 1 or not limits.request_timeout_s > 0:
             raise ValueError("--max-queue and --request-timeout: expected more than 0")
         config.check()
         peers = [Address.parse(peer) for peer in args.peer]
@@ -236,7 +224,6 @@ def _main(argv: list[str]) -> int:
     if args.role in ROLES:
         return _run_worker(args.role, at(args.host, args.port), config)
     name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
-    limits = Limits(max_inflight=args.max_queue, request_timeout_s=args.request_timeout)
     with listen(args.host, args.port, api_key) as sock:
         tokenizer = Tokenizer.load(path)
         front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits)

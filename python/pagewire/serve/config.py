@@ -53,24 +53,16 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def check(self) -> None:
         """Raises ValueError with one sentence naming the field, what it must be and what came."""
-        for name in (
-            "page_size",
-            "max_batch_size",
-            "max_waiting",
-            "prefill_chunk",
-            "num_threads",
-            "staging_bytes",
-            "handoff_timeout_ms",
-        ):
+        for name in ("page_size", "max_batch_size", "max_waiting", "prefill_chunk", "num_threads", "staging_bytes",
+                     "handoff_timeout_ms"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("start_timeout_s", "worker_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if self.num_pages < 1:
-            raise ValueError(
-                f"pool_tokens: expected at least one page of {self.page_size} tokens, got {self.pool_tokens}"
-            )
+            page = f"at least one page of {self.page_size} tokens"
+            raise ValueError(f"pool_tokens: expected {page}, got {self.pool_tokens}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:<index>, got {self.device!r}")
         if self.dtype not in DTYPES:
