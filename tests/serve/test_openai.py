@@ -5,11 +5,10 @@ import json
 import msgspec
 import pytest
 
-from pagewire.serve.front.limits import Limits
-from pagewire.serve.front.openai import Answer, ApiError, Usage, parse_chat, parse_completion
+from pagewire.serve.front.openai import Answer, ApiError, Limits, Usage, parse_chat, parse_completion
 from pagewire.serve.messages import Sampling
 
-LIMITS = Limits(max_n=4, max_prompts=3)
+LIMITS = Limits(max_prompts=3)
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -109,7 +108,7 @@ def test_unsupported_chat_fields_are_refused_by_name(field, values):
         ("prompt", 7), ("prompt", [1, "a"]), ("prompt", []), ("prompt", [-1]), ("prompt", [True]),
         ("prompt", ["a"] * 4), ("prompt", [[1], 2]), ("max_tokens", 0), ("max_tokens", "5"), ("max_tokens", 1.5),
         ("temperature", -0.1), ("temperature", 2.5), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.1),
-        ("top_k", -2), ("seed", 1.5), ("seed", 2**70), ("n", 0), ("n", 5), ("n", True), ("stop", 1), ("stop", ""),
+        ("top_k", -2), ("seed", 1.5), ("seed", 2**70), ("n", 0), ("n", 17), ("n", True), ("stop", 1), ("stop", ""),
         ("stop", ["a"] * 5), ("stop", ["x" * 257]), ("stream", "yes"), ("stream_options", {"include_usage": True}),
         ("stream_options", {"nonsense": 1}), ("ignore_eos", 1), ("nonsense", 1), ("model", 3), ("tools", []),
     ],

@@ -11,10 +11,12 @@ from pagewire.net.channel import ChannelClosed
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.front import links
 from pagewire.serve.front import worker as workers
+from pagewire.serve.front.metrics import Metrics
 from pagewire.serve.front.process import WorkerProcess
-from pagewire.serve.front.remote import Address, RemoteWorker
+from pagewire.serve.front.remote import RemoteWorker, parse_peer
 from pagewire.serve.front.supervisor import Supervisor
-from pagewire.serve.messages import Event, Events, Gauges, Linked, Pair, Ready, Sampling, Submit, Token, Unlinked
+from pagewire.serve.front.trace import EventLog
+from pagewire.serve.messages import Event, Gauges, Linked, Pair, Ready, Sampling, Submit, Token, Unlinked
 
 
 def worker(role: str, incarnation: str, name: str = "") -> SimpleNamespace:
@@ -38,9 +40,8 @@ def make(*names: str) -> Supervisor:
         WorkerConfig(model="m"),
         dict.fromkeys(names or ("decode", "prefill"), never),
         recover=True,
-        on_events=print,
-        on_gauges=print,
-        forget=lambda name: None,
+        metrics=Metrics(),
+        events=EventLog(),
     )
 
 
@@ -257,20 +258,30 @@ def test_events_of_another_machine_are_by_our_clock():
     remote = RemoteWorker("decode", "decode@c:1", None)
     remote._hear(Ready("decode", 1, "m", 512, 100, 320, "", "", now_us=5))
     ahead = time.monotonic_ns() // 1000 - 5
-    (event,) = remote.dated(Events([Event("decode", "decode", 7, 3)])).events
+    event = remote.dated(Event("decode", "decode", 7, 3))
     assert event.role == "decode@c:1" and event.duration_us == 3 and abs(event.start_us - 7 - ahead) < 1_000_000
+
+
+def test_each_worker_has_a_track_of_its_own_in_the_trace():
+    names = ["decode@a:1", "front", "decode@b:1", "prefill", "prefill@a:2"]
+    log = EventLog()
+    for start_us, name in enumerate(names):
+        log.add(Event("decode_step", name, start_us, 1))
+    rows = msgspec.json.decode(log.chrome_trace())["traceEvents"]
+    spans = {row["cat"]: row["pid"] for row in rows if row["ph"] == "X"}
+    assert spans == {row["args"]["name"]: row["pid"] for row in rows if row["name"] == "process_name"}
+    assert len(set(spans.values())) == 5 and (spans["front"], spans["prefill"]) == (1, 2)
 
 
 @pytest.mark.parametrize("text", ["decode", "decode@", "decode@h", "decode@h:0", "decode@h:x", "front@h:1", "h:1"])
 def test_an_address_that_is_none(text):
     with pytest.raises(ValueError, match="--peer: expected prefill@HOST:PORT or decode@HOST:PORT, got"):
-        Address.parse(text)
+        parse_peer(text)
 
 
 def test_an_address():
-    assert Address.parse("decode@[::1]:80") == ("decode", "::1", 80)
-    assert str(Address.parse("decode@[::1]:80")) == "decode@[::1]:80"
-    assert str(Address.parse("prefill@10.0.0.2:9001")) == "prefill@10.0.0.2:9001"
+    assert parse_peer("decode@[::1]:80") == ("decode", "::1", 80)
+    assert parse_peer("prefill@10.0.0.2:9001") == ("prefill", "10.0.0.2", 9001)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ import uvicorn
 from pagewire.net.tls import Tls, resolve
 from pagewire.serve.config import DTYPES, KV_ADDRESSES, KV_DTYPES, WorkerConfig
 from pagewire.serve.front.app import make_app
-from pagewire.serve.front.front import Front
-from pagewire.serve.front.limits import Limits
-from pagewire.serve.front.process import WORKER_COMMAND, WorkerProcess, thread_environment
-from pagewire.serve.front.remote import ROLES, Address, RemoteWorker, at
+from pagewire.serve.front.generation import Front
+from pagewire.serve.front.metrics import Metrics
+from pagewire.serve.front.openai import Limits
+from pagewire.serve.front.process import WorkerProcess, thread_environment, worker_command
+from pagewire.serve.front.remote import ROLES, RemoteWorker, parse_peer
 from pagewire.serve.front.supervisor import Supervisor
+from pagewire.serve.front.trace import EventLog
 from pagewire.serve.front.worker import Worker
 from pagewire.serve.model import ModelError, default_model_path
 from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
@@ -128,12 +130,12 @@ class _Server(uvicorn.Server):
         yield  # ours: see _serve
 
 
-async def _serve(front: Front, supervisor: Supervisor, sock: socket.socket, api_key: str | None) -> str | None:
+async def _serve(front: Front, sock: socket.socket, api_key: str | None) -> str | None:
     """Until a signal or a start that failed; returns the sentence that explains the latter.
 
     SIGTERM lets the requests that run end first; SIGINT, and a second SIGTERM, do not.
     """
-    app = make_app(front, api_key)
+    app, supervisor = make_app(front, api_key), front.supervisor
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5
     )
@@ -169,6 +171,10 @@ async def _serve(front: Front, supervisor: Supervisor, sock: socket.socket, api_
     return await tasks[0]
 
 
+def _at(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _tls(*files: str | None) -> Tls | None:
     if not any(files):
         return None
@@ -178,17 +184,17 @@ def _tls(*files: str | None) -> Tls | None:
     return Tls(ca, certificate, key)
 
 
-def _sources(config: WorkerConfig, colocated: bool, peers: list[Address]) -> dict[str, Callable[[], Awaitable[Worker]]]:
+def _sources(config: WorkerConfig, colocated: bool, peers: list[str]) -> dict[str, Callable[[], Awaitable[Worker]]]:
     if not peers:
         roles = ("colocated",) if colocated else ("decode", "prefill")
         return {role: partial(WorkerProcess.spawn, role, config) for role in roles}
-    return {str(peer): partial(RemoteWorker.dial, peer, config.tls) for peer in peers}
+    return {peer: partial(RemoteWorker.dial, peer, config.tls) for peer in peers}
 
 
 def _run_worker(role: str, address: str, config: WorkerConfig) -> int:
     """Never returns: this process becomes the model process."""
-    args = ("--role", role, "--config-json", msgspec.json.encode(config).decode(), "--listen", address)
-    os.execve(WORKER_COMMAND[0], [*WORKER_COMMAND, *args], thread_environment(config))
+    command = worker_command(role, config, "--listen", address)
+    os.execve(command[0], command, thread_environment(config))
 
 
 def main(argv: list[str]) -> int:
@@ -216,32 +222,26 @@ def _main(argv: list[str]) -> int:
         if limits.max_inflight < 1 or not limits.request_timeout_s > 0:
             raise ValueError("--max-queue and --request-timeout: expected more than 0")
         config.check()
-        peers = [Address.parse(peer) for peer in args.peer]
-        for peer in peers if config.tls is None else ():
-            resolve(peer.url, None)
+        for _, host, port in map(parse_peer, args.peer):
+            if config.tls is None:
+                resolve(f"tcp://{_at(host, port)}", None)
     except ValueError as error:
         raise ServeError(str(error)) from None
     if args.role in ROLES:
-        return _run_worker(args.role, at(args.host, args.port), config)
+        return _run_worker(args.role, _at(args.host, args.port), config)
     name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
     with listen(args.host, args.port, api_key) as sock:
         tokenizer = Tokenizer.load(path)
-        front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits)
+        metrics, events, recover = Metrics(), EventLog(), args.on_failure == "recover"
+        supervisor = Supervisor(config, _sources(config, args.colocated, args.peer), recover, metrics, events)
+        front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits, supervisor, metrics, events)
         host, port = sock.getsockname()[:2]
         print(
-            f"pagewire: http://{at(host, port)} serves {name} "
+            f"pagewire: http://{_at(host, port)} serves {name} "
             f"from {', '.join(args.peer) or ('one process' if args.colocated else 'two processes, P and D')}",
             flush=True,
         )
-
-        async def run() -> str | None:
-            front.supervisor = Supervisor(
-                config, _sources(config, args.colocated, peers), recover=args.on_failure == "recover",
-                on_events=front.on_events, on_gauges=front.metrics.on_gauges, forget=front.metrics.forget,
-            )  # fmt: skip
-            return await _serve(front, front.supervisor, sock, api_key)
-
-        reason = asyncio.run(run())
+        reason = asyncio.run(_serve(front, sock, api_key))
     if reason:
         raise ServeError(reason)
     return 0

@@ -6,7 +6,7 @@ The front sends `FrontMessage`s down a worker's control socket and reads `Worker
 
 import msgspec
 
-Role = str  # what a process is: "prefill" | "decode" | "colocated", in an Event also "front"
+Role = str  # what a process is: "prefill" | "decode" | "colocated"; in an Event also "front" or the front's name for it
 
 
 class Sampling(msgspec.Struct, frozen=True):

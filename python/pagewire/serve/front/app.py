@@ -17,10 +17,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pagewire.serve.front import openai
-from pagewire.serve.front.front import Front
-from pagewire.serve.front.generation import Generation
-from pagewire.serve.front.limits import Limits
-from pagewire.serve.front.openai import ApiError, GenerationRequest
+from pagewire.serve.front.generation import Front, Generation
+from pagewire.serve.front.openai import ApiError, GenerationRequest, Limits
 from pagewire.serve.front.output import Delta
 from pagewire.serve.front.supervisor import Supervisor
 

@@ -2,15 +2,41 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
 from pagewire.serve.front import openai
-from pagewire.serve.front.front import Front
-from pagewire.serve.front.openai import Answer, ApiError, GenerationRequest, Usage
-from pagewire.serve.front.output import Delta, Output
+from pagewire.serve.front.metrics import Metrics
+from pagewire.serve.front.openai import Answer, ApiError, GenerationRequest, Limits, Usage
+from pagewire.serve.front.output import Delta, Detokenizer, Output
+from pagewire.serve.front.supervisor import Supervisor
+from pagewire.serve.front.trace import EventLog
 from pagewire.serve.messages import Event, Ready, Submit
+
+
+class Tokenizer(Protocol):
+    eos_token_ids: tuple[int, ...]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+
+
+@dataclass
+class Front:
+    """What all requests share: the model's name, its tokenizer, the model processes, and what they report."""
+
+    model: str
+    tokenizer: Tokenizer
+    detokenizer: Callable[[], Detokenizer]
+    limits: Limits
+    supervisor: Supervisor
+    metrics: Metrics
+    events: EventLog
+    num_inflight: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
 
 
 class Generation:

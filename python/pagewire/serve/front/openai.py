@@ -13,12 +13,12 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct, field
 
-from pagewire.serve.front.limits import Limits
 from pagewire.serve.messages import Sampling
 
 MAX_SEED = 2**63 - 1
 Request = TypeVar("Request", bound="GenerationRequest")
 TokenId = Annotated[int, Meta(ge=0)]
+Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class ApiError(Exception):
@@ -69,6 +69,20 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+class Limits(Struct, frozen=True):
+    """Every cap the front puts on a request before it does any work for it, but for those of the fields below."""
+
+    max_body_bytes: int = 2 << 20
+    body_timeout_s: float = 30.0  # a body must arrive within this
+    request_timeout_s: float = 600.0  # a request must end within this
+    max_inflight: int = 256  # outputs (prompts x n) admitted and not yet ended; more are answered 429
+    max_prompts: int = 16  # prompts of one /v1/completions body
+    # Text is refused before it is tokenised when even long tokens could not make it fit.
+    max_chars_per_context_token: int = 16
+    default_max_tokens: int = 16  # /v1/completions, as OpenAI's
+    default_max_chat_tokens: int = 512  # /v1/chat/completions, or what still fits the context
+
+
 class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool = False
     include_obfuscation: bool = False  # pads chunks against traffic analysis when true: refused
@@ -83,8 +97,8 @@ class GenerationRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0  # ours; 0 and -1: all
     seed: Annotated[int, Meta(ge=-(2**63), le=MAX_SEED)] = field(default_factory=lambda: secrets.randbits(63))
-    n: Annotated[int, Meta(ge=1)] = 1
-    stop: str | tuple[str, ...] = ()
+    n: Annotated[int, Meta(ge=1, le=16)] = 1
+    stop: Stop | Annotated[tuple[Stop, ...], Meta(max_length=4)] = ()
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False  # ours, for benchmarks
@@ -191,14 +205,8 @@ def _asked(value: Any, kind: type[Struct], unsupported: dict[str, tuple[Any, ...
     return asked
 
 
-def _check(request: GenerationRequest, limits: Limits, model: str) -> None:
+def _check(request: GenerationRequest, model: str) -> None:
     check_model(model if request.model is None else request.model, model)
-    expect(request.n <= limits.max_n, "n", f"expected at most {limits.max_n}, got {request.n}")
-    num_stops = len(request.stops)
-    expect(num_stops <= limits.max_stop, "stop", f"expected at most {limits.max_stop} strings, got {num_stops}")
-    for text in request.stops:
-        expected = f"expected strings of 1 to {limits.max_stop_chars} characters"
-        expect(1 <= len(text) <= limits.max_stop_chars, "stop", f"{expected}, got one of {len(text)}")
     expect(request.stream or not request.stream_options, "stream_options", "only allowed when stream is true")
     if request.stream_options and request.stream_options.include_obfuscation:
         message = "stream_options.include_obfuscation is not supported by this server"
@@ -207,7 +215,7 @@ def _check(request: GenerationRequest, limits: Limits, model: str) -> None:
 
 def parse_completion(data: bytes, limits: Limits, model: str) -> GenerationRequest:
     request = _decode(data, CompletionRequest, _UNSUPPORTED)
-    _check(request, limits, model)
+    _check(request, model)
     prompts, most = request.prompts, limits.max_prompts
     forms = "a string, an array of strings, an array of token ids or an array of arrays of token ids"
     expect(len({type(prompt) for prompt in prompts}) <= 1, "prompt", f"expected {forms}, got a mixture")
@@ -217,7 +225,7 @@ def parse_completion(data: bytes, limits: Limits, model: str) -> GenerationReque
 
 def parse_chat(data: bytes, limits: Limits, model: str) -> GenerationRequest:
     request = _decode(data, ChatRequest, _UNSUPPORTED_IN_CHAT)
-    _check(request, limits, model)
+    _check(request, model)
     most, most_too = request.max_tokens, request.max_completion_tokens
     same = None in (most, most_too) or most == most_too
     expect(same, "max_tokens", f"expected what max_completion_tokens says ({most_too}), or one of the two, got {most}")

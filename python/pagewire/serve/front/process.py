@@ -5,18 +5,21 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
 
 import msgspec
 
 from pagewire.serve.channel import AsyncChannel
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.front.worker import Worker
-from pagewire.serve.messages import Shutdown, WorkerMessage
+from pagewire.serve.messages import Shutdown
 
 WORKER_COMMAND = (sys.executable, "-m", "pagewire.serve.worker")
 EXIT_TIMEOUT_S = 3.0  # from Shutdown, or from the end of its channel, to the process's end
 MAX_LINE = 4096  # bytes of a line of its stderr that are passed on
+
+
+def worker_command(role: str, config: WorkerConfig, *whence: str) -> list[str]:
+    return [*WORKER_COMMAND, "--role", role, "--config-json", msgspec.json.encode(config).decode(), *whence]
 
 
 def thread_environment(config: WorkerConfig) -> dict[str, str]:
@@ -26,23 +29,20 @@ def thread_environment(config: WorkerConfig) -> dict[str, str]:
 
 
 class WorkerProcess(Worker):
+    _stderr: asyncio.Future[None]
+
     def __init__(self, role: str, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
         super().__init__(role, role, channel)
-        self.process = process
-        self._stderr: asyncio.Future[None] | None = None
+        self.process, self.pid = process, process.pid
 
     @classmethod
     async def spawn(cls, role: str, config: WorkerConfig) -> "WorkerProcess":
         """Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            args = ["--role", role, "--config-json", msgspec.json.encode(config).decode()]
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *WORKER_COMMAND,
-                    *args,
-                    "--control-fd",
-                    str(theirs.fileno()),
+                    *worker_command(role, config, "--control-fd", str(theirs.fileno())),
                     pass_fds=[theirs.fileno()],
                     env=thread_environment(config),
                     stdin=asyncio.subprocess.DEVNULL,
@@ -52,22 +52,19 @@ class WorkerProcess(Worker):
             except OSError:
                 ours.close()
                 raise
-        return cls(role, process, await AsyncChannel.open(ours))
-
-    async def live(self, on_message: Callable[[Worker, WorkerMessage], None]) -> None:
-        self._stderr = asyncio.ensure_future(self._read_stderr())
-        await super().live(on_message)
+        worker = cls(role, process, await AsyncChannel.open(ours))
+        worker._stderr = asyncio.ensure_future(worker._read_stderr())
+        return worker
 
     async def _bury(self) -> None:
         ended = asyncio.ensure_future(self.process.wait())
         await asyncio.wait([ended], timeout=EXIT_TIMEOUT_S)
-        if self.process.returncode is None:
-            self.process.kill()
-            await ended
-        assert self._stderr is not None
+        self._kill()
+        await ended
+        self.hopeless = self.process.returncode == EXIT_BAD_CONFIG
         await asyncio.wait([self._stderr], timeout=EXIT_TIMEOUT_S)
         self._stderr.cancel()
-        await self.channel.close()
+        await super()._bury()
 
     def end(self) -> None:
         """Asks it to end, or kills it while it reads nothing because it loads the model."""
@@ -77,17 +74,9 @@ class WorkerProcess(Worker):
         else:
             self._kill()
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def hopeless(self) -> bool:
-        return self.process.returncode == EXIT_BAD_CONFIG
-
     def obituary(self) -> str:
         code = self.process.returncode
-        if code == EXIT_BAD_CONFIG and self.ready is None and self.last_words:
+        if self.hopeless and self.ready is None and self.last_words:
             return self.last_words
         how = f"exited with code {code}"
         if code is not None and code < 0:
@@ -95,7 +84,7 @@ class WorkerProcess(Worker):
         if self._killed_for:
             how = f"{self._killed_for} and was killed"
         why = f": {self.last_words}" if self.ready is None and self.last_words else ""
-        return f"the {self.role} process (pid {self.process.pid}) {how}{why}"
+        return f"the {self.role} process (pid {self.pid}) {how}{why}"
 
     def _kill(self) -> None:
         if self.process.returncode is None:

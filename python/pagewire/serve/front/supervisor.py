@@ -11,9 +11,11 @@ import msgspec
 from pagewire.net.channel import ChannelClosed
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.front.links import Links, backoff_s
+from pagewire.serve.front.metrics import Metrics
 from pagewire.serve.front.openai import server_error
 from pagewire.serve.front.output import Output
 from pagewire.serve.front.routing import Routing
+from pagewire.serve.front.trace import EventLog
 from pagewire.serve.front.worker import Worker
 from pagewire.serve.messages import Events, Gauges, Linked, Ready, Unlinked, WorkerMessage
 
@@ -34,11 +36,9 @@ class Supervisor:
         self,
         config: WorkerConfig,
         sources: Mapping[str, Callable[[], Awaitable[Worker]]],
-        *,
         recover: bool,
-        on_events: Callable[[Events], None],
-        on_gauges: Callable[[Gauges], None],
-        forget: Callable[[str], None],
+        metrics: Metrics,
+        events: EventLog,
     ) -> None:
         """sources: by name, how one life of a process begins. "prefill", "decode" or "colocated" is one that we start:
         its first start must not fail. "prefill@HOST:PORT" is one that others start: it may be there later."""
@@ -50,7 +50,7 @@ class Supervisor:
         self._sources = sources
         self._remote = any("@" in name for name in sources)
         self._links = Links(self._on_change, self._on_links_lost)
-        self._on_events, self._on_gauges, self._forget = on_events, on_gauges, forget
+        self._metrics, self._events = metrics, events
         self._stopping = asyncio.Event()
         self._closed = ""  # why no request is taken any more
         self._broken: dict[str, str] = {}  # who cannot be started or reached, and why
@@ -168,7 +168,7 @@ class Supervisor:
                 worker.kill_if_late(self._config.start_timeout_s, self._config.worker_timeout_s)
 
     def _on_end(self, name: str, worker: Worker | None, reason: str) -> None:
-        self._forget(name)
+        self._metrics.forget(name)
         if worker is not None:
             self._links.remove(worker, reason)
             self.routing.decode_lost(worker, reason)
@@ -177,10 +177,12 @@ class Supervisor:
 
     def _receive(self, worker: Worker, message: WorkerMessage) -> None:
         match message:
-            case Events():
-                self._on_events(worker.dated(message))
+            case Events(events):
+                for event in map(worker.dated, events):
+                    self._metrics.on_event(event)
+                    self._events.add(event)
             case Gauges():
-                self._on_gauges(msgspec.structs.replace(message, role=worker.name))
+                self._metrics.on_gauges(msgspec.structs.replace(message, role=worker.name))
             case Ready(fingerprint=fingerprint):
                 self._fingerprint = self._fingerprint or fingerprint
                 if fingerprint != self._fingerprint:

@@ -8,7 +8,7 @@ import msgspec
 from pagewire.serve.messages import Event
 
 MAX_EVENTS_PER_REQUEST = 512
-PIDS = {"front": 1, "prefill": 2, "decode": 3, "colocated": 4}  # tracks of the trace, not process ids
+TRACKS = ("front", "prefill", "decode", "colocated")  # of the trace, from 1; others follow as they appear
 
 
 class EventLog:
@@ -41,12 +41,13 @@ class EventLog:
         return found
 
     def chrome_trace(self) -> bytes:
-        """Chrome's JSON trace format, which Perfetto reads: a process per role, a lane per phase."""
+        """Chrome's JSON trace format, which Perfetto reads: a process per worker, a lane per phase."""
         events = [event for events in self._requests.values() for event in events] + list(self._steps)
         events.sort(key=lambda event: event.start_us)
         rows: list[dict[str, Any]] = []
         ends: dict[tuple[str, str], list[int]] = {}  # (role, name) -> the end of each lane's last span
         tids: dict[tuple[str, str, int], int] = {}
+        pids = {role: i for i, role in enumerate(TRACKS, 1)}  # not process ids
         for event in events:
             # spans that overlap (two requests in one phase) go to lanes of their own
             lanes = ends.setdefault((event.role, event.name), [])
@@ -55,11 +56,12 @@ class EventLog:
             tid = tids.setdefault((event.role, event.name, lane), len(tids) + 1)
             args = {**event.args, "request_id": event.request_id} if event.request_id else event.args
             kind = {"ph": "X", "dur": event.duration_us} if event.duration_us else {"ph": "i", "s": "t"}
-            place = {"cat": event.role, "pid": PIDS.get(event.role, 0), "tid": tid, "ts": event.start_us}
+            pid = pids.setdefault(event.role, len(pids) + 1)
+            place = {"cat": event.role, "pid": pid, "tid": tid, "ts": event.start_us}
             rows.append({"name": event.name, "args": args, **place, **kind})
 
         def named(what: str, role: str, tid: int, name: str) -> dict[str, Any]:
-            return {"ph": "M", "name": what, "pid": PIDS.get(role, 0), "tid": tid, "args": {"name": name}}
+            return {"ph": "M", "name": what, "pid": pids[role], "tid": tid, "args": {"name": name}}
 
         rows += [named("process_name", role, 0, role) for role in {role for role, _, _ in tids}]
         for (role, name, lane), tid in tids.items():

@@ -1,20 +1,22 @@
 """One life of a model process, as the front sees it: heard, timed, told to end, buried."""
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import msgspec
 
 from pagewire.net.channel import ChannelClosed
 from pagewire.serve.channel import AsyncChannel
-from pagewire.serve.messages import Events, Gauges, Ready, WorkerMessage
+from pagewire.serve.messages import Event, Gauges, Ready, WorkerMessage
 
 BEATING_S = 5.0  # /health believes a process that was heard within this
 
 
-class Worker(ABC):
-    """The channel to the process, and what is known of its health."""
+class Worker:
+    """The channel to the process, which may outlive it, and what is known of its health."""
+
+    hopeless = False  # whether another life would end as this one did
+    _ahead_us = 0  # of our clock, which may be another machine's
 
     def __init__(self, role: str, name: str, channel: AsyncChannel) -> None:
         """name: of its gauges and events, no other worker's."""
@@ -22,6 +24,7 @@ class Worker(ABC):
         self.name = name
         self.channel = channel
         self.ready: Ready | None = None
+        self.pid: int | None = None
         self.last_words = ""
         self.started = self._heard = self._progressed = time.monotonic()
         self._progress = -1
@@ -42,29 +45,22 @@ class Worker(ABC):
         finally:
             await self._bury()
 
-    @abstractmethod
-    async def _bury(self) -> None: ...
+    async def _bury(self) -> None:
+        await self.channel.close()
 
-    @abstractmethod
     def end(self) -> None:
         """We need it no longer."""
+        self._kill()
 
-    @abstractmethod
     def obituary(self) -> str:
         """What became of it, in a sentence."""
+        if self._killed_for:
+            return f"{self.name} {self._killed_for} and was dropped"
+        return f"{self.name} {self.last_words or 'closed the connection'}"
 
-    def dated(self, events: Events) -> Events:
+    def dated(self, event: Event) -> Event:
         """By our name for it and our clock."""
-        return events
-
-    @property
-    def pid(self) -> int | None:
-        return self.ready.pid if self.ready else None
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether another life would end as this one did."""
-        return False
+        return msgspec.structs.replace(event, role=self.name, start_us=event.start_us + self._ahead_us)
 
     @property
     def beating(self) -> bool:
@@ -85,14 +81,14 @@ class Worker(ABC):
             self._killed_for = why
             self._kill()
 
-    @abstractmethod
-    def _kill(self) -> None: ...
+    def _kill(self) -> None:
+        self.channel.abort()
 
     def _hear(self, message: WorkerMessage) -> None:
         self._heard = time.monotonic()
         match message:
             case Ready():
-                self.ready = message
+                self.ready, self.pid = message, message.pid
                 self._progressed = self._heard
             case Gauges(progress=progress, num_running=num_running):
                 if progress != self._progress or num_running == 0:
