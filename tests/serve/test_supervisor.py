@@ -64,8 +64,8 @@ def link(front: Supervisor, number: int, *told: Told) -> None:
 def serving(front: Supervisor) -> dict[str, list[str]]:
     """By incarnation, the P's of each D that takes requests."""
     return {
-        decode.ready.incarnation: sorted(prefill.ready.incarnation for prefill in prefills.values())
-        for decode, prefills in front.routing._links.items()
+        decode.ready.incarnation: sorted(prefill.ready.incarnation for prefill in front._links.of(decode).values())
+        for decode in front.routing._decodes
     }
 
 
@@ -210,7 +210,7 @@ def test_the_loss_of_one_of_several_touches_only_what_it_held():
         lost.clear()
         for one in outputs:
             one.needs_prefill = one.attempt.request_id != "r7"
-        held = [s.request_id for s in p1.sent if isinstance(s, Submit) and s.link in front.routing._links[d2]]
+        held = [s.request_id for s in p1.sent if isinstance(s, Submit) and s.link in front._links.of(d2)]
         down(front, p1)
         assert sorted(lost) == sorted(set(held) - {"r7"}) and len(lost) >= 3, "what needs no P any more goes on"
         assert serving(front) == {"b:1": ["b:2"]}

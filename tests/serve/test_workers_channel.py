@@ -101,7 +101,7 @@ def test_the_asyncio_side() -> None:
     async def run() -> list:
         a, b = socket.socketpair()
         work = Channel(b, WORKER_CODEC, name="front")
-        front = await AsyncChannel.open(a)
+        front = AsyncChannel(*await asyncio.open_unix_connection(sock=a))
         front.send(SUBMIT)
         wait([work], 5)
         assert work.poll() == [SUBMIT]
@@ -116,20 +116,19 @@ def test_the_asyncio_side() -> None:
 
 
 def test_what_a_stopped_worker_does_not_read_is_bounded_and_can_be_taken_back() -> None:
-    def named(request_id: str):
-        return lambda message: isinstance(message, Submit) and message.request_id == request_id
+    submits = [Submit(f"r{i}", list(range(70_000, 80_000)), 5, [], Sampling()) for i in range(400)]  # 50 kB
 
     async def run() -> None:
         a, b = socket.socketpair()
         work = Channel(b, WORKER_CODEC, name="front")
-        front = await AsyncChannel.open(a)
-        for i in range(400):
-            front.send(Submit(f"r{i}", list(range(70_000, 80_000)), 5, [], Sampling()))  # 50 kB
+        front = AsyncChannel(*await asyncio.open_unix_connection(sock=a))
+        for submit in submits:
+            front.send(submit)
             await asyncio.sleep(0)
         assert front._writer.transport.get_write_buffer_size() < 1 << 20
-        taken = [i for i in range(400) if front.withdraw(named(f"r{i}"))]
+        taken = [i for i in range(400) if front.withdraw(submits[i])]
         assert len(taken) > 350 and taken == list(range(taken[0], 400))
-        assert not front.withdraw(named("r399"))
+        assert not front.withdraw(submits[399])
         front.send(Shutdown())
         got: list = []
         while Shutdown() not in got:

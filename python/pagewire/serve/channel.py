@@ -3,9 +3,8 @@ worker's side; `AsyncChannel` is the front's.
 """
 
 import asyncio
-import socket
+import contextlib
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -24,17 +23,11 @@ class AsyncChannel:
     that stands still costs no more than the requests that are waiting for it.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, codec: Codec = FRONT_CODEC) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._codec = codec
         self._waiting: deque[Any] = deque()
         self._pump: asyncio.Task[None] | None = None
-
-    @classmethod
-    async def open(cls, sock: socket.socket, codec: Codec = FRONT_CODEC) -> "AsyncChannel":
-        reader, writer = await asyncio.open_unix_connection(sock=sock)
-        return cls(reader, writer, codec)
 
     def send(self, message: Any) -> None:
         """Queues the message; a worker that is gone is reported by the reading side, not here."""
@@ -45,13 +38,11 @@ class AsyncChannel:
         if self._pump is None:
             self._pump = asyncio.ensure_future(self._write_waiting())
 
-    def withdraw(self, unsent: Callable[[Any], bool]) -> bool:
-        """Takes back the first message that `unsent` says yes to and that has not left; whether there was one."""
-        for message in self._waiting:
-            if unsent(message):
-                self._waiting.remove(message)
-                return True
-        return False
+    def withdraw(self, message: Any) -> bool:
+        """Takes the message back if it has not left; whether it had not."""
+        if waits := message in self._waiting:
+            self._waiting.remove(message)
+        return waits
 
     async def _write_waiting(self) -> None:
         try:
@@ -66,7 +57,7 @@ class AsyncChannel:
 
     def _write(self, message: Any) -> None:
         if not self._writer.is_closing():
-            self._writer.write(frame(self._codec.encode(message)))
+            self._writer.write(frame(FRONT_CODEC.encode(message)))
 
     def __aiter__(self) -> "AsyncChannel":
         return self
@@ -74,7 +65,7 @@ class AsyncChannel:
     async def __anext__(self) -> Any:
         try:
             length = frame_len(await self._reader.readexactly(LENGTH.size))
-            return self._codec.decode(await self._reader.readexactly(length))
+            return FRONT_CODEC.decode(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError):
             raise StopAsyncIteration from None
 
@@ -85,7 +76,5 @@ class AsyncChannel:
     async def close(self) -> None:
         self._waiting.clear()
         self._writer.close()
-        try:
+        with contextlib.suppress(ConnectionError):  # the worker went first
             await self._writer.wait_closed()
-        except ConnectionError:
-            pass  # the worker went first

@@ -148,7 +148,7 @@ async def _serve(front: Front, sock: socket.socket, api_key: str | None) -> str 
         supervisor.stop()
 
     def drain() -> None:
-        if supervisor.draining:
+        if supervisor.closed:
             stop()
             return
         supervisor.drain()

@@ -75,7 +75,7 @@ class Generation:
                 choice = len(self.outputs)
                 seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + j) & openai.MAX_SEED)
                 submit = Submit(f"{self.answer.id}-{choice}", prompt, max_tokens[i], stop_ids, seeded)
-                detokenizer, cancel = self.front.detokenizer(), self.front.supervisor.cancel
+                detokenizer, cancel = self.front.detokenizer(), self.front.supervisor.routing.cancel
                 output = Output(submit, choice, self.request.stops, detokenizer, self._sink, cancel)
                 self.front.supervisor.submit(output)
                 self.outputs.append(output)
@@ -142,7 +142,7 @@ class Generation:
         message = f"the request did not end within {self.front.limits.request_timeout_s:g} s"
         for output in self.outputs:
             output.fail(openai.server_error(message, status=504, code="timeout"))
-            self.front.supervisor.cancel(output.attempt.request_id)
+            self.front.supervisor.routing.cancel(output.attempt.request_id)
 
     def close(self) -> None:
         """Once: cancels what still runs, gives the places back, and records what happened."""

@@ -52,7 +52,7 @@ class WorkerProcess(Worker):
             except OSError:
                 ours.close()
                 raise
-        worker = cls(role, process, await AsyncChannel.open(ours))
+        worker = cls(role, process, AsyncChannel(*await asyncio.open_unix_connection(sock=ours)))
         worker._stderr = asyncio.ensure_future(worker._read_stderr())
         return worker
 

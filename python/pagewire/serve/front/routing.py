@@ -5,7 +5,7 @@ link that its KV travels on, a new attempt is made of the prompt and what was em
 and position alone, so the new one goes on where the old one was. A client notices a pause.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -13,7 +13,7 @@ import msgspec
 from pagewire.serve.front.openai import server_error
 from pagewire.serve.front.output import Output
 from pagewire.serve.front.worker import Worker
-from pagewire.serve.messages import Cancel, Failed, Finished, Submit, Token, WorkerMessage
+from pagewire.serve.messages import Cancel, Failed, Finished, Submit, Token
 
 MAX_LOSSES = 3  # attempts in a row in which D emitted no token: such a request may be what kills the process
 SUSPECT_LOSSES = 2  # from here on such requests are tried one at a time, so that they do not cost each other attempts
@@ -24,7 +24,7 @@ class _Place(NamedTuple):
 
     decode: Worker
     prefill: Worker | None  # None: D prefills it too
-    link: int  # from P to D; 0: none
+    submit: Submit  # what they were told
 
     @property
     def holders(self) -> tuple[Worker, ...]:
@@ -35,27 +35,30 @@ class _Place(NamedTuple):
 class Routing:
     """The requests in flight, each with its attempt. `up` and `*_lost` say which processes there are."""
 
-    def __init__(self, recover: bool) -> None:
+    def __init__(self, recover: bool, prefills: Callable[[Worker], Mapping[int, Worker]]) -> None:
+        """prefills: by link, the P's that a D is joined with now."""
         self.num_recovered = 0
         self._recover = recover
-        self._links: dict[Worker, dict[int, Worker]] = {}  # a D that takes requests -> by link, the P's joined with it
+        self._prefills = prefills
+        self._decodes: list[Worker] = []  # that take requests
         self._outputs: dict[str, Output] = {}  # by their attempt's id
         self._places: dict[str, _Place] = {}  # what is not in here waits
         self._suspect = ""  # the attempt that is tried while others like it wait
 
-    def up(self, decode: Worker, prefills: Mapping[int, Worker]) -> None:
-        """D takes requests, with these P's by link or alone; what waits is handed out."""
-        self._links[decode] = dict(prefills)
+    def up(self, decode: Worker) -> None:
+        """D takes requests, with the P's that it is joined with or alone; what waits is handed out."""
+        if decode not in self._decodes:
+            self._decodes.append(decode)
         self._hand_out_waiting()
 
     def links_lost(self, links: set[int], reason: str) -> None:
         """What D decodes goes on; what D has not heard the last of is computed anew."""
-        for decode, prefills in self._links.items():
-            self._links[decode] = {link: prefill for link, prefill in prefills.items() if link not in links}
-        self._again((i for i, place in self._places.items() if place.link in links), reason, if_needs_prefill=True)
+        held = (i for i, place in self._places.items() if place.submit.link in links)
+        self._again((i for i in held if self._outputs[i].needs_prefill), reason)
 
     def decode_lost(self, decode: Worker, reason: str) -> None:
-        self._links.pop(decode, None)
+        if decode in self._decodes:
+            self._decodes.remove(decode)
         self._again((i for i, place in self._places.items() if place.decode is decode), reason)
 
     def submit(self, output: Output) -> None:
@@ -66,48 +69,42 @@ class Routing:
         if self._outputs.pop(attempt_id, None) is not None:
             self._withdraw(attempt_id)
 
-    def receive(self, worker: Worker, message: WorkerMessage) -> None:
+    def receive(self, worker: Worker, message: Token | Finished | Failed) -> None:
+        output = self._outputs.get(message.request_id)
+        if output is None:
+            return
         match message:
-            case Token(attempt_id, index, token_id):
-                if output := self._outputs.get(attempt_id):
-                    output.on_token(index, token_id, joined=worker.role != "prefill")
-                    self._forget_ended(output)
-                    if output.joined:
-                        self._cleared(attempt_id)
-            case Finished(attempt_id, reason, num_tokens):
-                if output := self._outputs.get(attempt_id):
-                    output.on_finished(reason, num_tokens)
-                    self._forget_ended(output)
-            case Failed(attempt_id, text, retry):
-                if attempt_id in self._outputs and retry and self._recover:
-                    self._again([attempt_id], text, alone=True)
-                elif output := self._outputs.get(attempt_id):
-                    output.fail(server_error(text, status=500, code="request_failed"))
-                    self.cancel(attempt_id)
+            case Token(_, index, token_id):
+                output.on_token(index, token_id, joined=worker.role != "prefill")
+            case Finished(_, reason, num_tokens):
+                output.on_finished(reason, num_tokens)
+            case Failed(attempt_id, text, True) if self._recover:
+                return self._again([attempt_id], text, alone=True)
+            case Failed(_, text):
+                output.fail(server_error(text, status=500, code="request_failed"))
+                return self.cancel(message.request_id)
+        if output.outcome and self._outputs.pop(message.request_id, None) is not None:
+            self._places.pop(message.request_id, None)
+        if output.outcome or output.joined:
+            self._cleared(message.request_id)
 
     def fail_all(self, reason: str) -> None:
         outputs, self._outputs, self._places, self._suspect = self._outputs, {}, {}, ""
         for output in outputs.values():
             output.fail(server_error(reason))
 
-    def _again(
-        self, attempt_ids: Iterable[str], reason: str, *, alone: bool = False, if_needs_prefill: bool = False
-    ) -> None:
+    def _again(self, attempt_ids: Iterable[str], reason: str, *, alone: bool = False) -> None:
         """New attempts for those that were lost. alone: without P, whose push has failed."""
         for attempt_id in list(attempt_ids):
-            output = self._outputs[attempt_id]
-            if if_needs_prefill and not output.needs_prefill:
-                continue
-            del self._outputs[attempt_id]
+            output = self._outputs.pop(attempt_id)
             self._withdraw(attempt_id)
             if output.restart():
                 continue
             if not self._recover:
                 output.fail(server_error(f"{reason} while it served this request"))
             elif output.num_losses >= MAX_LOSSES:
-                output.fail(
-                    server_error(f"given up after {MAX_LOSSES} attempts in which no token was decoded: {reason}")
-                )
+                given_up = f"given up after {MAX_LOSSES} attempts in which no token was decoded"
+                output.fail(server_error(f"{given_up}: {reason}"))
             else:
                 self.num_recovered += 1
                 self._outputs[output.attempt.request_id] = output
@@ -115,41 +112,32 @@ class Routing:
 
     def _hand_out(self, output: Output, *, alone: bool = False) -> None:
         attempt = output.attempt
-        if not self._links:
+        suspect = output.num_losses >= SUSPECT_LOSSES
+        if not self._decodes or (suspect and self._suspect):
             return
-        if output.num_losses >= SUSPECT_LOSSES:
-            if self._suspect:
-                return
+        if suspect:
             self._suspect = attempt.request_id
-        place = self._places[attempt.request_id] = self._least_loaded(alone)
+        place = self._places[attempt.request_id] = self._least_loaded(attempt, alone)
         for worker in place.holders:
-            worker.channel.send(msgspec.structs.replace(attempt, link=place.link))
+            worker.channel.send(place.submit)
 
-    def _least_loaded(self, alone: bool) -> _Place:
+    def _least_loaded(self, attempt: Submit, alone: bool) -> _Place:
         """By requests: a D counts all of its own, a P those whose prompts may still be on their way."""
         decoding = [place.decode for place in self._places.values()]
-        decode = min(self._links, key=decoding.count)
-        prefills = self._links[decode]
+        decode = min(self._decodes, key=decoding.count)
+        prefills = self._prefills(decode)
         if alone or not prefills:
-            return _Place(decode, None, 0)
+            return _Place(decode, None, attempt)
         prefilling = [place.prefill for i, place in self._places.items() if self._outputs[i].needs_prefill]
         link = min(prefills, key=lambda link: prefilling.count(prefills[link]))
-        return _Place(decode, prefills[link], link)
+        return _Place(decode, prefills[link], msgspec.structs.replace(attempt, link=link))
 
     def _withdraw(self, attempt_id: str) -> None:
-        def unsent(message: object) -> bool:
-            return isinstance(message, Submit) and message.request_id == attempt_id
-
-        place = self._places.pop(attempt_id, None)
-        for worker in place.holders if place else ():
-            if not worker.channel.withdraw(unsent):
-                worker.channel.send(Cancel(attempt_id))
+        if place := self._places.pop(attempt_id, None):
+            for worker in place.holders:
+                if not worker.channel.withdraw(place.submit):
+                    worker.channel.send(Cancel(attempt_id))
         self._cleared(attempt_id)
-
-    def _forget_ended(self, output: Output) -> None:
-        if output.outcome and self._outputs.pop(output.attempt.request_id, None) is not None:
-            self._places.pop(output.attempt.request_id, None)
-            self._cleared(output.attempt.request_id)
 
     def _cleared(self, attempt_id: str) -> None:
         if attempt_id == self._suspect:

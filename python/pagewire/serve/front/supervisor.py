@@ -1,10 +1,10 @@
 """Keeps the model processes, each for itself, and says which of them take requests."""
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 import msgspec
 
@@ -17,7 +17,7 @@ from pagewire.serve.front.output import Output
 from pagewire.serve.front.routing import Routing
 from pagewire.serve.front.trace import EventLog
 from pagewire.serve.front.worker import Worker
-from pagewire.serve.messages import Events, Gauges, Linked, Ready, Unlinked, WorkerMessage
+from pagewire.serve.messages import Events, Failed, Finished, Gauges, Linked, Ready, Token, Unlinked, WorkerMessage
 
 WATCH_S = 0.1  # between two looks at the clocks
 STABLE_S = 30.0  # a process that was up for so long starts its backoff again
@@ -45,23 +45,23 @@ class Supervisor:
         self.workers: dict[str, Worker] = {}  # that live
         self.limits: Ready | None = None  # the smallest of every limit; None: nobody ever took requests
         self.num_restarts = 0
-        self.routing = Routing(recover)
         self._config = config
         self._sources = sources
         self._remote = any("@" in name for name in sources)
         self._links = Links(self._on_change, self._on_links_lost)
+        self.routing = Routing(recover, self._links.of)
         self._metrics, self._events = metrics, events
         self._stopping = asyncio.Event()
-        self._closed = ""  # why no request is taken any more
+        self.closed = ""  # why no request is taken any more
         self._broken: dict[str, str] = {}  # who cannot be started or reached, and why
         self._fingerprint = ""  # of the first process's model
-        self._misfit: asyncio.Future[str | None] | None = None  # why our P and D were never joined
+        self._misfit = ""  # why our P and D were never joined
 
     @property
     def reason(self) -> str | None:
         """Why no whole pair beats; None: one does."""
-        if self._closed or self.limits is None:
-            return self._closed or _STARTING
+        if self.closed or self.limits is None:
+            return self.closed or _STARTING
         if self._links.beating or (not self._names("prefill") and any(w.beating for w in self.workers.values())):
             return None
         missing = [name for name in self._sources if name not in self.workers or not self.workers[name].beating]
@@ -71,44 +71,34 @@ class Supervisor:
 
     def submit(self, output: Output) -> None:
         """Raises ApiError 503 while no process is there for it and none is expected."""
-        if why := self._closed or self._hopeless or ("" if self.limits else _STARTING):
+        if why := self.closed or self._hopeless or ("" if self.limits else _STARTING):
             raise server_error(why)
         self.routing.submit(output)
 
-    def cancel(self, request_id: str) -> None:
-        self.routing.cancel(request_id)
-
-    @property
-    def draining(self) -> bool:
-        return self._closed != ""
-
     def drain(self) -> None:
         """No new requests; those that run go on."""
-        self._closed = "the server is shutting down"
+        self.closed = "the server is shutting down"
 
     def stop(self) -> None:
         """Fails what is in flight and ends `run()`."""
         self.drain()
         self._stopping.set()
-        self.routing.fail_all(self._closed)
+        self.routing.fail_all(self.closed)
 
     async def run(self) -> str | None:
         """Until `stop()`, or returns why it cannot go on: only a first start of our own is not retried."""
         keepers = [asyncio.ensure_future(self._keep(name)) for name in self._sources]
-        watch = asyncio.ensure_future(self._watch())
-        stopped = asyncio.ensure_future(self._sleep(None))
-        self._misfit = asyncio.get_running_loop().create_future()
-        ends: list[asyncio.Future[Any]] = [*keepers, stopped, self._misfit]
+        watch, stopped = asyncio.ensure_future(self._watch()), asyncio.ensure_future(self._stopping.wait())
         try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return next((reason for end in ends if end.done() and (reason := end.result())), None)
+            await asyncio.wait([*keepers, stopped], return_when=asyncio.FIRST_COMPLETED)
+            return next((reason for end in keepers if end.done() and (reason := end.result())), self._misfit or None)
         finally:
             self._stopping.set()
             watch.cancel()
             for worker in self.workers.values():
                 worker.end()
             await asyncio.wait(keepers)
-            self.routing.fail_all(self._closed or "the server has ended")
+            self.routing.fail_all(self.closed or "the server has ended")
 
     def _names(self, role: str) -> list[str]:
         return [name for name in self._sources if name.partition("@")[0] == role]
@@ -151,15 +141,9 @@ class Supervisor:
                 self._broken[name] = reason  # it will be tried again, but nobody should wait for that
             self._on_end(name, worker, reason)
             in_a_row = 1 if time.monotonic() - started > STABLE_S else in_a_row + 1
-            await self._sleep(backoff_s(in_a_row))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff_s(in_a_row))
         return None
-
-    async def _sleep(self, seconds: float | None) -> None:
-        """Until `stop()`, at most."""
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
-        except asyncio.TimeoutError:  # noqa: UP041 (on 3.10 it is not the builtin)
-            pass
 
     async def _watch(self) -> None:
         while True:
@@ -191,30 +175,26 @@ class Supervisor:
                 self._links.add(worker)
             case Linked() | Unlinked():
                 self._links.receive(worker, message)
-            case _:
+            case Token() | Finished() | Failed():
                 self.routing.receive(worker, message)
 
     def _on_change(self, decode: Worker) -> None:
         """D takes requests, with the P's that it is joined with; but before the first pair nobody does, if there is
         to be one."""
-        prefills = self._links.of(decode)
         if self.limits is None:
-            if self._names("prefill") and not prefills and not self._remote:
+            if self._names("prefill") and not self._links.of(decode) and not self._remote:
                 return
             print("pagewire: ready", flush=True)
         ready = [worker.ready for worker in self.workers.values() if worker.ready is not None]
-        smallest = {name: min(getattr(r, name) for r in ready) for name in _LIMITS}
+        smallest = {name: min(getattr(r, name) for r in ready) for name in ("max_context", "pool_tokens", "vocab_size")}
         self.limits = msgspec.structs.replace(ready[0], **smallest)
-        self.routing.up(decode, prefills)
+        self.routing.up(decode)
 
     def _on_links_lost(self, links: set[int], reason: str, misses: int | None) -> None:
-        if self.limits is None and (misses or 0) >= MAX_MISSES and not self._remote and self._misfit:
-            if not self._misfit.done():
-                self._misfit.set_result(reason)  # two processes that do not fit each other
+        if self.limits is None and (misses or 0) >= MAX_MISSES and not self._remote:
+            self._misfit = self._misfit or reason  # two processes that do not fit each other
+            self._stopping.set()
             return
         if misses is not None:
             print(f"pagewire: {reason}; joining the processes anew", file=sys.stderr, flush=True)
         self.routing.links_lost(links, reason)
-
-
-_LIMITS = ("max_context", "pool_tokens", "vocab_size")
