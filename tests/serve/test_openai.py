@@ -203,7 +203,7 @@ def test_seeds_are_taken_as_63_bits():
 
 def test_chunks_are_events_of_openai_shape():
     answer = Answer(chat=True, model="m", include_usage=True)
-    first = msgspec.json.decode(answer.chunk(0, "a", first=True).removeprefix(b"data: "))
+    first = msgspec.json.decode(answer.chunk(0, "a", None).removeprefix(b"data: "))
     assert first["object"] == "chat.completion.chunk" and first["usage"] is None and first["model"] == "m"
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
     last = msgspec.json.decode(answer.chunk(0, "", "stop")[6:])
@@ -211,5 +211,5 @@ def test_chunks_are_events_of_openai_shape():
     usage = msgspec.json.decode(answer.usage_chunk(Usage(1, 2, 3))[6:])
     assert usage["choices"] == [] and usage["usage"]["total_tokens"] == 3 and usage["id"] == first["id"]
     plain = Answer(chat=False, model="m", include_usage=False)
-    chunk = msgspec.json.decode(plain.chunk(1, "b")[6:])
+    chunk = msgspec.json.decode(plain.chunk(1, "b", None)[6:])
     assert chunk["choices"][0]["text"] == "b" and "usage" not in chunk

@@ -5,6 +5,7 @@ worker's side; `AsyncChannel` is the front's.
 import asyncio
 import contextlib
 from collections import deque
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -59,15 +60,11 @@ class AsyncChannel:
         if not self._writer.is_closing():
             self._writer.write(frame(FRONT_CODEC.encode(message)))
 
-    def __aiter__(self) -> "AsyncChannel":
-        return self
-
-    async def __anext__(self) -> Any:
-        try:
-            length = frame_len(await self._reader.readexactly(LENGTH.size))
-            return FRONT_CODEC.decode(await self._reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            raise StopAsyncIteration from None
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                length = frame_len(await self._reader.readexactly(LENGTH.size))
+                yield FRONT_CODEC.decode(await self._reader.readexactly(length))
 
     def abort(self) -> None:
         self._waiting.clear()

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,6 @@ from pagewire.serve.front.process import WorkerProcess, thread_environment, work
 from pagewire.serve.front.remote import ROLES, RemoteWorker, parse_peer
 from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.front.trace import EventLog
-from pagewire.serve.front.worker import Worker
 from pagewire.serve.model import ModelError, default_model_path
 from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
 
@@ -175,28 +174,6 @@ def _at(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _tls(*files: str | None) -> Tls | None:
-    if not any(files):
-        return None
-    ca, certificate, key = files
-    if ca is None or certificate is None or key is None:
-        raise ServeError("--tls-ca, --tls-certificate, --tls-key: expected all three or none")
-    return Tls(ca, certificate, key)
-
-
-def _sources(config: WorkerConfig, colocated: bool, peers: list[str]) -> dict[str, Callable[[], Awaitable[Worker]]]:
-    if not peers:
-        roles = ("colocated",) if colocated else ("decode", "prefill")
-        return {role: partial(WorkerProcess.spawn, role, config) for role in roles}
-    return {peer: partial(RemoteWorker.dial, peer, config.tls) for peer in peers}
-
-
-def _run_worker(role: str, address: str, config: WorkerConfig) -> int:
-    """Never returns: this process becomes the model process."""
-    command = worker_command(role, config, "--listen", address)
-    os.execve(command[0], command, thread_environment(config))
-
-
 def main(argv: list[str]) -> int:
     try:
         return _main(argv)
@@ -212,9 +189,12 @@ def _main(argv: list[str]) -> int:
     api_key = args.api_key or os.environ.get("PAGEWIRE_API_KEY") or None
     if (args.role == "front") != bool(args.peer) or (args.colocated and args.role != "all"):
         raise ServeError("--peer: expected with --role front, once for each model process; --colocated with --role all")
+    tls_files = (args.tls_ca, args.tls_certificate, args.tls_key)
+    if any(tls_files) and not all(tls_files):
+        raise ServeError("--tls-ca, --tls-certificate, --tls-key: expected all three or none")
     path = Path(args.model) if args.model else default_model_path()
     config = _filled(
-        WorkerConfig, args, model=str(path), tls=_tls(args.tls_ca, args.tls_certificate, args.tls_key),
+        WorkerConfig, args, model=str(path), tls=Tls(*tls_files) if all(tls_files) else None,
         max_waiting=2 * args.max_inflight, handoff_timeout_ms=int(1000 * args.handoff_timeout),
     )  # fmt: skip
     limits = _filled(Limits, args)
@@ -228,12 +208,16 @@ def _main(argv: list[str]) -> int:
     except ValueError as error:
         raise ServeError(str(error)) from None
     if args.role in ROLES:
-        return _run_worker(args.role, _at(args.host, args.port), config)
+        command = worker_command(args.role, config, "--listen", _at(args.host, args.port))
+        os.execve(command[0], command, thread_environment(config))  # this process becomes the model process
     name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
     with listen(args.host, args.port, api_key) as sock:
         tokenizer = Tokenizer.load(path)
         metrics, events, recover = Metrics(), EventLog(), args.on_failure == "recover"
-        supervisor = Supervisor(config, _sources(config, args.colocated, args.peer), recover, metrics, events)
+        dialled = {peer: partial(RemoteWorker.dial, peer, config.tls) for peer in args.peer}
+        roles = ("colocated",) if args.colocated else ("decode", "prefill")
+        spawned = {role: partial(WorkerProcess.spawn, role, config) for role in roles}
+        supervisor = Supervisor(config, dialled or spawned, recover, metrics, events)
         front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits, supervisor, metrics, events)
         host, port = sock.getsockname()[:2]
         print(

@@ -78,17 +78,11 @@ class _Stream(StreamingResponse):
 
 
 async def _events(generation: Generation, first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-    answer, begun = generation.answer, set()
-
-    def chunk(delta: Delta) -> bytes:
-        is_first = delta.choice not in begun
-        begun.add(delta.choice)
-        return answer.chunk(delta.choice, delta.text, delta.reason, is_first)
-
+    answer = generation.answer
     try:
-        yield chunk(first)
+        yield answer.chunk(*first)
         async for delta in rest:
-            yield chunk(delta)
+            yield answer.chunk(*delta)
         if answer.include_usage:
             yield answer.usage_chunk(generation.usage())
         yield openai.DONE
@@ -105,20 +99,12 @@ async def _generate(request: Request, parse: Callable[[bytes, Limits, str], Gene
     streaming = False
     try:
         await _unless_gone(request, generation.submit())
-        deltas = generation.deltas()
         if generation.request.stream:
+            deltas = generation.deltas()
             first = await _unless_gone(request, anext(deltas))  # a failure before it is a proper status
             streaming = True
             return _Stream(generation, _events(generation, first, deltas))
-
-        async def collect() -> tuple[list[str], list[str]]:
-            texts, reasons = [""] * len(generation.outputs), [""] * len(generation.outputs)
-            async for delta in deltas:
-                texts[delta.choice] += delta.text
-                reasons[delta.choice] = delta.reason or ""
-            return texts, reasons
-
-        texts, reasons = await _unless_gone(request, collect())
+        texts, reasons = await _unless_gone(request, generation.whole())
         return _json(generation.answer.whole(texts, reasons, generation.usage()))
     finally:
         if not streaming:

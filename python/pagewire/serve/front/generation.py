@@ -133,6 +133,14 @@ class Generation:
             left -= item.reason is not None
             yield item
 
+    async def whole(self) -> tuple[list[str], list[str]]:
+        """Each choice's text, and why it ended."""
+        texts, reasons = [""] * len(self.outputs), [""] * len(self.outputs)
+        async for delta in self.deltas():
+            texts[delta.choice] += delta.text
+            reasons[delta.choice] = delta.reason or ""
+        return texts, reasons
+
     def usage(self) -> Usage:
         prompt = sum(len(output.submit.token_ids) for output in self.outputs[:: self.request.n])
         completion = sum(output.num_tokens for output in self.outputs)

@@ -45,15 +45,16 @@ class Links:
         self._number = 0
 
     def add(self, worker: Worker) -> None:
-        others = [other for other in self._workers if (other.role == "prefill") != (worker.role == "prefill")]
         self._workers.append(worker)
-        for other in others:
-            self._pair(*((other, worker) if worker.role == "prefill" else (worker, other)))
-        if worker.role != "prefill":
-            if others:
-                asyncio.get_running_loop().call_later(PAIRING_S, self._changed, worker)
-            else:
-                self._on_change(worker)
+        if worker.role == "prefill":
+            for decode in [other for other in self._workers if other.role != "prefill"]:
+                self._pair(decode, worker)
+        elif prefills := [other for other in self._workers if other.role == "prefill"]:
+            for prefill in prefills:
+                self._pair(worker, prefill)
+            asyncio.get_running_loop().call_later(PAIRING_S, self._changed, worker)
+        else:
+            self._on_change(worker)
 
     def remove(self, worker: Worker, reason: str) -> None:
         if worker in self._workers:

@@ -245,6 +245,7 @@ class Answer:
         self.chat = chat
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.include_usage = include_usage
+        self._begun: set[int] = set()  # choices that a chunk told of
         self.head = {"id": self.id, "created": int(time.time()), "model": model}
 
     def whole(self, texts: list[str], reasons: list[str], usage: Usage) -> dict[str, Any]:
@@ -256,10 +257,13 @@ class Answer:
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, "usage": usage}
 
-    def chunk(self, index: int, text: str, reason: str | None = None, first: bool = False) -> bytes:
+    def chunk(self, index: int, text: str, reason: str | None) -> bytes:
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
-        if self.chat:
-            choice["delta"] = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
+        if self.chat and index not in self._begun:
+            self._begun.add(index)
+            choice["delta"] = {"role": "assistant", "content": text}
+        elif self.chat:
+            choice["delta"] = {"content": text} if text else {}
         else:
             choice["text"] = text
         return self._chunk([choice], None)

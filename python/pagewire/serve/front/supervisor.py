@@ -27,7 +27,7 @@ _STARTING = "the model processes are starting"
 
 
 class Supervisor:
-    """`run()` keeps the processes; `submit()` and `cancel()` hand requests to those that are up.
+    """`run()` keeps the processes; `submit()` hands requests to those that are up.
 
     A request outlives its processes: `Routing` hands it to others, with what it has emitted.
     """
@@ -114,8 +114,7 @@ class Supervisor:
         in_a_row = num_unready = 0
         said = ""
         while not self._stopping.is_set():
-            started, was_ready, hopeless = time.monotonic(), False, False
-            worker = None
+            started, worker, was_ready = time.monotonic(), None, False
             try:
                 worker = await self._sources[name]()
             except OSError as error:
@@ -126,7 +125,7 @@ class Supervisor:
                     worker.end()
                 await worker.live(self._receive)
                 del self.workers[name]
-                was_ready, reason, hopeless = worker.ready is not None, worker.obituary(), worker.hopeless
+                was_ready, reason = worker.ready is not None, worker.obituary()
             if self._stopping.is_set():
                 return None
             if self.limits is None and not was_ready and not self._remote:
@@ -137,7 +136,7 @@ class Supervisor:
                 print(f"pagewire: {reason}; {'trying again' if self._remote else 'restarting'}",
                       file=sys.stderr, flush=True)  # fmt: skip
             said = reason
-            if not was_ready and (hopeless or num_unready >= MAX_MISSES):
+            if not was_ready and (num_unready >= MAX_MISSES or (worker and worker.hopeless)):
                 self._broken[name] = reason  # it will be tried again, but nobody should wait for that
             self._on_end(name, worker, reason)
             in_a_row = 1 if time.monotonic() - started > STABLE_S else in_a_row + 1

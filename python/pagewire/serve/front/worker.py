@@ -26,7 +26,7 @@ class Worker:
         self.ready: Ready | None = None
         self.pid: int | None = None
         self.last_words = ""
-        self.started = self._heard = self._progressed = time.monotonic()
+        self._started = self._heard = self._progressed = time.monotonic()
         self._progress = -1
         self._killed_for = ""
 
@@ -68,16 +68,14 @@ class Worker:
         return self.ready is not None and now - min(self._heard, self._progressed) < BEATING_S
 
     def kill_if_late(self, start_timeout_s: float, worker_timeout_s: float) -> None:
-        now = time.monotonic()
-        if self.ready is None and now - self.started > start_timeout_s:
-            self.kill_for(f"was not ready within {start_timeout_s:g} s")
+        now, why = time.monotonic(), ""
+        if self.ready is None and now - self._started > start_timeout_s:
+            why = f"was not ready within {start_timeout_s:g} s"
         elif self.ready and now - min(self._heard, self._progressed) > worker_timeout_s:
             # who beat until just now and has stood still for long works on nothing
             silent = now - self._heard > worker_timeout_s / 2
-            self.kill_for(f"{'said nothing' if silent else 'came no further'} for {worker_timeout_s:g} s")
-
-    def kill_for(self, why: str) -> None:
-        if not self._killed_for:
+            why = f"{'said nothing' if silent else 'came no further'} for {worker_timeout_s:g} s"
+        if why and not self._killed_for:
             self._killed_for = why
             self._kill()
 
