@@ -119,6 +119,13 @@ def test_bad_values_name_their_field(field, value):
     assert param == field
 
 
+def test_the_largest_n_and_stops_are_taken():
+    request = completion(n=16, stop=["x" * 256] * 4)
+    assert request.num_outputs == 16 and request.stops == ("x" * 256,) * 4
+    assert completion(stop="x" * 256).stops == ("x" * 256,)
+    assert refused(parse_completion, {"prompt": "x", "stop": "x" * 257})[:2] == (400, "stop")
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"\xff", b'{"prompt":"x"}{}', b'{"prompt":"\\ud800"}', b'{"prompt":"x","temperature":NaN}',

@@ -1,4 +1,4 @@
-"""The control channel between the front and a worker: msgpack in the frames of `transfer.channel`, whose `Channel` is a
+"""The control channel between the front and a worker: msgpack in the frames of `net.channel`, whose `Channel` is a
 worker's side; `AsyncChannel` is the front's.
 """
 
