@@ -48,13 +48,14 @@ def granted(pair: Stepped, side: str) -> set[int]:
     if side == "p":
         sender = pair.p._sender
         return {of.generation for request_id in sender.request_ids() for of in sender.reserves(request_id).values()}
-    return {one.generation for one in pair.d._receiver._live.values() if one.phase is Phase.RECEIVING}
+    live = pair.d._receiver._live.values()
+    return {leg.generation for one in live if one.phase is Phase.RECEIVING for leg in one.legs.values()}
 
 
 def _on_their_way(pair: Stepped) -> bool:
     """Chunks that P has sent and D has not read."""
-    (leg,) = pair.d._receiver._live["a"].legs.values()
-    every = leg.coverage._ranges.values()
+    (coverage,) = pair.d._receiver._live["a"].coverage.values()
+    every = coverage._ranges.values()
     arrived = sum(stop - start for ranges in every for start, stop in ranges)  # tokens of a layer and head
     return pair.p.requests["a"].pushed_bytes > arrived * pair.link_of("p").packing.wire.packed_bytes(0, 1, 1, 1)
 
@@ -207,7 +208,7 @@ class Rig:
             allocator = worker.engine.allocator
             assert sum(allocator.counts().values()) == allocator.num_pages == allocator.num_free
             assert not worker.requests and not worker._submits and not any(worker.batches)
-        assert not p._sender._live and not p._sender._pushing and not d._receiver._live and not d._receiver._unpacking
+        assert not p._sender._live and not p._sender._moving and not d._receiver._live and not d._receiver._moving
         (of_p,), (of_d,) = p._sender._links.values(), d._receiver._links.values()
         assert not of_p.early and not of_p.sent_staging and len(of_p.credits) == self.pair.arena.num_staging_slots
         assert len(of_d.granted_staging) == self.pair.arena.num_staging_slots

@@ -461,13 +461,13 @@ class Handoff(RuleBasedStateMachine):
         assert [type(action) for action in self.receiver.chunk(self.number, chunk)] == [Refused]
 
     def being_read(self) -> set[int]:
-        return {slot for number, slot in self.receiver._unpacking if number == self.number}
+        return {slot for number, slot in self.receiver._moving if number == self.number}
 
     def chunk_for(self, incoming, staging_slot: int) -> Chunk:
         """The first token of layer 0, as its sender would have said it."""
         reserve = incoming.legs[self.number].reserve
         return Chunk(
-            request_id=incoming.request_id, generation=incoming.generation,
+            request_id=incoming.request_id, generation=reserve.generation,
             capability=reserve.capability, fingerprint=WIRE.fingerprint, group=0, layer_start=0,
             layer_stop=1, head_start=0, head_stop=2, head_dim=4, head_dim_v=4, token_start=0,
             token_stop=1, dtype="float32", scale_kind="none", checksum_kind="crc32c", checksum=0,
@@ -479,8 +479,9 @@ class Handoff(RuleBasedStateMachine):
     def forged_commit(self, number: int, change: dict) -> None:
         """`Start` is only for exact coverage of the very prompt: checked where it is carried out."""
         incoming = self.granted()[number % len(self.granted())]
+        reserve = incoming.legs[self.number].reserve
         commit = Commit(
-            incoming.request_id, incoming.generation, incoming.legs[self.number].reserve.capability, 7,
+            incoming.request_id, reserve.generation, reserve.capability, 7,
             prompt_sha256(self.prompts[incoming.request_id]), (),
         )  # fmt: skip
         actions = self.receiver.commit(self.number, replace(commit, **change))
@@ -495,12 +496,12 @@ class Handoff(RuleBasedStateMachine):
             assert sum(allocator.counts().values()) == allocator.num_pages
         live = [page for incoming in self.receiver._live.values() for page in incoming.pages]
         assert len(set(live)) == len(live) == self.d_pages.counts()["active"]
-        gone = {i for i in self.receiver._unpacking.values() if i.phase is Phase.GONE}
+        gone = {i for i in self.receiver._moving.values() if i.phase is Phase.GONE}
         assert self.d_pages.counts()["leased"] == sum(len(incoming.pages) for incoming in gone)
         mine = Counter()
         for outgoing in self.sender._live.values():
             mine["leased" if outgoing.phase is Phase.DRAINING else "active"] += len(outgoing.pages)
-        gone = {one for one in self.sender._pushing.values() if one.phase is Phase.GONE}
+        gone = {one for one in self.sender._moving.values() if one.phase is Phase.GONE}
         mine["leased"] += sum(len(outgoing.pages) for outgoing in gone)
         assert mine["active"] == self.p_pages.counts()["active"]
         assert mine["leased"] == self.p_pages.counts()["leased"]
@@ -517,7 +518,7 @@ class Handoff(RuleBasedStateMachine):
         assert set(link.credits) | link.sent_staging == every and len(link.credits) == len(set(link.credits))
         assert link.sent_staging.isdisjoint(link.credits)
         if self.honest:  # P never writes into a staging slot that D reads
-            writing = {slot for number, slot in self.sender._pushing if number == self.number}
+            writing = {slot for number, slot in self.sender._moving if number == self.number}
             assert self.being_read().isdisjoint(writing | set(link.credits))
 
     @invariant()
@@ -543,7 +544,7 @@ class Handoff(RuleBasedStateMachine):
         while self.unpacking:
             self.unpacked(0)
         assert not self.receiver._live and not self.sender._live
-        assert not self.receiver._unpacking and not self.sender._pushing
+        assert not self.receiver._moving and not self.sender._moving
         assert self.d_pages.num_free == D_PAGES and self.p_pages.num_free == P_PAGES
         assert (
             self.frame_is_missing

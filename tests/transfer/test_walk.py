@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import Struct
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
@@ -206,8 +207,8 @@ class World:
         p, d = self.sender, self.receiver
         for allocator in (self.p_pages, self.d_pages):
             assert sum(allocator.counts().values()) == allocator.num_pages
-        held_by_p = [*p._live.values(), *{one for one in p._pushing.values() if one.phase is Phase.GONE}]
-        held_by_d = [*d._live.values(), *{one for one in d._unpacking.values() if one.phase is Phase.GONE}]
+        held_by_p = [*p._live.values(), *{one for one in p._moving.values() if one.phase is Phase.GONE}]
+        held_by_d = [*d._live.values(), *{one for one in d._moving.values() if one.phase is Phase.GONE}]
         for held, allocator in ((held_by_p, self.p_pages), (held_by_d, self.d_pages)):
             pages = [page for one in held for page in one.pages]
             assert len(pages) == len(set(pages)) == allocator.num_pages - allocator.num_free
@@ -217,14 +218,14 @@ class World:
         if LINK in p._links:
             link = p._links[LINK]
             assert sorted([*link.credits, *link.sent_staging]) == sorted(every)
-            assert {slot for _, slot in p._pushing} <= link.sent_staging
+            assert {slot for _, slot in p._moving} <= link.sent_staging
             if not self.broken:
                 assert not (set(link.credits) | {push.staging_slot for push in self.pushing}) & self.being_read()
         if LINK in d._links:
             assert sorted([*d._links[LINK].granted_staging, *self.being_read()]) == sorted(every)
 
     def being_read(self) -> set[int]:
-        return {slot for _, slot in self.receiver._unpacking}
+        return {slot for _, slot in self.receiver._moving}
 
     def check_end(self) -> None:
         every = sorted(f"r{i}" for i in range(len(self.small.prompts)))
@@ -251,13 +252,13 @@ def canonical(value: Any) -> Any:
         return tuple(sorted(map(canonical, value)))
     if isinstance(value, (list, tuple, deque)):
         return tuple(map(canonical, value))
+    if callable(value):
+        return None
     if is_dataclass(value):
         of = {field.name: getattr(value, field.name) for field in fields(value)}
         return type(value).__name__, canonical(of)
-    if isinstance(value, msgspec.Struct):
-        return type(value).__name__, canonical(msgspec.structs.asdict(value))
-    if callable(value):
-        return None
+    if isinstance(value, Struct):
+        return type(value).__name__, canonical({name: getattr(value, name) for name in value.__struct_fields__})
     return type(value).__name__, canonical(value.__dict__)
 
 

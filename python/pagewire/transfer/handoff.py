@@ -16,17 +16,22 @@ at once; a link has a number that is never used again, staging slots of its own,
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
 from enum import Enum
+from typing import Any, Generic, TypeVar
 
+from msgspec import Struct
+
+from pagewire.allocator import PageAllocator
 from pagewire.transfer.frames import DTYPES, Abort, Block, ChecksumKind, Chunk, Commit, Frame, Held, Range, Reserve
 
 NO_GENERATION = 0  # of an ABORT before any RESERVE
 DTYPE_BYTES = dict(zip(DTYPES, (4, 2, 2, 1, 1, 1), strict=True))
 
 
-@dataclass(frozen=True)
-class Wire:
+class Wire(Struct, frozen=True):
     """What both ends of a link make of their HELLOs; every chunk repeats what concerns it."""
 
     fingerprint: bytes  # of the model, 32 bytes
@@ -65,43 +70,37 @@ def prompt_sha256(token_ids: tuple[int, ...]) -> bytes:
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
 
 
-@dataclass(frozen=True)
-class Send:
+class Send(Struct, frozen=True):
     frame: Frame
     link: int
 
 
-@dataclass(frozen=True)
-class RequestFailed:
+class RequestFailed(Struct, frozen=True):
     """Tell the front; everything the request held here is released."""
 
     request_id: str
     message: str
 
 
-@dataclass(frozen=True)
-class Cancelled:
+class Cancelled(Struct, frozen=True):
     """Tell the front; everything the request held here is released."""
 
     request_id: str
 
 
-@dataclass(frozen=True)
-class Dropped:
+class Dropped(Struct, frozen=True):
     """Not ours to answer for: the other side ended the request or is gone; all it held here is released."""
 
     request_id: str
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(Struct, frozen=True):
     """A frame that changed nothing, and why."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Unpack:
+class Unpack(Struct, frozen=True):
     """`Packing.unpack` the chunk into `pages`, then call `unpacked`."""
 
     link: int
@@ -109,8 +108,7 @@ class Unpack:
     pages: list[int]
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(Struct, frozen=True):
     """What came from one sender."""
 
     link: int
@@ -118,8 +116,7 @@ class Share:
     commit: Commit
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(Struct, frozen=True):
     """The prompt's KV is complete in `pages`: decode."""
 
     request_id: str
@@ -131,16 +128,14 @@ class Start:
         return self.shares[0].commit.first_token
 
 
-@dataclass(frozen=True)
-class Begin:
+class Begin(Struct, frozen=True):
     """`pages` are ours and whoever takes part has agreed: prefill."""
 
     request_id: str
     pages: list[int]
 
 
-@dataclass(frozen=True)
-class Push:
+class Push(Struct, frozen=True):
     """Pack the tokens of the block from `pages` into the link's staging slot, then call `pushed`; the pages stay as
     they are until then.
     """
@@ -165,5 +160,167 @@ class Phase(Enum):
     GONE = 6
 
 
-def abort_frame(link: int, request_id: str, generation: int, reason: str) -> Send:
-    return Send(Abort(request_id, generation, reason[:256]), link)
+class Link(Struct, eq=False, kw_only=True):
+    wire: Wire
+    progress_ms: int  # when anything that counts last moved over it
+
+
+class Leg(Struct, eq=False):
+    """What goes of a request over one link."""
+
+    reserve: Reserve | None = None  # once it was granted
+    num_moving: int = 0  # payloads that are being packed or unpacked
+    commit: Commit | None = None  # P: to be sent when nothing is to be pushed. D: came, maybe before all is unpacked
+    over: bool = False  # the link is needed no more
+
+    @property
+    def generation(self) -> int:
+        return self.reserve.generation if self.reserve else NO_GENERATION
+
+
+class Request(Struct, eq=False):
+    request_id: str
+    token_ids: tuple[int, ...]
+    legs: dict[int, Leg]
+    num_pages: int  # that it needs, besides the prefix's
+    since_ms: int  # last granted, or when P had computed it all
+    phase: Phase = Phase.WAITING
+    pages: list[int] = []
+    num_whole: int = 0  # of the pages, in front: full of cached tokens, and never written
+
+    @property
+    def num_moving(self) -> int:
+        return sum(leg.num_moving for leg in self.legs.values())
+
+
+OfRequest = TypeVar("OfRequest", bound=Request)
+OfLink = TypeVar("OfLink", bound=Link)
+
+
+class Machine(ABC, Generic[OfRequest, OfLink]):
+    """What both sides do. `free + active + cached + leased == num_pages` holds after every call.
+
+    Links come and go: `link` and `lost` say so; a frame of a link that is not there changes nothing.
+    """
+
+    sides: tuple[str, str]  # ours and the other's
+    other: str  # what is at the end of a link
+    late: str  # of a request, when nothing moves
+
+    def __init__(self, allocator: PageAllocator, page_size: int, now_ms: Callable[[], int]) -> None:
+        self._allocator = allocator
+        self._page_size = page_size
+        self._now_ms = now_ms
+        self._progress_ms = now_ms()  # when anything moved at all
+        self._links: dict[int, OfLink] = {}
+        self._live: dict[str, OfRequest] = {}
+        self._waiting: deque[OfRequest] = deque()  # for pages of ours
+        self._moving: dict[tuple[int, int], OfRequest] = {}  # link, staging slot -> whose payload's pages are in use
+        self._takes: dict[type[Frame], Callable[[int, Any], list[Action]]] = {Abort: self.abort}
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(request.phase is Phase.WAITING for request in self._live.values())
+
+    def request_ids(self) -> list[str]:
+        return list(self._live)
+
+    def frame(self, number: int, frame: Frame) -> list[Action]:
+        """What came over a link."""
+        ours, others = self.sides
+        if type(frame) not in self._takes:
+            return [Refused(f"{others} sent {type(frame).__name__}, which only {ours} sends")]
+        return self._takes[type(frame)](number, frame)
+
+    def lost(self, number: int) -> list[Action]:
+        """The other side is gone, and with it what still needs it."""
+        self._links.pop(number, None)
+        dropped = [one for one in self._live.values() if number in one.legs and not one.legs[number].over]
+        ended = [self._end(one, Dropped(one.request_id), f"another {self.other} is gone") for one in dropped]
+        return [*sum(ended, []), *self._admit()]
+
+    def abort(self, number: int, abort: Abort) -> list[Action]:
+        _, leg = self._find(number, abort.request_id)
+        if leg is None or leg.over or abort.generation != leg.generation:
+            return []
+        leg.over = True  # nothing more from there, and nothing to tell it
+        return self._give_up(abort.request_id, Dropped(abort.request_id), abort.reason)
+
+    def cancel(self, request_id: str) -> list[Action]:
+        return self._give_up(request_id, Cancelled(request_id), "cancelled")
+
+    def fail(self, request_id: str, message: str) -> list[Action]:
+        return self._give_up(request_id, RequestFailed(request_id, message), message)
+
+    def tick(self) -> list[Action]:
+        """Fails what was granted when neither that nor any progress is within its `deadline_ms`: any at all, until P
+        has computed it, and then any over a link that it needs.
+        """
+        now_ms, late = self._now_ms(), {}
+        for request in self._live.values():
+            computing = request.phase in (Phase.WAITING, Phase.PREFILLING)
+            for number, leg in request.legs.items():
+                if leg.reserve is None or leg.over:
+                    continue
+                progress_ms = self._progress_ms if computing else self._links[number].progress_ms
+                if now_ms - max(request.since_ms, progress_ms) >= leg.reserve.deadline_ms:
+                    late[request.request_id] = f"{self.late} within {leg.reserve.deadline_ms} ms"
+        return [action for request_id, message in late.items() for action in self.fail(request_id, message)]
+
+    @abstractmethod
+    def _admitted(self, request: OfRequest) -> list[Action]:
+        """It has its pages."""
+
+    def _find(self, number: int, request_id: str) -> tuple[OfRequest, Leg] | tuple[None, None]:
+        request = self._live.get(request_id)
+        leg = request.legs.get(number) if request else None
+        return (request, leg) if request and leg else (None, None)
+
+    def _progressed(self, number: int) -> None:
+        self._progress_ms = self._links[number].progress_ms = self._now_ms()
+
+    def _begin_move(self, number: int, staging_slot: int, request: OfRequest) -> None:
+        self._moving[number, staging_slot] = request
+        request.legs[number].num_moving += 1
+
+    def _end_move(self, number: int, staging_slot: int) -> OfRequest:
+        request = self._moving.pop((number, staging_slot))
+        request.legs[number].num_moving -= 1
+        if request.phase is Phase.GONE and not request.num_moving:
+            self._allocator.end_lease(request.pages[request.num_whole :])
+        return request
+
+    def _give_up(self, request_id: str, answer: Action | None, reason: str) -> list[Action]:
+        request = self._live.get(request_id)
+        return [*self._end(request, answer, reason), *self._admit()] if request else []
+
+    def _end(self, request: OfRequest, answer: Action | None, reason: str) -> list[Action]:
+        """Tells every other side that still takes part."""
+        told = [
+            Send(Abort(request.request_id, leg.generation, reason[:256]), number)
+            for number, leg in request.legs.items()
+            if number in self._links and not leg.over
+        ]
+        self._free(request)
+        return [*([answer] if answer else []), *told]
+
+    def _free(self, request: OfRequest) -> None:
+        del self._live[request.request_id]
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self._allocator.free(request.pages[: request.num_whole])
+        written = request.pages[request.num_whole :]
+        # what moves in or out of these pages cannot be called back: leased until it is over
+        if request.phase is not Phase.DRAINING:
+            self._allocator.free(written, to="leased" if request.num_moving else "free")
+        elif not request.num_moving:
+            self._allocator.end_lease(written)
+        request.phase = Phase.GONE
+
+    def _admit(self) -> list[Action]:
+        actions: list[Action] = []
+        while self._waiting and self._waiting[0].num_pages <= self._allocator.num_free:
+            request = self._waiting.popleft()
+            request.pages += self._allocator.alloc(request.num_pages)
+            actions += self._admitted(request)
+        return actions
