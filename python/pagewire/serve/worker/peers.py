@@ -79,12 +79,10 @@ class Peers:
 
     def pair(self, pair: Pair) -> None:
         """Be joined with this one; an older connection with the same process is given up."""
-        for number, link in list(self.links.items()):
-            if link.incarnation == pair.incarnation:
+        with_links = [(number, link.incarnation) for number, link in self.links.items()]
+        for number, incarnation in [*with_links, *((n, wanted.incarnation) for n, (wanted, _) in self._wanted.items())]:
+            if incarnation == pair.incarnation:
                 self.drop(number, "another pairing was asked for")
-        for number, (wanted, _) in list(self._wanted.items()):
-            if wanted.incarnation == pair.incarnation:
-                self._unpaired(number, "another pairing was asked for")
         deadline = time.monotonic() + self._timeout_s
         self._wanted[pair.link] = pair, deadline
         if self._listener is None:
@@ -92,7 +90,7 @@ class Peers:
                 transport = connect(pair.address, name=self._name, tls=self._tls)
             except (OSError, ValueError) as error:
                 why = getattr(error, "strerror", None) or error
-                self._unpaired(pair.link, f"{self._name}: cannot be connected to: {why}")
+                self.drop(pair.link, f"{self._name}: cannot be connected to: {why}")
             else:
                 self._pending.append(_Connection(transport, deadline, pair.link))
 
@@ -109,7 +107,7 @@ class Peers:
             if (found := next(fits, None)) is not None:
                 joined += self._join(pair, found)
             elif time.monotonic() > deadline:
-                self._unpaired(pair.link, f"{self._name}: no connection with a HELLO within {self._timeout_s:g} s")
+                self.drop(pair.link, f"{self._name}: no connection with a HELLO within {self._timeout_s:g} s")
         return joined
 
     def losses(self) -> list[Unlinked]:
@@ -141,9 +139,13 @@ class Peers:
         return found
 
     def drop(self, number: int, reason: str) -> None:
-        """Ends the link."""
-        if link := self.links.pop(number, None):
+        """Ends the link, or the wait for it."""
+        link, wanted = self.links.pop(number, None), self._wanted.pop(number, None)
+        if link is not None:
             link.transport.close()
+        for connection in [c for c in self._pending if c.link == number]:
+            self._close(connection)
+        if link or wanted:
             self._losses.append(Unlinked(number, reason))
 
     def close(self) -> None:
@@ -165,12 +167,6 @@ class Peers:
         transports = [*(c.transport for c in self._pending), *(link.transport for link in self.links.values())]
         listening = {self._listener.fileno(): False} if self._listener else {}
         return listening | {transport.fileno(): transport.wants_write for transport in transports}
-
-    def _unpaired(self, number: int, reason: str) -> None:
-        if self._wanted.pop(number, None) is not None:
-            self._losses.append(Unlinked(number, reason))
-            for connection in [c for c in self._pending if c.link == number]:
-                self._close(connection)
 
     def _close(self, connection: _Connection) -> None:
         connection.transport.close()
@@ -197,7 +193,7 @@ class Peers:
         except (ChannelClosed, ConnectionLost) as lost:
             self._close(connection)
             if self._listener is None:
-                self._unpaired(connection.link, str(lost))
+                self.drop(connection.link, str(lost))
             else:  # D may be connected to by anyone
                 self.refusals.append(str(lost))
         else:
@@ -221,7 +217,7 @@ class Peers:
                 transport.send(self._ours)
         except (ValueError, OSError, ChannelClosed) as error:
             transport.close()
-            self._unpaired(pair.link, str(error))
+            self.drop(pair.link, str(error))
             return []
         del self._wanted[pair.link]
         link = self.links[pair.link] = Link(pair.link, pair.incarnation, transport, packing)
