@@ -17,7 +17,7 @@ def now_us() -> int:
 class Timeline:
     def __init__(self, role: Role) -> None:
         self._role = role
-        self._events: deque[Event] = deque()
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._num_dropped = 0
 
     def __len__(self) -> int:
@@ -29,10 +29,8 @@ class Timeline:
         """A span from `start_us` to `end_us`, by default to now."""
         duration_us = (now_us() if end_us is None else end_us) - start_us
         short = {key: value[:MAX_TEXT] if isinstance(value, str) else value for key, value in args.items()}
+        self._num_dropped += len(self._events) == MAX_EVENTS
         self._events.append(Event(name, self._role, start_us, duration_us, request_id, short))
-        if len(self._events) > MAX_EVENTS:
-            self._events.popleft()
-            self._num_dropped += 1
 
     def take(self, max_events: int) -> list[Event]:
         """The oldest, and how many even older ones there was no room for."""
