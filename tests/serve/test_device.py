@@ -16,8 +16,7 @@ from pagewire.serve.model.llama import Llama
 from pagewire.serve.model.rope import inverse_frequencies
 from pagewire.serve.model.sampling import sample
 from pagewire.serve.worker import engine as engines
-from pagewire.serve.worker.decode_step import DecodeStep, Inputs
-from pagewire.serve.worker.engine import Engine, PromptChunk
+from pagewire.serve.worker.engine import DecodeStep, Engine, Inputs, PromptChunk
 from pagewire.transfer import packing as module
 from pagewire.transfer.frames import Block
 from pagewire.transfer.packing import Packing, new_hello
@@ -57,7 +56,7 @@ def test_the_default_device_does_not_matter(tmp_path, kv_dtype):
                 for request, token in zip(made, engine.decode(made), strict=True):
                     request.output.append(token)
             for request in (*made, undecoded):
-                engine.record_decode(request)
+                engine.record(request, "decode", request.logits, request.output)
             hello = new_hello("decode", engine.cache, b"f" * 32)
             packing, arena = Packing(engine.cache, hello, hello), Arena.create(1, 1 << 14)
             block = Block(0, 0, 2, 0, engine.cache.geometry.num_kv_heads)

@@ -14,17 +14,13 @@ from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Decoding, Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
-from pagewire.transfer.frames import Abort, Chunk, Commit, Frame
-from pagewire.transfer.handoff import Action, Refused, Share, Start, Unpack
+from pagewire.transfer.handoff import Action, Share, Start, Unpack
 from pagewire.transfer.packing import held
 from pagewire.transfer.receiver import Receiver
 
 
 class DecodeWorker(Worker):
     def __init__(self, engine: Engine, front: Channel, peers: Peers | None) -> None:
-        super().__init__(engine, front, "decode" if peers else "colocated", peers)
-        self._decoding = Decoding(self)
-        self.batches.append(self._decoding.requests)
         self._receiver = Receiver(
             engine.allocator, engine.config.page_size, (held(engine.cache),),
             vocab_size=engine.model.config.vocab_size, max_waiting=engine.config.max_waiting,
@@ -32,49 +28,29 @@ class DecodeWorker(Worker):
             now_ms=lambda: int(time.monotonic() * 1000),
             new_capability=lambda: secrets.token_bytes(16),
         )  # fmt: skip
+        super().__init__(engine, front, "decode" if peers else "colocated", peers, self._receiver)
+        self._decoding = Decoding(self)
+        self.batches.append(self._decoding.requests)
 
     def admit(self, submit: Submit) -> list[Action]:
         num_tokens = len(submit.token_ids) + submit.max_tokens
         problem, links = self.engine.problem(submit), (submit.link,) if submit.link else ()
         return self._receiver.submit(submit.request_id, tuple(submit.token_ids), num_tokens, problem, links=links)
 
-    def cancel(self, request_id: str) -> None:
-        self.do(self._receiver.cancel(request_id))
-
     def linked(self, link: Link) -> None:
         self._receiver.link(link.number, link.packing.wire, link.staging.num_staging_slots)
-
-    def unlinked(self, number: int) -> None:
-        self.do(self._receiver.lost(number))
-
-    def on_frame(self, number: int, frame: Frame) -> None:
-        match frame:
-            case Chunk():
-                self.do(self._receiver.chunk(number, frame))
-            case Commit():
-                self.do(self._receiver.commit(number, frame))
-            case Abort():
-                self.do(self._receiver.abort(number, frame))
-            case _:
-                self.do([Refused(f"P sent {type(frame).__name__}, which only D sends")])
 
     def step(self) -> bool:
         """A chunk of prompts, then a token for everything that runs."""
         self.do(self._receiver.tick())
-        worked = bool(self.prefilling.requests or self._decoding.requests)
-        if self.prefilling.requests:
-            for request, ending in self.prefilling.step():
+        worked = any(self.batches)
+        for work in (self.prefilling, self._decoding):
+            for request, ending in work.step() if work.requests else ():
                 if ending:
                     self._end(request, ending)
                 else:
                     self._decoding.requests.append(request)
-        if self._decoding.requests:
-            for request, ending in self._decoding.step():
-                self._end(request, ending)
         return worked
-
-    def num_running_waiting(self) -> tuple[int, int]:
-        return len(self.prefilling.requests) + len(self._decoding.requests), self._receiver.num_waiting
 
     def carry_out(self, action: Action) -> None:
         match action:
@@ -98,7 +74,7 @@ class DecodeWorker(Worker):
         assert self.peers is not None
         start_us, chunk = now_us(), unpack.chunk
         if (link := self.peers.links.get(unpack.link)) is None:  # since this turn began
-            self.unlinked(unpack.link)
+            self.do(self._receiver.lost(unpack.link))
             return "the link is lost"
         try:
             problem = link.packing.unpack(chunk, unpack.pages, link.staging.staging_slot(chunk.slot))
@@ -111,12 +87,11 @@ class DecodeWorker(Worker):
         return None
 
     def _start(self, start: Start) -> None:
-        submit, submitted_us = self._submits[start.request_id]
+        submit, _ = self._submits[start.request_id]
         if not all(self._same_digests(start, share) for share in start.shares if share.commit.digests):
             self.do(self._receiver.fail(start.request_id, "D's KV differs from P's"), retry=False)
             return
-        request = RequestState(submit, submitted_us, start.pages, output=[start.first_token])
-        request.computed_us = now_us()
+        request = RequestState(submit, now_us(), start.pages, output=[start.first_token])
         self.requests[submit.request_id] = request
         self._decoding.requests.append(request)
 

@@ -1,6 +1,7 @@
 """The model, its page pool, and the two steps every worker is made of: prefill and decode."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from pagewire.serve.messages import Sampling, Submit
 from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.model.llama import Llama
 from pagewire.serve.model.sampling import sample
-from pagewire.serve.worker.decode_step import DecodeStep, Inputs
 from pagewire.types import QUANT_MAX
 
+_ALIGN = 4  # int32 values: 16 bytes, for which kernels are compiled
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # also a file name when recording
 
 
@@ -30,13 +31,11 @@ class RequestState:
     """One request in one process: its prompt, its pages, and how far it is."""
 
     submit: Submit
-    submitted_us: int
+    since_us: int  # it waits for this stage: submitted, or the prompt's KV is complete here
     pages: list[int]
     output: list[int] = field(default_factory=list)  # token ids the client gets
     num_computed: int = 0  # prompt tokens whose KV a prefill here has put into the cache
-    started_us: int = 0  # start of the first prefill forward
-    computed_us: int = 0  # the prompt's KV is complete here
-    decoded_us: int = 0  # start of the first decode step
+    started_us: int = 0  # start of the stage's first forward
     pushed_us: int = 0  # P: start of the first push
     committed_us: int = 0  # P: the COMMIT left
     pushed_bytes: int = 0
@@ -81,6 +80,69 @@ def next_chunks(requests: Sequence[RequestState], max_tokens: int) -> list[Promp
         chunks.append(PromptChunk(request, start, stop))
         max_tokens -= stop - start
     return chunks
+
+
+class Inputs:
+    """What a forward needs from the host, int32 all of it: one copy takes it to the device, and nothing waits."""
+
+    def __init__(self, device: torch.device, **shapes: tuple[int, ...]) -> None:
+        sizes = [-(-math.prod(shape) // _ALIGN) * _ALIGN for shape in shapes.values()]
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self._device = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+        here, there = (
+            {
+                name: room[: math.prod(shape)].view(shape)
+                for (name, shape), room in zip(shapes.items(), whole.split(sizes), strict=True)
+            }
+            for whole in (self._host, self._device)
+        )
+        self.host, self._inputs = {name: part.numpy() for name, part in here.items()}, there
+
+    def upload(self, chunks: Sequence[PromptChunk], page_size: int) -> dict[str, Tensor]:
+        """By name, on the device: what `host` holds, and these chunks."""
+        host, stop = self.host, 0
+        for row, chunk in enumerate(chunks):
+            positions, pages = np.arange(chunk.start, chunk.stop), chunk.request.page_row
+            start, stop = stop, stop + len(positions)
+            host["token_ids"][start:stop] = chunk.token_ids
+            host["positions"][start:stop] = positions
+            host["slot_mapping"][start:stop] = pages[positions // page_size] * page_size + positions % page_size
+            host["page_table"][row, : len(pages)] = pages  # entries past a request's are never read
+            host["seq_lens"][row] = chunk.stop
+        # the rows beyond write nowhere and attend to nothing
+        host["slot_mapping"][stop:], host["seq_lens"][len(chunks) :] = -1, 0
+        self._device.copy_(self._host, non_blocking=True)
+        return self._inputs
+
+
+class DecodeStep:
+    """A token for at most `batch_size` requests. captures: the first run is made a graph that the others replay."""
+
+    def __init__(self, model: Llama, cache: pw.PagedKVCache, batch_size: int, max_pages: int, captures: bool) -> None:
+        self._model, self._cache, self._captures = model, cache, captures
+        of_rows = dict.fromkeys(("token_ids", "positions", "slot_mapping", "seq_lens"), (batch_size,))
+        self._inputs = Inputs(model.device, **of_rows, page_table=(batch_size, max_pages))
+        self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # and its logits
+
+    def run(self, chunks: Sequence[PromptChunk], on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """fp32 [len(chunks), vocab_size], which the next run may write over.
+
+        on_layer: as `Llama.forward`'s; behind a graph, which cannot call, once and with the last layer.
+        """
+        inputs = self._inputs.upload(chunks, self._cache.page_size)
+        if self._graph is not None:
+            graph, logits = self._graph
+            graph.replay()
+            if on_layer is not None:
+                on_layer(self._cache.num_layers - 1)
+            return logits[: len(chunks)]
+        logits = self._model.forward(cache=self._cache, **inputs, on_layer=on_layer)
+        if self._captures:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._graph = graph, self._model.forward(cache=self._cache, **inputs, on_layer=None)
+        return logits[: len(chunks)]
 
 
 class Engine:
@@ -160,8 +222,8 @@ class Engine:
         finished = [chunk.request for chunk, is_done in zip(chunks, done, strict=True) if is_done]
         tokens = self._sample(finished, logits)
         for request, token, row in zip(finished, tokens, logits, strict=True):
-            if self._record_dir and token is not None:
-                self._record(request, "prefill", [row], [*request.submit.token_ids, token])
+            if token is not None:
+                self.record(request, "prefill", [row], [*request.submit.token_ids, token])
         return dict(zip(finished, tokens, strict=True))
 
     def decode(self, requests: list[RequestState], on_layer: Callable[[int], None] | None = None) -> list[int | None]:
@@ -179,23 +241,19 @@ class Engine:
                 request.logits.append(row.to("cpu", copy=True))
         return self._sample(requests, logits)
 
-    def record_decode(self, request: RequestState) -> None:
-        """Writes the logits of the request's decode steps and its output, if asked to."""
-        if self._record_dir:
-            self._record(request, "decode", request.logits, request.output)
-
     def _sample(self, requests: list[RequestState], logits: Tensor) -> list[int | None]:
         """None for a row with NaN or infinity, which fails its own request only."""
         positions = [request.prompt_len + len(request.output) for request in requests]
         return sample(logits, [request.submit.sampling for request in requests], positions)
 
-    def _record(self, request: RequestState, phase: str, logits: list[Tensor], token_ids: list[int]) -> None:
-        """<request id>.<phase>.safetensors: logits fp32 [num_rows, vocab_size], token_ids int64.
+    def record(self, request: RequestState, phase: str, logits: list[Tensor], token_ids: list[int]) -> None:
+        """If asked to, <request id>.<phase>.safetensors: logits fp32 [num_rows, vocab_size], token_ids int64.
 
         prefill: the logits after the prompt; the prompt, then the first token.
         decode: one row per step; the output tokens, the first one included.
         """
-        assert self._record_dir is not None
+        if self._record_dir is None:
+            return
         rows = torch.stack(logits).cpu() if logits else torch.empty(0, self.model.config.vocab_size, device="cpu")
         path = self._record_dir / f"{request.id}.{phase}.safetensors"
         save_file({"logits": rows.contiguous(), "token_ids": torch.tensor(token_ids, device="cpu")}, path)

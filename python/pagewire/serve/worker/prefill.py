@@ -10,8 +10,8 @@ from pagewire.serve.worker.steps import Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.codec import ConnectionLost
-from pagewire.transfer.frames import Abort, Ack, Commit, Credit, Frame, Reserve
-from pagewire.transfer.handoff import Action, Push, Refused, Send
+from pagewire.transfer.frames import Ack, Commit, Credit, Frame
+from pagewire.transfer.handoff import Action, Push, Send
 from pagewire.transfer.sender import Sender
 
 MAX_HELD_FRAMES = 4 * MAX_FRAMES  # that arrived during a forward; the rest waits in the socket
@@ -19,9 +19,9 @@ MAX_HELD_FRAMES = 4 * MAX_FRAMES  # that arrived during a forward; the rest wait
 
 class PrefillWorker(Worker):
     def __init__(self, engine: Engine, front: Channel, peers: Peers) -> None:
-        super().__init__(engine, front, "prefill", peers)
         self._peers = peers
         self._sender = Sender(engine.allocator, engine.config.page_size, now_ms=lambda: now_us() // 1000)
+        super().__init__(engine, front, "prefill", peers, self._sender)
         self._frames: deque[tuple[int, Frame]] = deque()  # arrived during a forward, for after it
 
     def admit(self, submit: Submit) -> list[Action]:
@@ -33,29 +33,14 @@ class PrefillWorker(Worker):
             self._submits.pop(submit.request_id, None)
         return actions
 
-    def cancel(self, request_id: str) -> None:
-        self.do(self._sender.cancel(request_id))
-
     def linked(self, link: Link) -> None:
         staging = link.staging
         self._sender.link(link.number, link.packing.wire, staging.num_staging_slots, staging.staging_slot_bytes)
 
-    def unlinked(self, number: int) -> None:
-        self.do(self._sender.lost(number))
-
     def on_frame(self, number: int, frame: Frame) -> None:
-        match frame:
-            case Reserve():
-                self.do(self._sender.reserve(number, frame))
-            case Credit():
-                self.do(self._sender.credit(number, frame))
-            case Ack():
-                self._acked(self.requests.get(frame.request_id))
-                self.do(self._sender.ack(number, frame))
-            case Abort():
-                self.do(self._sender.abort(number, frame))
-            case _:
-                self.do([Refused(f"D sent {type(frame).__name__}, which only P sends")])
+        if isinstance(frame, Ack):
+            self._acked(self.requests.get(frame.request_id))
+        super().on_frame(number, frame)
         self._push()
 
     def step(self) -> bool:
@@ -68,9 +53,6 @@ class PrefillWorker(Worker):
             self._computed(request, ending)
         self._push()
         return True
-
-    def num_running_waiting(self) -> tuple[int, int]:
-        return len(self.prefilling.requests), self._sender.num_waiting
 
     def on_layer(self, layer: int, chunks: list[PromptChunk]) -> None:
         super().on_layer(layer, chunks)
@@ -116,7 +98,7 @@ class PrefillWorker(Worker):
                 continue
             try:
                 if send.link not in self._peers.links:  # since this turn began
-                    self.unlinked(send.link)
+                    self.do(self._sender.lost(send.link))
                     raise ConnectionLost("the link is lost")
                 self._push_one(send, self._peers.links[send.link])
             except Exception as error:
@@ -138,6 +120,6 @@ class PrefillWorker(Worker):
             return
         end_us = now_us()
         args = {"bytes": request.pushed_bytes, "pack_us": request.pack_us}
-        self.timeline.add("transfer_late", request.computed_us, request.committed_us, request.id)
+        self.timeline.add("transfer_late", request.since_us, request.committed_us, request.id)
         self.timeline.add("join_wait", request.committed_us, end_us, request.id)
         self.timeline.add("transfer_total", request.pushed_us, end_us, request.id, **args)

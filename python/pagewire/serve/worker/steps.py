@@ -3,6 +3,7 @@
 A failing forward fails the requests of its batch and nothing else.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import AcceleratorError
@@ -19,8 +20,7 @@ FATAL = (ChannelClosed, AcceleratorError)  # a GPU that has failed fails all tha
 MAX_DESCRIPTION = 1000  # characters of an exception that a client is told
 
 Ending = Finished | Failed  # the last word on a request
-Prefilled = list[tuple[RequestState, Ending | None]]  # None: it goes on to decode
-Ended = list[tuple[RequestState, Ending]]
+Left = list[tuple[RequestState, Ending | None]]  # None: it goes on to decode
 
 
 def describe(error: Exception) -> str:
@@ -29,83 +29,80 @@ def describe(error: Exception) -> str:
     return text.encode("utf-8", "replace").decode()  # a file name in it need not be text
 
 
-class Prefilling:
-    """Requests whose prompts are being computed, first come first."""
+class _Work:
+    """Requests that get one kind of forward, first come first."""
 
     def __init__(self, worker: "Worker") -> None:
         self._worker = worker
         self.requests: list[RequestState] = []
 
-    def step(self) -> Prefilled:
-        """One forward over at most prefill_chunk prompt tokens; a complete prompt's first token."""
-        worker = self._worker
-        chunks = next_chunks(self.requests, worker.config.prefill_chunk)
+    def _forward(
+        self, batch: list[RequestState], queue: str, forward: Callable[[], dict[RequestState, int | None]]
+    ) -> tuple[dict[RequestState, int | None], Left]:
+        """Its tokens, or the ends of all when it failed. queue: the span until a request's first one."""
         start_us = now_us()
-        for chunk in chunks:
-            request = chunk.request
+        for request in batch:
             if not request.started_us:
                 request.started_us = start_us
-                worker.timeline.add("queue_p", request.submitted_us, start_us, request.id)
+                self._worker.timeline.add(queue, request.since_us, start_us, request.id)
         try:
-            first_tokens = worker.engine.prefill(chunks, lambda layer: worker.on_layer(layer, chunks))
+            return forward(), []
         except FATAL:
             raise
         except Exception as error:
             message = describe(error)
-            return self._leave([(chunk.request, Failed(chunk.request.id, message)) for chunk in chunks])
-        end_us = now_us()
-        for chunk in chunks:
-            args = {"start": chunk.start, "stop": chunk.stop}
-            worker.timeline.add("prefill_chunk", start_us, end_us, chunk.request.id, **args)
-        left: Prefilled = []
-        for request, token_id in first_tokens.items():
-            if request not in self.requests:
-                continue  # dropped while it was computed
-            args = {"tokens": request.prompt_len}
-            worker.timeline.add("prefill", request.started_us, end_us, request.id, **args)
-            request.computed_us = end_us
-            left.append((request, worker.emit(request, token_id)))
-        return self._leave(left)
+            return {}, [(request, Failed(request.id, message)) for request in batch]
 
-    def _leave(self, left: Prefilled) -> Prefilled:
+    def _leave(self, left: Left) -> Left:
         for request, _ in left:
             if request in self.requests:
                 self.requests.remove(request)
         return left
 
 
-class Decoding:
-    """Requests that get one token a step, first come first."""
+class Prefilling(_Work):
+    """Their prompts are being computed."""
 
-    def __init__(self, worker: "Worker") -> None:
-        self._worker = worker
-        self.requests: list[RequestState] = []
+    def step(self) -> Left:
+        """One forward over at most prefill_chunk prompt tokens; a complete prompt's first token."""
+        worker, start_us = self._worker, now_us()
+        chunks = next_chunks(self.requests, worker.config.prefill_chunk)
+        tokens, left = self._forward(
+            [chunk.request for chunk in chunks], "queue_p",
+            lambda: worker.engine.prefill(chunks, lambda layer: worker.on_layer(layer, chunks)),
+        )  # fmt: skip
+        end_us = now_us()
+        for chunk in chunks if not left else ():
+            args = {"start": chunk.start, "stop": chunk.stop}
+            worker.timeline.add("prefill_chunk", start_us, end_us, chunk.request.id, **args)
+        for request, token_id in tokens.items():
+            if request not in self.requests:
+                continue  # dropped while it was computed
+            worker.timeline.add("prefill", request.started_us, end_us, request.id, tokens=request.prompt_len)
+            request.since_us, request.started_us = end_us, 0
+            left.append((request, worker.emit(request, token_id)))
+        return self._leave(left)
 
-    def step(self) -> Ended:
+
+class Decoding(_Work):
+    """They get one token a step."""
+
+    def step(self) -> Left:
         """One forward over at most max_batch_size requests; those that ended with it."""
-        worker = self._worker
+        worker, start_us = self._worker, now_us()
         batch = self.requests[: worker.config.max_batch_size]
-        start_us = now_us()
-        for request in batch:
-            if not request.decoded_us:
-                request.decoded_us = start_us
-                worker.timeline.add("queue_d", request.computed_us, start_us, request.id)
-        try:
-            token_ids = worker.engine.decode(batch, lambda layer: worker.on_layer(layer, []))
-        except FATAL:
-            raise
-        except Exception as error:
-            message = describe(error)
-            return self._leave([(request, Failed(request.id, message)) for request in batch])
-        worker.timeline.add("decode_step", start_us, batch_size=len(batch))
-        endings = [(request, worker.emit(request, token)) for request, token in zip(batch, token_ids, strict=True)]
-        return self._leave([(request, ending) for request, ending in endings if ending])
-
-    def _leave(self, left: Ended) -> Ended:
+        tokens, left = self._forward(
+            batch, "queue_d",
+            lambda: dict(
+                zip(batch, worker.engine.decode(batch, lambda layer: worker.on_layer(layer, [])), strict=True)
+            ),
+        )  # fmt: skip
+        if not left:
+            worker.timeline.add("decode_step", start_us, batch_size=len(batch))
+        endings = [(request, worker.emit(request, token)) for request, token in tokens.items()]
+        left += [(request, ending) for request, ending in endings if ending]
         for request, ending in left:
-            self.requests.remove(request)
-            args = {"tokens": len(request.output)}
-            self._worker.timeline.add("decode", request.decoded_us, None, request.id, **args)
+            worker.timeline.add("decode", request.started_us, None, request.id, tokens=len(request.output))
             if isinstance(ending, Finished):
-                self._worker.engine.record_decode(request)
-        return left
+                worker.engine.record(request, "decode", request.logits, request.output)
+        return self._leave(left)

@@ -1,6 +1,7 @@
 """What the model processes share: the channel to the front, the links to the other ones, requests, beats."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import msgspec
 
@@ -24,7 +25,7 @@ from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Ending, Prefilling
 from pagewire.serve.worker.timeline import Timeline, now_us
 from pagewire.transfer.frames import Frame
-from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Refused, RequestFailed, Send
+from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Machine, Refused, RequestFailed, Send
 
 REPORT_US = 50_000  # events and gauges travel at most this often
 BEAT_US = 500_000  # and unchanged gauges at least this often
@@ -34,12 +35,15 @@ EVENTS_A_REPORT = 256
 class Worker(ABC):
     """One model process's behaviour: messages and frames in, one unit of work per `step`."""
 
-    def __init__(self, engine: Engine, front: Channel, role: Role, peers: Peers | None) -> None:
+    def __init__(
+        self, engine: Engine, front: Channel, role: Role, peers: Peers | None, machine: Machine[Any, Any]
+    ) -> None:
         self.role = role
         self.engine = engine
         self.config = engine.config
         self.timeline = Timeline(role)
         self.peers = peers
+        self._machine = machine
         self.prefilling = Prefilling(self)
         self.batches = [self.prefilling.requests]  # the lists of requests that steps work on
         self.requests: dict[str, RequestState] = {}  # that own pages
@@ -55,26 +59,16 @@ class Worker(ABC):
         """Hands the request to the machine of this side."""
 
     @abstractmethod
-    def cancel(self, request_id: str) -> None: ...
-
-    @abstractmethod
     def step(self) -> bool:
         """Does one unit of work; False if there is none."""
-
-    @abstractmethod
-    def num_running_waiting(self) -> tuple[int, int]: ...
 
     @abstractmethod
     def linked(self, link: Link) -> None:
         """Raises ValueError when its staging arena does not suit."""
 
-    @abstractmethod
-    def unlinked(self, number: int) -> None:
-        """Drops what needed the link, and tells nobody."""
-
-    @abstractmethod
     def on_frame(self, number: int, frame: Frame) -> None:
         """number: of its link."""
+        self.do(self._machine.frame(number, frame))
 
     def on_front(self, message: FrontMessage) -> None:
         match message:
@@ -84,7 +78,7 @@ class Worker(ABC):
                 self._submits.setdefault(request_id, (message, now_us()))
                 self.do(self.admit(message), retry=False)
             case Cancel(request_id):
-                self.cancel(request_id)
+                self.do(self._machine.cancel(request_id))
             case Pair():
                 if self.peers is not None:
                     self.peers.pair(message)
@@ -94,7 +88,7 @@ class Worker(ABC):
         if self.peers is None:
             return
         for loss in self.peers.losses():
-            self.unlinked(loss.link)
+            self.do(self._machine.lost(loss.link))
             self._front.send(loss)
         for link in self.peers.join():
             try:
@@ -185,11 +179,10 @@ class Worker(ABC):
         self._reported_us = now
         if events := self.timeline.take(EVENTS_A_REPORT):
             self._front.send(Events(events))
-        num_running, num_waiting = self.num_running_waiting()
         allocator = self.engine.allocator
         pages: dict[str, int] = {state: n for state, n in allocator.counts().items()}
         pages["total"] = allocator.num_pages
-        gauges = Gauges(self.role, pages, num_running, num_waiting)
+        gauges = Gauges(self.role, pages, sum(map(len, self.batches)), self._machine.num_waiting)
         if gauges != self._gauges or now - self._beat_us >= BEAT_US:
             self._front.send(msgspec.structs.replace(gauges, progress=self._progress))
             self._gauges, self._beat_us = gauges, now
