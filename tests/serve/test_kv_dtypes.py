@@ -38,7 +38,8 @@ def ask(folder: Path, *options: str) -> tuple[np.ndarray, dict]:
             newest = server.request("GET", "/debug/requests")[1]["requests"][0]
             return {event["name"]: event for event in newest["events"]}
 
-        wait_for(lambda: {"decode", "request"} <= set(events()), 5)
+        wanted = {"decode", "request"} | (set() if "--colocated" in options else {"transfer_total"})
+        wait_for(lambda: wanted <= set(events()), 5)
         decode = folder / f"{answer['id']}-0.decode.safetensors"
         wait_for(decode.exists, 5)
         (first,) = load_file(folder / f"{answer['id']}-0.prefill.safetensors")["logits"]

@@ -281,12 +281,12 @@ def test_more_than_fits_waits_its_turn(pair: Stepped) -> None:
 
 
 def test_prefill_that_never_comes_runs_into_the_deadline(model: str) -> None:
-    pair = Stepped(config_of(model, handoff_timeout_ms=1))
+    pair = Stepped(config_of(model, handoff_timeout_ms=100))
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     pair.turn_d()
-    time.sleep(0.002)
+    time.sleep(0.101)
     pair.turn_d()
-    assert "nothing came from P within 1 ms" in pair.ends["a"][0].message and pair.ends["a"][0].retry
+    assert "nothing came from P within 100 ms" in pair.ends["a"][0].message and pair.ends["a"][0].retry
     pair.until(pair.pages_free)
 
 

@@ -11,7 +11,6 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-import msgspec
 import pytest
 from msgspec import Struct
 
