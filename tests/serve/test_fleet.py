@@ -187,6 +187,12 @@ def test_what_cannot_work_is_said(model, certificates, tmp_path):
     assert "expected TLS" in refusal("--role", "front", "--model", model, "--peer", "decode@192.0.2.1:9")
     missing = ("--tls-ca", str(tmp_path / "none.pem"), *tls[2:])
     assert "none.pem" in refusal(*role, *missing)
+    assert "none.pem" in refusal("--role", "front", "--model", model, "--peer", "decode@127.0.0.1:9", *missing)
+    assert "--tls-ca: expected with --role" in refusal("--model", model, *tls)
+    assert "--kv-transport: expected shm with --role decode" in refusal(*role, "--kv-transport", "cuda-ipc")
+    assert "kv_transport: expected shm for caches on cpu" in refusal(
+        "--model", model, "--kv-transport", "cuda-ipc", "--device", "cpu", "--port", "0"
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert "in use" in refusal("--role", "decode", "--model", model, "--port", port).lower()

@@ -202,6 +202,14 @@ def _main(argv: list[str]) -> int:
         if limits.max_inflight < 1 or not limits.request_timeout_s > 0:
             raise ValueError("--max-queue and --request-timeout: expected more than 0")
         config.check()
+        if config.tls and args.role == "all":
+            raise ValueError(
+                "--tls-ca: expected with --role front, prefill or decode; on one machine nothing crosses TCP"
+            )
+        if config.kv_transport != "shm" and args.role != "all":
+            raise ValueError(f"--kv-transport: expected shm with --role {args.role}, got {config.kv_transport}")
+        if config.tls:
+            config.tls.context(server_side=False)
         for _, host, port in map(parse_peer, args.peer):
             if config.tls is None:
                 resolve(f"tcp://{_at(host, port)}", None)
