@@ -234,5 +234,7 @@ def test_a_truncated_model_is_one_sentence(tmp_path):
     result = subprocess.run(command("--model", str(model), "--port", "0"), env=environment(), capture_output=True,
                             text=True, timeout=60)  # fmt: skip
     assert result.returncode == 1
-    (line,) = result.stderr.strip().splitlines()
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    (line,) = lines
     assert line.startswith("pagewire serve: ") and "model.safetensors" in line

@@ -1,6 +1,7 @@
 """Who is joined with whom, and who is late, without processes."""
 
 import asyncio
+import signal
 import time
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 
 from pagewire.net.channel import ChannelClosed
 from pagewire.serve.config import WorkerConfig
-from pagewire.serve.front import links
+from pagewire.serve.front import links, process
 from pagewire.serve.front import worker as workers
 from pagewire.serve.front.metrics import Metrics
 from pagewire.serve.front.process import WorkerProcess
@@ -300,7 +301,8 @@ def test_a_late_process_is_killed_for_a_reason(monkeypatch, messages, why):
     now = 0.0
     monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now))
     killed = []
-    told = WorkerProcess("decode", SimpleNamespace(returncode=None, pid=7, kill=lambda: killed.append(now)), None)
+    monkeypatch.setattr(process, "os", SimpleNamespace(kill=lambda pid, number: killed.append((pid, number))))
+    told = WorkerProcess("decode", SimpleNamespace(returncode=None, pid=7), None)
     ready = Ready("decode", 1, "m", 512, 100, 320, "", "")
     due = dict(messages)
     for second in range(700):
@@ -311,4 +313,4 @@ def test_a_late_process_is_killed_for_a_reason(monkeypatch, messages, why):
         if killed:
             break
         assert told.beating == (told.ready is not None and now - min(told._heard, told._progressed) < 5)
-    assert bool(killed) == bool(why) and why in told._killed_for
+    assert killed == ([(7, signal.SIGKILL)] if why else []) and why in told._killed_for

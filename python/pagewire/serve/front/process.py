@@ -1,6 +1,7 @@
 """A model process that we start, on this machine."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -88,7 +89,10 @@ class WorkerProcess(Worker):
 
     def _kill(self) -> None:
         if self.process.returncode is None:
-            self.process.kill()
+            # asyncio's kill() polls first: it may reap one that has just ended behind the back of asyncio's watcher,
+            # which then warns that the exit code is lost
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
 
     async def _read_stderr(self) -> None:
         """Passes on what the process says once it is up; before that, it is why it did not start."""
