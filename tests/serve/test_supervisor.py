@@ -130,6 +130,21 @@ def test_d_serves_alone_when_it_is_not_joined_in_time(monkeypatch):
     asyncio.run(run())
 
 
+def test_d_does_not_wait_for_a_p_that_has_ended():
+    async def run() -> None:
+        front, d, p = make(), worker("decode", "dd"), worker("prefill", "pp")
+        up(front, d, p)
+        link(front, 1, d, p)
+        down(front, d)
+        d2 = worker("decode", "d2")
+        up(front, d2)
+        assert serving(front) == {}, "it is being joined"
+        down(front, p)
+        assert serving(front) == {"d2": []}
+
+    asyncio.run(run())
+
+
 def output(request_id: str, **state) -> Told:
     """A request of which nothing was emitted."""
     submit = Submit(request_id, [1, 2], 4, [], Sampling())
