@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pagewire.net.channel import frame
 from serve.http_server import Server, command, environment, serve, wait_for
 from serve.test_recovery import OPTIONS, Stream, bodies, conserved
 from serve.tiny import make_tiny_llama
@@ -166,6 +168,26 @@ def test_a_front_with_another_certificate_is_refused(model, certificates, presen
             "--role", "front", "--model", model, "--peer", member.name, *certificates.options("front"), healthy=False
         ) as server:
             wait_for(lambda: server.post("/v1/completions", prompt=[40], max_tokens=3)[0] == 200, 30)
+    finally:
+        member.end()
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "tls"])
+def test_who_only_knocks_does_not_end_a_member(model, certificates, secured):
+    """Connections that are reset before anything is said, as a port scan leaves them, and some that talk nonsense."""
+    options = {role: certificates.options(role) if secured else [] for role in ("decode", "front")}
+    member = Member("decode", ["--model", model, *OPTIONS, *options["decode"]])
+    try:
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", member.port)) as knock:
+                knock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        for nonsense in (frame(b"nonsense"), b"GET / HTTP/1.1\r\n\r\n", frame(b""), b"\x01"):
+            with socket.create_connection(("127.0.0.1", member.port)) as stranger:
+                stranger.sendall(nonsense)
+        peer = ("--peer", member.name)
+        with serve("--role", "front", "--model", model, *peer, *options["front"], healthy=False) as server:
+            wait_for(lambda: server.post("/v1/completions", prompt=[40], max_tokens=3)[0] == 200, 30)
+        assert member.process.poll() is None
     finally:
         member.end()
 

@@ -46,6 +46,11 @@ class Tls:
         return context
 
 
+def at(host: str, port: int) -> str:
+    """As in an address: IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def resolve(address: str, tls: Tls | None, flags: int = 0) -> tuple[socket.AddressFamily, Any]:
     """The first address of tcp://host:port. Raises ValueError, also when it may not be used without TLS."""
     try:

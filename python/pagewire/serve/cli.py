@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import uvicorn
 
-from pagewire.net.tls import Tls, resolve
+from pagewire.net.tls import Tls, at, resolve
 from pagewire.serve.config import DTYPES, KV_ADDRESSES, KV_DTYPES, WorkerConfig
 from pagewire.serve.front.app import make_app
 from pagewire.serve.front.generation import Front
@@ -170,10 +170,6 @@ async def _serve(front: Front, sock: socket.socket, api_key: str | None) -> str 
     return await tasks[0]
 
 
-def _at(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def main(argv: list[str]) -> int:
     try:
         return _main(argv)
@@ -212,11 +208,11 @@ def _main(argv: list[str]) -> int:
             config.tls.context(server_side=False)
         for _, host, port in map(parse_peer, args.peer):
             if config.tls is None:
-                resolve(f"tcp://{_at(host, port)}", None)
+                resolve(f"tcp://{at(host, port)}", None)
     except ValueError as error:
         raise ServeError(str(error)) from None
     if args.role in ROLES:
-        command = worker_command(args.role, config, "--listen", _at(args.host, args.port))
+        command = worker_command(args.role, config, "--listen", at(args.host, args.port))
         os.execve(command[0], command, thread_environment(config))  # this process becomes the model process
     name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
     with listen(args.host, args.port, api_key) as sock:
@@ -229,7 +225,7 @@ def _main(argv: list[str]) -> int:
         front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits, supervisor, metrics, events)
         host, port = sock.getsockname()[:2]
         print(
-            f"pagewire: http://{_at(host, port)} serves {name} "
+            f"pagewire: http://{at(host, port)} serves {name} "
             f"from {', '.join(args.peer) or ('one process' if args.colocated else 'two processes, P and D')}",
             flush=True,
         )

@@ -4,14 +4,14 @@ import functools
 import hashlib
 import secrets
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 import pagewire as pw
 from pagewire.transfer.checksum import checksum
-from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Block, ChecksumKind, Chunk, Held, Hello, Range
+from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Block, ChecksumKind, Chunk, Dtype, Held, Hello, Range
 from pagewire.transfer.negotiation import negotiate
 from pagewire.transfer.transport import STAGING_ALIGN
 from pagewire.types import dtype_name
@@ -24,7 +24,7 @@ def held(cache: pw.PagedKVCache, layer_start: int = 0, head_start: int = 0) -> H
     """What a rank or stage holds whose cache begins with this layer of its group and this kv head of the model."""
     of = pw.packed_shape(cache, 1)
     layers, heads = (layer_start, layer_start + of.num_layers), (head_start, head_start + of.num_heads)
-    return Held(*layers, *heads, of.head_dim, of.head_dim_v, DTYPES[DTYPES.index(dtype_name(of.dtype))], of.scale_kind)
+    return Held(*layers, *heads, of.head_dim, of.head_dim_v, cast(Dtype, dtype_name(of.dtype)), of.scale_kind)
 
 
 def new_hello(

@@ -7,7 +7,7 @@ import os
 import socket
 from typing import Any
 
-from pagewire.net.tls import Tls, prepare, resolve, secure
+from pagewire.net.tls import Tls, at, prepare, resolve, secure
 from pagewire.transfer.frames import Chunk, Frame, Hello
 from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
 
@@ -45,9 +45,7 @@ class TcpListener(Listener):
         family, where = resolve(address, tls)
         self._context = tls.context(server_side=True) if tls else None
         sock = socket.create_server(where, family=family, backlog=BACKLOG)
-        host, port = sock.getsockname()[:2]
-        bound = f"tcp://[{host}]:{port}" if family == socket.AF_INET6 else f"tcp://{host}:{port}"
-        super().__init__(sock, bound, hello, staging, name)
+        super().__init__(sock, f"tcp://{at(*sock.getsockname()[:2])}", hello, staging, name)
 
     def serve(self, sock: socket.socket) -> Transport:
         prepare(sock)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pagewire.net.channel import Channel
-from pagewire.net.tls import prepare, resolve, secure
+from pagewire.net.tls import at, prepare, resolve, secure
 from pagewire.serve.channel import WORKER_CODEC
 from pagewire.serve.config import WorkerConfig
 
@@ -35,16 +35,16 @@ class Fronts:
     def __iter__(self) -> Iterator[Front]:
         while True:
             sock, peer = self._listener.accept()
-            host = sock.getsockname()[0]
-            prepare(sock)  # we beat, so a front whose machine is gone leaves something that is not acknowledged
-            if self._context:
-                sock = secure(self._context, sock, "front", server_side=True)
-                try:
+            try:
+                host = sock.getsockname()[0]
+                prepare(sock)  # we beat, so a front whose machine is gone leaves something that is not acknowledged
+                if self._context:
+                    sock = secure(self._context, sock, "front", server_side=True)
                     sock.settimeout(HANDSHAKE_S)
                     sock.do_handshake()
-                except OSError as error:
-                    print(f"refused {peer[0]}: TLS: {error}", file=sys.stderr, flush=True)
-                    sock.close()
-                    continue
-            kv_address = f"tcp://{f'[{host}]' if ':' in host else host}:{self._kv_port}"
+            except OSError as error:  # whoever it was: we wait for the next one
+                print(f"refused {peer[0]}: {'TLS: ' if self._context else ''}{error}", file=sys.stderr, flush=True)
+                sock.close()
+                continue
+            kv_address = f"tcp://{at(host, self._kv_port)}"
             yield Front(Channel(sock, WORKER_CODEC, name=f"the front at {peer[0]}"), kv_address)

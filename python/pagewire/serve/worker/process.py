@@ -62,11 +62,12 @@ def main(argv: list[str] | None = None) -> int:
 def serve(worker: "Worker", front: Channel) -> None:
     """Until Shutdown, or until the front is gone."""
     try:
+        worker.send_ready(os.getpid())
         while (timeout_s := turn(worker, front)) is not None:
             wait([front], timeout_s, worker.peers.watched() if worker.peers else {})
         front.drain(LAST_WORD_S)
-    except ChannelClosed as closed:
-        _say(f"{worker.role}: {closed}")
+    except (ChannelClosed, msgspec.MsgspecError) as error:
+        _say(f"{worker.role}: {error}")
     finally:
         front.close()
         if worker.peers:
@@ -121,7 +122,6 @@ def _serve(role: Literal["prefill", "decode", "colocated"], engine: "Engine", fr
             raise ValueError(f"kv_transport: expected shm for caches on {engine.cache.device.type}, got cuda-ipc")
         peers = Peers(hello, engine.cache, config, front.kv_address or KV_ADDRESSES[config.kv_transport])
         worker = (PrefillWorker if role == "prefill" else DecodeWorker)(engine, front.channel, peers)
-    worker.send_ready(os.getpid())
     serve(worker, front.channel)
 
 
