@@ -27,16 +27,23 @@ void quantise_row(const float* row, int64_t width, float divisor, Target* to) {
     }
 }
 
-constexpr int64_t kTokensAhead = 2;  // fetched: slots follow no order that a processor could guess
+constexpr int64_t kBytesAhead = 12 * 1024;  // fetched: pages follow no order that a processor could guess
 
 struct Place {  // of a token on one side
     int64_t page, token;
 };
 
-inline char* row_of(const MoveSide& side, Place at, int64_t head) {
-    const int64_t element = at.page * side.stride_page + at.token * side.stride_token + head * side.stride_head;
-    return side.data + element * item_size(side.dtype);
-}
+// A side's rows, counted in bytes.
+struct Rows {
+    char* data;
+    int64_t page, token, head;
+
+    explicit Rows(const MoveSide& side) : data(side.data) {
+        const int64_t item = item_size(side.dtype);
+        page = side.stride_page * item, token = side.stride_token * item, head = side.stride_head * item;
+    }
+    char* at(Place place) const { return data + place.page * page + place.token * token; }
+};
 
 inline float* scale_of(const MoveSide& side, Place at, int64_t head) { return side.scale.at(at.page, at.token, head); }
 
@@ -44,10 +51,11 @@ inline float read_scale(const MoveSide& side, Place at, int64_t head) {
     return side.scale.has_data() ? *scale_of(side, at, head) : side.scale.value;
 }
 
-inline void convert_token(const MoveParams& p, const Move& m, Place from, Place to) {
+inline void convert_token(const MoveParams& p, const Move& m, const Rows& source, const Rows& target, Place from,
+                          Place to) {
     alignas(64) float row[kMaxWidth];
     for (int64_t head = 0; head < p.num_heads; ++head) {
-        load_row(m.source.dtype, row_of(m.source, from, head), m.width, row);
+        load_row(m.source.dtype, source.at(from) + head * source.head, m.width, row);
         if (m.source.scale.kind != ScaleKind::kNone) {
             const F times = set1(read_scale(m.source, from, head));
             for (int64_t i = 0; i < m.width; i += kLanes) store(row + i, mul(load(row + i), times));
@@ -62,17 +70,19 @@ inline void convert_token(const MoveParams& p, const Move& m, Place from, Place 
         }
         with_dtype(m.target.dtype, [&](auto tag) {
             using Target = typename decltype(tag)::type;
-            quantise_row(row, m.width, divisor, reinterpret_cast<Target*>(row_of(m.target, to, head)));
+            quantise_row(row, m.width, divisor, reinterpret_cast<Target*>(target.at(to) + head * target.head));
         });
     }
 }
 
 inline void copy_bytes(char* to, const char* from, int64_t bytes, bool stream) {
-    if (!stream || (reinterpret_cast<uintptr_t>(to) | uintptr_t(bytes)) % 64 != 0) {
+    if (bytes % 64 != 0) {
         __builtin_memcpy(to, from, bytes);
-        return;
+    } else if (stream && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+        for (int64_t i = 0; i < bytes; i += 64) stream64(to + i, from + i);
+    } else {
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_memcpy(to + i, from + i, 64);
     }
-    for (int64_t i = 0; i < bytes; i += 64) stream64(to + i, from + i);
 }
 
 // The heads of a token that lie in a row, and how often.
@@ -85,14 +95,8 @@ struct Runs {
     }
 };
 
-inline void copy_token(const MoveParams& p, const Move& m, Place from, Place to, bool stream) {
-    const Runs runs(p, m, m.source.stride_head == m.width && m.target.stride_head == m.width);
-    for (int64_t head = 0; head < runs.num; ++head)
-        copy_bytes(row_of(m.target, to, head), row_of(m.source, from, head), runs.bytes, stream);
-    if (m.source.scale.per_token()) {
-        for (int64_t head = 0; head < p.num_heads; ++head)
-            *scale_of(m.target, to, head) = *scale_of(m.source, from, head);
-    }
+inline void copy_token_scales(const MoveParams& p, const Move& m, Place from, Place to) {
+    for (int64_t head = 0; head < p.num_heads; ++head) *scale_of(m.target, to, head) = *scale_of(m.source, from, head);
 }
 
 // A scale that belongs to no token: once a move.
@@ -102,33 +106,46 @@ inline void copy_shared_scale(const MoveParams& p, const Move& m) {
     for (int64_t head = 0; head < count; ++head) *scale_of(m.target, {}, head) = *scale_of(m.source, {}, head);
 }
 
-inline void fetch_token(const MoveParams& p, const Move& m, int64_t slot) {  // from its page
-    const Place at{slot / p.page_size, slot % p.page_size};
-    const Runs runs(p, m, m.source.stride_head == m.width);
+// Inlined by order, as prefetch is: GCC drops a call of a function that does nothing but fetch.
+[[gnu::always_inline]] inline void fetch(const Rows& rows, Place at, Runs runs) {
     for (int64_t head = 0; head < runs.num; ++head) {
-        const char* row = row_of(m.source, at, head);
-        for (int64_t byte = 0; byte < runs.bytes; byte += 64) prefetch(row + byte);
+        for (int64_t byte = 0; byte < runs.bytes; byte += 64) prefetch(rows.at(at) + head * rows.head + byte);
     }
 }
 
 template <class MoveToken>
 void over_tokens(const MoveParams& p, const Move& m, int64_t begin, int64_t end, MoveToken move) {
-    for (int64_t i = begin; i < end; ++i) {
-        const int64_t slot = p.slots[i];
-        if (slot < 0) continue;
-        if (!p.to_cache && i + kTokensAhead < end) fetch_token(p, m, p.slots[i + kTokensAhead]);
-        const Place in_pages{slot / p.page_size, slot % p.page_size};
+    const Rows source(m.source);
+    const Runs runs(p, m, m.source.stride_head == m.width);
+    const int64_t ahead = p.to_cache ? 0 : 1 + kBytesAhead / (runs.num * runs.bytes);
+    for (int64_t i = begin - ahead; i < end; ++i) {
+        if (ahead && i + ahead < end) {
+            const int64_t slot = p.slots[i + ahead];
+            fetch(source, {slot / p.page_size, slot % p.page_size}, runs);
+        }
+        if (i < begin || p.slots[i] < 0) continue;
+        const Place in_pages{p.slots[i] / p.page_size, p.slots[i] % p.page_size};
         const Place in_rows{0, i};
-        p.to_cache ? move(in_rows, in_pages) : move(in_pages, in_rows);
+        move(p.to_cache ? in_rows : in_pages, p.to_cache ? in_pages : in_rows);
     }
 }
 
 void move_rows(const MoveParams& p, const Move& m, int64_t begin, int64_t end, bool stream) {
-    if (m.how == MoveHow::kCopy) {
-        if (begin == 0) copy_shared_scale(p, m);
-        over_tokens(p, m, begin, end, [&](Place from, Place to) { copy_token(p, m, from, to, stream); });
-        stream_end();
-    } else {
-        over_tokens(p, m, begin, end, [&](Place from, Place to) { convert_token(p, m, from, to); });
+    const Rows source(m.source), target(m.target);
+    if (m.how != MoveHow::kCopy) {
+        over_tokens(p, m, begin, end,
+                    [&](Place from, Place to) { convert_token(p, m, source, target, from, to); });
+        return;
     }
+    const Runs runs(p, m, m.source.stride_head == m.width && m.target.stride_head == m.width);
+    const bool scales = m.source.scale.per_token();
+    if (begin == 0) copy_shared_scale(p, m);
+    over_tokens(p, m, begin, end, [&](Place from, Place to) {
+        const char* row = source.at(from);
+        char* to_row = target.at(to);
+        for (int64_t run = 0; run < runs.num; ++run)
+            copy_bytes(to_row + run * target.head, row + run * source.head, runs.bytes, stream);
+        if (scales) copy_token_scales(p, m, from, to);
+    });
+    stream_end();
 }

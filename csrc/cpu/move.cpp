@@ -10,7 +10,10 @@ namespace pagewire::cpu {
 namespace {
 
 constexpr int64_t kBytesPerTask = 256 * 1024;
-constexpr int64_t kStreamBytes = 4 << 20;  // of a call: more than the caches of two cores keep
+// A call that writes as much goes past the caches, which keep no more of it for whoever reads it next: attention what
+// was appended, a checksum and a socket what was packed; what was unpacked waits for the rest of its prompt.
+constexpr int64_t kStreamBytes = 16 << 20;
+constexpr int64_t kStreamUnpackedBytes = 1 << 20;
 
 }  // namespace
 
@@ -24,7 +27,7 @@ void move(const MoveParams& p, const Kernels& kernels, int num_threads) {
         token_bytes = std::max(token_bytes, bytes);
         all_bytes += bytes * p.slots.size;
     }
-    const bool stream = all_bytes >= kStreamBytes;
+    const bool stream = all_bytes >= (p.to_cache && !p.is_append ? kStreamUnpackedBytes : kStreamBytes);
     const int64_t tokens_each = std::max<int64_t>(16, kBytesPerTask / token_bytes);
     const int64_t chunks = (p.slots.size + tokens_each - 1) / tokens_each;
     parallel_for(num_threads, chunks * p.num_moves, [&](int64_t i, int) {

@@ -42,7 +42,7 @@ inline F scale_by_power(F p, F n) {
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(normal), _mm256_set1_epi32(127)), 23);
     return select(less(n, set1(-126.0f)), zero(), mul(p, _mm256_castsi256_ps(exponent)));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 // Past the caches, straight to memory: `to` is aligned to 64 bytes. Ordered by stream_end().
 inline void stream64(void* to, const void* from) {
     const auto* source = static_cast<const __m256i*>(from);

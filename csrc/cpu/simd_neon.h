@@ -32,7 +32,7 @@ inline F scale_by_power(F p, F n) {
     const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(max(n, set1(-126.0f))), vdupq_n_s32(127));
     return select(tiny, zero(), mul(p, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23))));
 }
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void stream64(void* to, const void* from) { __builtin_memcpy(to, from, 64); }
 inline void stream_end() {}
 

@@ -98,7 +98,7 @@ inline F scale_by_power(F p, F n) {
         return p.lane[i] * from_bits(uint32_t(exponent + 127) << 23);
     });
 }
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p); }
 inline void stream64(void* to, const void* from) { __builtin_memcpy(to, from, 64); }
 inline void stream_end() {}
 
