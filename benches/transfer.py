@@ -227,7 +227,8 @@ class D(Side):
                 case Send(frame):
                     self.channel.send(frame)
                 case Unpack(_, chunk, pages):
-                    problem = self.packing.unpack(chunk, pages, self.arena.staging_slot(chunk.slot))
+                    staging = self.arena.staging_slot(chunk.slot)
+                    problem = self.packing.unpack(chunk, pages, staging, shared=self.channel.shared)
                     started |= self.carry_out(self.receiver.unpacked(action, problem))
                 case Start():
                     started = True

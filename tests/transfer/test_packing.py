@@ -87,20 +87,34 @@ def test_a_payload_that_changes_while_it_is_read_is_not_unpacked(monkeypatch: py
     assert torch.equal(rows(d, D_PAGES, (0, 14)), rows(p, P_PAGES, (0, 14)))
 
 
+def test_where_p_cannot_write_the_payload_is_unpacked_from_its_slot() -> None:
+    p, d, arena = filled(make("prefill")), make(), Arena.create(2, 16384)
+    for slot in (1, 0, 1):
+        staging = arena.staging_slot(slot)
+        chunk = chunk_of(p, (0, 5), (0, 14), p.pack(P_PAGES, block_of((0, 5)), (0, 14), staging))
+        d._private.fill_(255)
+        assert d.unpack(chunk, D_PAGES, staging, shared=False) is None
+        assert torch.equal(rows(d, D_PAGES, (0, 14)), rows(p, P_PAGES, (0, 14)))
+        assert (d._private == 255).all()
+        for part in (*d._caches[0].k, *d._caches[0].v):
+            part.zero_()
+
+
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("kind", "other"), [("crc32c", "fletcher64"), ("fletcher64", "crc32c")])
-def test_a_payload_that_is_not_what_was_packed_changes_nothing(kind: str, other: str) -> None:
+def test_a_payload_that_is_not_what_was_packed_changes_nothing(kind: str, other: str, shared: bool) -> None:
     p, d, arena = filled(make("prefill", kind=kind)), filled(make(kind=kind)), Arena.create(1, 16384)
     before = rows(d, D_PAGES, (0, 14))
     staging = arena.staging_slot(0)
     chunk = chunk_of(p, (0, 5), (0, 14), p.pack(P_PAGES, block_of((0, 5)), (0, 14), staging))
     staging[chunk.payload_bytes - 1] ^= 1
-    assert f"{kind.upper()}: expected 0x" in d.unpack(chunk, D_PAGES, staging)
+    assert f"{kind.upper()}: expected 0x" in d.unpack(chunk, D_PAGES, staging, shared=shared)
     for change, words in (
         ({"checksum_kind": "none"}, "got none"),
         ({"checksum_kind": other}, f"got {other}"),
         ({"payload_bytes": 16385}, "slot of 16384, got 16385"),
     ):
-        assert words in d.unpack(msgspec.structs.replace(chunk, **change), D_PAGES, staging)
+        assert words in d.unpack(msgspec.structs.replace(chunk, **change), D_PAGES, staging, shared=shared)
     assert torch.equal(rows(d, D_PAGES, (0, 14)), before)
 
 

@@ -329,6 +329,36 @@ def test_a_wait_ends_when_something_comes(ends):
     assert time.monotonic() - start < 10 and everything(ends.d, ends.d, 1) == [Ack("x", 1)]
 
 
+def test_shared_says_whether_p_still_changes_what_came(ends):
+    """D verifies a copy of its own where it does."""
+    ends.p.staging.staging_slot(1)[:] = 1
+    ends.p.send(chunk(1, SLOT_BYTES))
+    assert everything(ends.d, ends.p, 1) == [chunk(1, SLOT_BYTES)]
+    ends.p.staging.staging_slot(1)[:] = 2
+    assert ends.d.shared or (ends.d.staging.staging_slot(1) == 1).all()
+    assert ends.p.shared == ends.d.shared
+
+
+@pytest.mark.parametrize("kind", [Kind(ADDRESSES["tcp"])])
+def test_a_wait_for_the_rest_of_a_payload_is_not_ended_by_each_byte_of_it(ends):
+    """But by the last ones, by the frame behind them, and by an end."""
+    data = framed(chunk(0, 1000)) + bytes(10)
+    for piece, wakes in ((data, True), (bytes(100), False), (bytes(890), True), (framed(Ack("x", 1), 2), True)):
+        raw(ends.p, piece)
+        start = time.monotonic()
+        wait([ends.d], 0.3)
+        assert (time.monotonic() - start < 0.25) == wakes, piece
+        if wakes:
+            ends.d.poll()
+    raw(ends.p, framed(chunk(0, 1000), 3) + bytes(10))
+    wait([ends.d], 5)
+    assert ends.d.poll() == []
+    ends.p.close()
+    start = time.monotonic()
+    wait([ends.d], 5)
+    assert time.monotonic() - start < 4
+
+
 @pytest.mark.parametrize("who", ["p", "d"])
 def test_a_killed_process_is_seen(kind, who):
     """Not closed in order: kill -9, as its kernel does it."""

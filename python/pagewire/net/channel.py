@@ -72,6 +72,7 @@ class Channel:
         self._following: tuple[Any, memoryview] | None = None  # a message, and where the rest of its payload goes
         self._outbox: deque[memoryview] = deque()
         self._num_unsent = 0
+        self._wakes_at = 1
         self._ended = ""  # why nothing more will arrive
         self._shaken = self._tls is None
         # TLS may have to write before it can read, and the other way round
@@ -146,9 +147,16 @@ class Channel:
             if len(messages) >= max_messages or num_bytes >= MAX_POLL_BYTES or not (read := self._read()):
                 break
             num_bytes += read
+        self._wake_at(min(len(self._following[1]), PART_BYTES) if self._following else 1)
         if self._ended and not messages:
             raise ChannelClosed(f"{self.name}: {self._ended}", self)
         return messages
+
+    def _wake_at(self, num_bytes: int) -> None:
+        """Bytes that have come before a wait ends: of a payload, more than a segment. TLS has some with itself."""
+        if num_bytes != self._wakes_at and not self._tls:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
+            self._wakes_at = num_bytes
 
     def drain(self, timeout_s: float) -> None:
         """Waits until everything queued was taken, or gives up."""

@@ -28,6 +28,7 @@ class NixlError(ChannelClosed, OSError):
 
 
 class NixlTransport(TcpTransport):
+    shared = True
     _agent: Any = None
 
     def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:

@@ -56,37 +56,41 @@ class Packing:
         self._private = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
         # next to the caches
         self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=device) if on_gpu else self._private
-        self._payload = functools.lru_cache(64)(self._new_payload)
+        self._payload = functools.lru_cache(256)(self._new_payload)
         self._slots = functools.lru_cache(64)(self._new_slots)
 
     def pack(self, pages: list[int], block: Block, tokens: Range, out: Tensor) -> tuple[int, int]:
         """Into the head of `out`, uint8; returns the bytes used and their checksum, when they are all there."""
-        here = self._scratch if self._through_host(out) else out
-        packed = self._pack(pages, block, tokens, here)
-        payload = out[: packed.num_bytes]
-        if here is not out:
+        through_host = self._through_host(out)
+        packed = self._payload(self._scratch if through_host else out, *_extents(block, tokens))
+        self._pack(pages, block, tokens, packed)
+        payload = out[: packed.num_bytes] if through_host else packed.buffer
+        if through_host:
             payload.copy_(packed.buffer)
         return packed.num_bytes, checksum(self.wire.checksum_kind, payload)
 
-    def unpack(self, chunk: Chunk, pages: list[int], staging: Tensor) -> str | None:
+    def unpack(self, chunk: Chunk, pages: list[int], staging: Tensor, *, shared: bool = True) -> str | None:
         """The chunk's payload, at the head of `staging`, into its pages; or why not.
 
-        It is read once: P can still write there, so what is unpacked is the very copy that was verified.
+        Where P can still write there, `shared`, it is read once: what is unpacked is the very copy that was verified.
         """
         if chunk.checksum_kind != self.wire.checksum_kind:
             return f"CHUNK: checksum_kind: expected {self.wire.checksum_kind}, got {chunk.checksum_kind}"
         block, tokens = chunk.block, chunk.tokens
-        packed = self._payload(block.group, *(stop - start for start, stop in (block.layers, block.heads, tokens)))
-        if not chunk.payload_bytes == packed.num_bytes <= len(staging):
-            expected = f"{packed.num_bytes} in a staging slot of {len(staging)}"
+        num_bytes = self.wire.block_bytes(block, tokens[1] - tokens[0])
+        if not chunk.payload_bytes == num_bytes <= len(staging):
+            expected = f"{num_bytes} in a staging slot of {len(staging)}"
             return f"CHUNK: payload_bytes: expected {expected}, got {chunk.payload_bytes}"
-        private = self._private[: packed.num_bytes] if self._through_host(staging) else packed.buffer
-        private.copy_(staging[: packed.num_bytes])
-        kind, found = chunk.checksum_kind, checksum(chunk.checksum_kind, private)
+        through_host = self._through_host(staging)
+        packed = self._payload(self._scratch if shared or through_host else staging, *_extents(block, tokens))
+        payload = staging[:num_bytes]
+        if shared:
+            payload = (self._private if through_host else self._scratch)[:num_bytes].copy_(payload)
+        kind, found = chunk.checksum_kind, checksum(chunk.checksum_kind, payload)
         if found != chunk.checksum:
             return f"CHUNK: payload {kind.upper()}: expected {chunk.checksum:#010x}, got {found:#010x}"
-        if private is not packed.buffer:
-            packed.buffer.copy_(private)
+        if through_host:
+            packed.buffer.copy_(payload)
         cache, slots = self._cache(block.group), self._slots(tuple(pages), *tokens)
         layers, heads = self._local(block)
         pw.unpack_kv(packed, cache, slots, layers=layers, heads=heads)
@@ -146,7 +150,7 @@ class Packing:
         layers = block.layer_start - of.layer_start, block.layer_stop - of.layer_start
         return layers, (block.head_start - of.head_start, block.head_stop - of.head_start)
 
-    def _pack(self, pages: list[int], block: Block, tokens: Range, out: Tensor | None = None) -> pw.PackedKV:
+    def _pack(self, pages: list[int], block: Block, tokens: Range, out: pw.PackedKV | None = None) -> pw.PackedKV:
         of, slots = self.wire.groups[block.group], self._slots(tuple(pages), *tokens)
         layers, heads = self._local(block)
         dtype = getattr(torch, of.dtype)
@@ -155,14 +159,20 @@ class Packing:
             raise ValueError(f"wire: this cache packs scale kind {packed.scale_kind}, not {of.scale_kind}")
         return packed
 
-    def _new_payload(self, group: int, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedKV:
+    def _new_payload(self, buffer: Tensor, group: int, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedKV:
         of = self.wire.groups[group]
         dtype, kind = getattr(torch, of.dtype), of.scale_kind
         shape = pw.PackedShape(num_layers, num_heads, num_tokens, of.head_dim, of.head_dim_v, dtype, kind)
-        return pw.PackedKV.wrap(self._scratch, shape)
+        return pw.PackedKV.wrap(buffer, shape)
 
     def _new_slots(self, pages: tuple[int, ...], start: int, stop: int) -> Tensor:
         return pw.page_slots(torch.tensor(pages, device=self._any.device), start, stop, self._any.page_size)
+
+
+def _extents(block: Block, tokens: Range) -> tuple[int, int, int, int]:
+    """Its group, and how many layers, heads and tokens."""
+    layers, heads = block.layer_stop - block.layer_start, block.head_stop - block.head_start
+    return block.group, layers, heads, tokens[1] - tokens[0]
 
 
 def _each(caches: Caches) -> tuple[pw.PagedKVCache | None, ...]:

@@ -13,6 +13,8 @@ from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
 
 
 class TcpTransport(Transport):
+    shared = False
+
     @classmethod
     def connect(cls, address: str, name: str, tls: Tls | None) -> "TcpTransport":
         """address: of an IP, since a name's look-up may block."""

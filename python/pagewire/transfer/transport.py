@@ -41,13 +41,14 @@ class Staging:
         self.num_staging_slots = num_staging_slots
         self.staging_slot_bytes = staging_slot_bytes
         self._bytes = self._map(num_bytes)
+        self._slots = self._bytes.view(num_staging_slots, staging_slot_bytes).unbind()
 
     def _map(self, num_bytes: int) -> Tensor:
         return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)  # it keeps the mapping
 
     def staging_slot(self, index: int) -> Tensor:
-        """uint8 [staging_slot_bytes], a view."""
-        return self._bytes[index * self.staging_slot_bytes : (index + 1) * self.staging_slot_bytes]
+        """uint8 [staging_slot_bytes], always the same view."""
+        return self._slots[index]
 
     def pin(self) -> str | None:
         """Lets GPUs write host memory by themselves for as long as it is here; or why not: it is then slower."""
@@ -70,6 +71,7 @@ class Transport(Channel):
     """
 
     checksum_kind: ChecksumKind = "crc32c"  # of payloads: one that is cheap where the staging slots are
+    shared = True  # P can write D's staging slots at any time
 
     def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:
         """staging: of D; None: this is P's."""

@@ -77,7 +77,8 @@ class DecodeWorker(Worker):
             self.do(self._receiver.lost(unpack.link))
             return "the link is lost"
         try:
-            problem = link.packing.unpack(chunk, unpack.pages, link.staging.staging_slot(chunk.slot))
+            staging, shared = link.staging.staging_slot(chunk.slot), link.transport.shared
+            problem = link.packing.unpack(chunk, unpack.pages, staging, shared=shared)
         except Exception as error:
             problem = describe(error)
         if problem:
