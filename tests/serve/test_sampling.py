@@ -128,10 +128,12 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("few", [1, 100, 4096])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_draws_are_numpys(shape: str, seed: int) -> None:
-    """Integer weights against fp64 ones, one sampling a row."""
+def test_draws_are_numpys(shape: str, seed: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integer weights against fp64 ones, one sampling a row; however many of the largest are looked at first."""
+    monkeypatch.setattr(sampling, "_FEW", few)
     logits = SHAPES[shape](torch.Generator().manual_seed(seed))
     samplings = [
         Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -147,6 +149,21 @@ def test_draws_are_numpys(shape: str, seed: int) -> None:
             for row, one, at in zip(logits, samplings, positions, strict=True)
         ]
         assert sample(logits, samplings, positions) == expected
+
+
+@pytest.mark.parametrize(
+    "samplings",
+    [[Sampling(1.0), Sampling(1.0, top_p=0.05)], [Sampling(1.0, top_k=3000, top_p=0.2)]],
+    ids=["all are kept", "more than those that are looked at first"],
+)
+def test_the_largest_are_not_all(samplings: list[Sampling], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.linspace(0, -0.01, 5000).repeat(len(samplings), 1)
+    logits[:, 0] = 5.5  # as likely as the next 250
+    found = []
+    for few in (1000, 5000):
+        monkeypatch.setattr(sampling, "_FEW", few)
+        found.append([sample(logits, samplings, [position] * len(samplings)) for position in range(100)])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
