@@ -26,8 +26,8 @@ import torch
 import pagewire as pw
 from pagewire.net.channel import wait
 from pagewire.net.tls import DOMAIN, Tls, secure
+from pagewire.transfer.actions import Begin, Dropped, Push, Send, Start, Unpack
 from pagewire.transfer.frames import Ack, Block, Chunk, Commit, Credit, Reserve, crc32c
-from pagewire.transfer.handoff import Begin, Dropped, Push, Send, Start, Unpack
 from pagewire.transfer.packing import Packing, held, new_hello
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender

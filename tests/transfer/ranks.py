@@ -11,9 +11,9 @@ from torch import Tensor
 
 import pagewire as pw
 from pagewire.allocator import PageAllocator
+from pagewire.transfer.actions import Begin, Dropped, Push, Refused, Send, Start, Unpack
 from pagewire.transfer.codec import FrameCodec
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Frame, Held, Hello, Reserve
-from pagewire.transfer.handoff import Begin, Dropped, Push, Refused, Send, Start, Unpack
 from pagewire.transfer.packing import Packing, new_hello
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender

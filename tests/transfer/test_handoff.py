@@ -4,19 +4,10 @@ import pytest
 from msgspec.structs import replace
 
 from pagewire.allocator import PageAllocator
+from pagewire.transfer.actions import Begin, Cancelled, Dropped, RequestFailed, Send, Start, Unpack
 from pagewire.transfer.codec import FrameCodec
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
-from pagewire.transfer.handoff import (
-    NO_GENERATION,
-    Begin,
-    Cancelled,
-    Dropped,
-    RequestFailed,
-    Send,
-    Start,
-    Unpack,
-    prompt_sha256,
-)
+from pagewire.transfer.handoff import NO_GENERATION, prompt_sha256
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire

@@ -13,13 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from msgspec.structs import replace
 
 from pagewire.allocator import PageAllocator
-from pagewire.transfer.codec import ConnectionLost, FrameCodec
-from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Frame, Reserve
-from pagewire.transfer.handoff import (
+from pagewire.transfer.actions import (
     Begin,
     Cancelled,
     Dropped,
-    Phase,
     Push,
     Refused,
     RequestFailed,
@@ -27,8 +24,10 @@ from pagewire.transfer.handoff import (
     Share,
     Start,
     Unpack,
-    prompt_sha256,
 )
+from pagewire.transfer.codec import ConnectionLost, FrameCodec
+from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Frame, Reserve
+from pagewire.transfer.handoff import Phase, prompt_sha256
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire

@@ -6,19 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from pagewire.allocator import PageAllocator
+from pagewire.transfer.actions import Action, Begin, Dropped, Refused, RequestFailed, Send, Start
 from pagewire.transfer.frames import Abort, Ack, Block, Chunk, Commit, Credit, Held, Reserve
-from pagewire.transfer.handoff import (
-    NO_GENERATION,
-    Action,
-    Begin,
-    Dropped,
-    Refused,
-    RequestFailed,
-    Send,
-    Start,
-    Wire,
-    prompt_sha256,
-)
+from pagewire.transfer.handoff import NO_GENERATION, Wire, prompt_sha256
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from pagewire.transfer.shares import shares

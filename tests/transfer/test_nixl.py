@@ -12,8 +12,8 @@ import torch
 import pagewire as pw
 from pagewire.allocator import PageAllocator
 from pagewire.net.channel import ChannelClosed, wait
+from pagewire.transfer.actions import Push, Send, Start, Unpack
 from pagewire.transfer.frames import Ack, Chunk, Commit, Credit, Reserve
-from pagewire.transfer.handoff import Push, Send, Start, Unpack
 from pagewire.transfer.nixl import NixlError, new_agent
 from pagewire.transfer.packing import Packing, new_hello
 from pagewire.transfer.receiver import Receiver

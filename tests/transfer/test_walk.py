@@ -15,8 +15,9 @@ import pytest
 from msgspec import Struct
 
 from pagewire.allocator import PageAllocator
+from pagewire.transfer.actions import Begin, Cancelled, Dropped, Push, RequestFailed, Send, Start, Unpack
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
-from pagewire.transfer.handoff import Begin, Cancelled, Dropped, Phase, Push, RequestFailed, Send, Start, Unpack
+from pagewire.transfer.handoff import Phase
 from pagewire.transfer.receiver import Receiver
 from pagewire.transfer.sender import Sender
 from transfer.wires import small_wire

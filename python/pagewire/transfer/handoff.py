@@ -1,7 +1,7 @@
-"""The handoff of a request's KV from senders (P) to a receiver (D): phases and actions.
+"""The handoff of a request's KV from senders (P) to a receiver (D): what both sides' machines share.
 
-`Sender` and `Receiver`, each in its file, are two pure state machines. Events are method calls; what
-they return is to be carried out in order. There are no sockets, tensors or clocks in there, so every
+`Sender` and `Receiver`, each in its file, are two pure state machines. Events are method calls; the
+`actions` they return are to be carried out in order. There are no sockets, tensors or clocks in there, so every
 interleaving can be tested.
 
     Receiver   waiting --pages free--> receiving --every sender's COMMIT--> running --release--> gone
@@ -25,7 +25,8 @@ from typing import Any, Generic, TypeVar
 from msgspec import Struct
 
 from pagewire.allocator import PageAllocator
-from pagewire.transfer.frames import DTYPES, Abort, Block, ChecksumKind, Chunk, Commit, Frame, Held, Range, Reserve
+from pagewire.transfer.actions import Action, Cancelled, Dropped, Refused, RequestFailed, Send
+from pagewire.transfer.frames import DTYPES, Abort, Block, ChecksumKind, Commit, Frame, Held, Reserve
 
 NO_GENERATION = 0  # of an ABORT before any RESERVE
 DTYPE_BYTES = dict(zip(DTYPES, (4, 2, 2, 1, 1, 1), strict=True))
@@ -68,87 +69,6 @@ def _show(value: object) -> str:
 def prompt_sha256(token_ids: tuple[int, ...]) -> bytes:
     """Of the ids, a little-endian u32 each."""
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
-
-
-class Send(Struct, frozen=True):
-    frame: Frame
-    link: int
-
-
-class RequestFailed(Struct, frozen=True):
-    """Tell the front; everything the request held here is released."""
-
-    request_id: str
-    message: str
-
-
-class Cancelled(Struct, frozen=True):
-    """Tell the front; everything the request held here is released."""
-
-    request_id: str
-
-
-class Dropped(Struct, frozen=True):
-    """Not ours to answer for: the other side ended the request or is gone; all it held here is released."""
-
-    request_id: str
-
-
-class Refused(Struct, frozen=True):
-    """A frame that changed nothing, and why."""
-
-    reason: str
-
-
-class Unpack(Struct, frozen=True):
-    """`Packing.unpack` the chunk into `pages`, then call `unpacked`."""
-
-    link: int
-    chunk: Chunk
-    pages: list[int]
-
-
-class Share(Struct, frozen=True):
-    """What came from one sender."""
-
-    link: int
-    reserve: Reserve
-    commit: Commit
-
-
-class Start(Struct, frozen=True):
-    """The prompt's KV is complete in `pages`: decode."""
-
-    request_id: str
-    pages: list[int]
-    shares: tuple[Share, ...]
-
-    @property
-    def first_token(self) -> int:
-        return self.shares[0].commit.first_token
-
-
-class Begin(Struct, frozen=True):
-    """`pages` are ours and whoever takes part has agreed: prefill."""
-
-    request_id: str
-    pages: list[int]
-
-
-class Push(Struct, frozen=True):
-    """Pack the tokens of the block from `pages` into the link's staging slot, then call `pushed`; the pages stay as
-    they are until then.
-    """
-
-    request_id: str
-    link: int
-    pages: list[int]
-    block: Block
-    tokens: Range
-    staging_slot: int
-
-
-Action = Send | RequestFailed | Cancelled | Dropped | Refused | Unpack | Start | Begin
 
 
 class Phase(Enum):

@@ -3,27 +3,10 @@
 from collections.abc import Callable
 
 from pagewire.allocator import PageAllocator
+from pagewire.transfer.actions import Action, Begin, Dropped, Refused, Send, Share, Start, Unpack
 from pagewire.transfer.coverage import Coverage
 from pagewire.transfer.frames import MAX_DEADLINE_MS, Abort, Ack, Block, Chunk, Commit, Credit, Held, Reserve
-from pagewire.transfer.handoff import (
-    NO_GENERATION,
-    Action,
-    Begin,
-    Dropped,
-    Leg,
-    Link,
-    Machine,
-    Phase,
-    Refused,
-    Request,
-    Send,
-    Share,
-    Start,
-    Unpack,
-    Wire,
-    mismatch,
-    prompt_sha256,
-)
+from pagewire.transfer.handoff import NO_GENERATION, Leg, Link, Machine, Phase, Request, Wire, mismatch, prompt_sha256
 from pagewire.transfer.shares import shares
 
 

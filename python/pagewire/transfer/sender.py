@@ -4,24 +4,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 
 from pagewire.allocator import PageAllocator
+from pagewire.transfer.actions import Action, Begin, Dropped, Push, Refused, Send
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
 from pagewire.transfer.grouping import Grouping
-from pagewire.transfer.handoff import (
-    NO_GENERATION,
-    Action,
-    Begin,
-    Dropped,
-    Leg,
-    Link,
-    Machine,
-    Phase,
-    Push,
-    Refused,
-    Request,
-    Send,
-    Wire,
-    prompt_sha256,
-)
+from pagewire.transfer.handoff import NO_GENERATION, Leg, Link, Machine, Phase, Request, Wire, prompt_sha256
 from pagewire.transfer.shares import intersection
 
 MAX_REMEMBERED = 4096  # request ids of which only one side has heard

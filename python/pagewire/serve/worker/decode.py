@@ -14,7 +14,7 @@ from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Decoding, Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
-from pagewire.transfer.handoff import Action, Share, Start, Unpack
+from pagewire.transfer.actions import Action, Share, Start, Unpack
 from pagewire.transfer.packing import held
 from pagewire.transfer.receiver import Receiver
 

@@ -9,9 +9,9 @@ from pagewire.serve.worker.peers import MAX_FRAMES, Link, Peers
 from pagewire.serve.worker.steps import Ending, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
+from pagewire.transfer.actions import Action, Push, Send
 from pagewire.transfer.codec import ConnectionLost
 from pagewire.transfer.frames import Ack, Commit, Credit, Frame
-from pagewire.transfer.handoff import Action, Push, Send
 from pagewire.transfer.sender import Sender
 
 MAX_HELD_FRAMES = 4 * MAX_FRAMES  # that arrived during a forward; the rest waits in the socket

@@ -24,8 +24,9 @@ from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Ending, Prefilling
 from pagewire.serve.worker.timeline import Timeline, now_us
+from pagewire.transfer.actions import Action, Begin, Cancelled, Dropped, Refused, RequestFailed, Send
 from pagewire.transfer.frames import Frame
-from pagewire.transfer.handoff import Action, Begin, Cancelled, Dropped, Machine, Refused, RequestFailed, Send
+from pagewire.transfer.handoff import Machine
 
 REPORT_US = 50_000  # events and gauges travel at most this often
 BEAT_US = 500_000  # and unchanged gauges at least this often
