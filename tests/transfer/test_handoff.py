@@ -368,7 +368,7 @@ def test_ids_of_which_one_side_heard_are_forgotten_in_time() -> None:
     pair = Pair()
     for i in range(5000):
         pair.p.abort(pair.number, Abort(f"r{i}", NO_GENERATION, "refused"))
-    assert len(pair.p._links[pair.number].refused._ids) == 4096
+    assert len(pair.p._links[pair.number].refused) == 4096
 
 
 def test_a_lost_peer_takes_its_requests_and_the_next_one_is_not_confused() -> None:
@@ -390,7 +390,7 @@ def test_a_lost_peer_takes_its_requests_and_the_next_one_is_not_confused() -> No
     pair.compute("a")
     again = pair.next_chunk()
     assert again.slot == chunk.slot
-    assert pair.d.chunk(old_number, again) == [] == pair.p.credit(old_number, Credit(0))
+    assert pair.d.frame(old_number, again) == [] == pair.p.frame(old_number, Credit(0))
     (second,) = pair.d.chunk(pair.number, again)
     assert set(second.pages).isdisjoint(unpack.pages)
     assert pair.d.unpacked(unpack) == []  # of the peer that is gone: no credit

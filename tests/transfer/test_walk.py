@@ -234,7 +234,7 @@ class World:
         assert self.p_pages.num_free == self.p_pages.num_pages and self.d_pages.num_free == self.d_pages.num_pages
         for link in self.sender._links.values():
             assert len(link.credits) == self.small.num_slots and not link.early
-            assert not link.ungranted._ids and not link.refused._ids
+            assert not link.ungranted and not link.refused
 
     def state(self) -> Any:
         return canonical(self.__dict__)

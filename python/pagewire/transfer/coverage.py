@@ -39,6 +39,9 @@ class Coverage:
         return all(ranges == [self._tokens] for ranges in self._ranges.values())
 
 
+NOTHING = Coverage((), 0, 0)  # is to come
+
+
 def cells(block: Block) -> Iterator[Cell]:
     """Its (group, layer, head)."""
     return product((block.group,), range(*block.layers), range(*block.heads))

@@ -26,6 +26,7 @@ from msgspec import Struct
 
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.actions import Action, Cancelled, Dropped, Refused, RequestFailed, Send
+from pagewire.transfer.coverage import NOTHING, Coverage
 from pagewire.transfer.frames import DTYPES, Abort, Block, ChecksumKind, Commit, Frame, Held, Reserve
 
 NO_GENERATION = 0  # of an ABORT before any RESERVE
@@ -56,14 +57,11 @@ class Wire(Struct, frozen=True):
 def mismatch(ours: object, theirs: object, names: tuple[str, ...]) -> str | None:
     """The first of the fields `names` in which they differ, in words."""
     for name in names:
-        expected, got = getattr(ours, name), getattr(theirs, name)
-        if expected != got:
-            return f"{name}: expected {_show(expected)}, got {_show(got)}"
+        both = getattr(ours, name), getattr(theirs, name)
+        if both[0] != both[1]:
+            expected, got = (of.hex()[:16] if isinstance(of, bytes) else of for of in both)
+            return f"{name}: expected {expected}, got {got}"
     return None
-
-
-def _show(value: object) -> str:
-    return value.hex()[:16] if isinstance(value, bytes) else str(value)
 
 
 def prompt_sha256(token_ids: tuple[int, ...]) -> bytes:
@@ -92,6 +90,8 @@ class Leg(Struct, eq=False):
     num_moving: int = 0  # payloads that are being packed or unpacked
     commit: Commit | None = None  # P: to be sent when nothing is to be pushed. D: came, maybe before all is unpacked
     over: bool = False  # the link is needed no more
+    blocks: tuple[Block, ...] = ()  # D: that come over it
+    coverage: Coverage = NOTHING  # D: what of them has come, once they were granted
 
     @property
     def generation(self) -> int:
@@ -103,9 +103,10 @@ class Request(Struct, eq=False):
     token_ids: tuple[int, ...]
     legs: dict[int, Leg]
     num_pages: int  # that it needs, besides the prefix's
-    since_ms: int  # last granted, or when P had computed it all
+    since_ms: int = 0  # last granted, or when P had computed it all
     phase: Phase = Phase.WAITING
     pages: list[int] = []
+    num_cached: int = 0  # D: tokens that are there before the handoff
     num_whole: int = 0  # of the pages, in front: full of cached tokens, and never written
 
     @property
@@ -113,11 +114,10 @@ class Request(Struct, eq=False):
         return sum(leg.num_moving for leg in self.legs.values())
 
 
-OfRequest = TypeVar("OfRequest", bound=Request)
 OfLink = TypeVar("OfLink", bound=Link)
 
 
-class Machine(ABC, Generic[OfRequest, OfLink]):
+class Machine(ABC, Generic[OfLink]):
     """What both sides do. `free + active + cached + leased == num_pages` holds after every call.
 
     Links come and go: `link` and `lost` say so; a frame of a link that is not there changes nothing.
@@ -133,9 +133,9 @@ class Machine(ABC, Generic[OfRequest, OfLink]):
         self._now_ms = now_ms
         self._progress_ms = now_ms()  # when anything moved at all
         self._links: dict[int, OfLink] = {}
-        self._live: dict[str, OfRequest] = {}
-        self._waiting: deque[OfRequest] = deque()  # for pages of ours
-        self._moving: dict[tuple[int, int], OfRequest] = {}  # link, staging slot -> whose payload's pages are in use
+        self._live: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()  # for pages of ours
+        self._moving: dict[tuple[int, int], Request] = {}  # link, staging slot -> whose payload's pages are in use
         self._takes: dict[type[Frame], Callable[[int, Any], list[Action]]] = {Abort: self.abort}
 
     @property
@@ -147,6 +147,8 @@ class Machine(ABC, Generic[OfRequest, OfLink]):
 
     def frame(self, number: int, frame: Frame) -> list[Action]:
         """What came over a link."""
+        if number not in self._links:
+            return []
         ours, others = self.sides
         if type(frame) not in self._takes:
             return [Refused(f"{others} sent {type(frame).__name__}, which only {ours} sends")]
@@ -188,10 +190,10 @@ class Machine(ABC, Generic[OfRequest, OfLink]):
         return [action for request_id, message in late.items() for action in self.fail(request_id, message)]
 
     @abstractmethod
-    def _admitted(self, request: OfRequest) -> list[Action]:
+    def _admitted(self, request: Request) -> list[Action]:
         """It has its pages."""
 
-    def _find(self, number: int, request_id: str) -> tuple[OfRequest, Leg] | tuple[None, None]:
+    def _find(self, number: int, request_id: str) -> tuple[Request, Leg] | tuple[None, None]:
         request = self._live.get(request_id)
         leg = request.legs.get(number) if request else None
         return (request, leg) if request and leg else (None, None)
@@ -199,11 +201,11 @@ class Machine(ABC, Generic[OfRequest, OfLink]):
     def _progressed(self, number: int) -> None:
         self._progress_ms = self._links[number].progress_ms = self._now_ms()
 
-    def _begin_move(self, number: int, staging_slot: int, request: OfRequest) -> None:
+    def _begin_move(self, number: int, staging_slot: int, request: Request) -> None:
         self._moving[number, staging_slot] = request
         request.legs[number].num_moving += 1
 
-    def _end_move(self, number: int, staging_slot: int) -> OfRequest:
+    def _end_move(self, number: int, staging_slot: int) -> Request:
         request = self._moving.pop((number, staging_slot))
         request.legs[number].num_moving -= 1
         if request.phase is Phase.GONE and not request.num_moving:
@@ -214,7 +216,7 @@ class Machine(ABC, Generic[OfRequest, OfLink]):
         request = self._live.get(request_id)
         return [*self._end(request, answer, reason), *self._admit()] if request else []
 
-    def _end(self, request: OfRequest, answer: Action | None, reason: str) -> list[Action]:
+    def _end(self, request: Request, answer: Action | None, reason: str) -> list[Action]:
         """Tells every other side that still takes part."""
         told = [
             Send(Abort(request.request_id, leg.generation, reason[:256]), number)
@@ -224,7 +226,7 @@ class Machine(ABC, Generic[OfRequest, OfLink]):
         self._free(request)
         return [*([answer] if answer else []), *told]
 
-    def _free(self, request: OfRequest) -> None:
+    def _free(self, request: Request) -> None:
         del self._live[request.request_id]
         if request in self._waiting:
             self._waiting.remove(request)

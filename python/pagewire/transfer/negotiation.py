@@ -2,7 +2,7 @@
 
 from pagewire.transfer.frames import DTYPES, SCALED_DTYPES, ChecksumKind, Held, Hello
 from pagewire.transfer.handoff import DTYPE_BYTES, Wire, mismatch
-from pagewire.transfer.shares import intersection
+from pagewire.transfer.shares import common
 
 
 def negotiate(ours: Hello, theirs: Hello, checksum_kind: ChecksumKind = "crc32c") -> Wire:
@@ -23,10 +23,8 @@ def negotiate(ours: Hello, theirs: Hello, checksum_kind: ChecksumKind = "crc32c"
     groups = []
     for number, (mine, other) in enumerate(zip(ours.groups, theirs.groups, strict=True)):
         of_p, of_d = (mine, other) if ours is p else (other, mine)
-        layers, heads = intersection(of_p.layers, of_d.layers), intersection(of_p.heads, of_d.heads)
-        if (0, 0) in (layers, heads):
-            layers = heads = 0, 0
-        elif problem := mismatch(mine, other, ("head_dim", "head_dim_v")):
+        layers, heads = common(of_p, of_d)
+        if layers[1] and (problem := mismatch(mine, other, ("head_dim", "head_dim_v"))):
             raise ValueError(f"group {number}: {problem}")
         caches = sorted((of_p.dtype, of_d.dtype), key=DTYPE_BYTES.__getitem__)
         dtype = next(dtype for dtype in (*caches, *both) if dtype in both)

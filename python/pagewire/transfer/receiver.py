@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pagewire.allocator import PageAllocator
 from pagewire.transfer.actions import Action, Begin, Dropped, Refused, Send, Share, Start, Unpack
 from pagewire.transfer.coverage import Coverage
-from pagewire.transfer.frames import MAX_DEADLINE_MS, Abort, Ack, Block, Chunk, Commit, Credit, Held, Reserve
+from pagewire.transfer.frames import MAX_DEADLINE_MS, Abort, Ack, Chunk, Commit, Credit, Held, Reserve
 from pagewire.transfer.handoff import NO_GENERATION, Leg, Link, Machine, Phase, Request, Wire, mismatch, prompt_sha256
 from pagewire.transfer.shares import shares
 
@@ -14,13 +14,7 @@ class _Link(Link, eq=False, kw_only=True):
     granted_staging: set[int]  # the peer's to write
 
 
-class _Incoming(Request, eq=False, kw_only=True):
-    num_cached: int
-    blocks: dict[int, tuple[Block, ...]]  # that come over each link
-    coverage: dict[int, Coverage] = {}  # once they were granted
-
-
-class Receiver(Machine[_Incoming, _Link]):
+class Receiver(Machine[_Link]):
     """D's side."""
 
     sides = "D", "P"
@@ -70,37 +64,36 @@ class Receiver(Machine[_Incoming, _Link]):
             self._allocator.free(prefix)
             return [Refused(f"request {request_id} was submitted twice")]
         present = {number: self._links[number].wire.groups for number in links if number in self._links}
-        blocks: dict[int, tuple[Block, ...]] = dict.fromkeys(present, ())
-        if not problem and len(present) == len(links):
-            try:
-                blocks = shares(self._held, present) if links else {}
-                self._check_size(len(token_ids), num_tokens, num_cached, prefix)
-            except ValueError as error:
-                problem = str(error)
-        incoming = self._live[request_id] = _Incoming(
+        incoming = self._live[request_id] = Request(
             request_id, token_ids, {number: Leg() for number in present},
-            num_pages=-(-num_tokens // self._page_size) - len(prefix), since_ms=0, pages=list(prefix),
-            num_whole=num_cached // self._page_size, num_cached=num_cached, blocks=blocks,
+            num_pages=-(-num_tokens // self._page_size) - len(prefix), pages=list(prefix), num_cached=num_cached,
+            num_whole=num_cached // self._page_size,
         )  # fmt: skip
-        self._waiting.append(incoming)
         if len(present) < len(links):
             return self._give_up(request_id, Dropped(request_id), "another sender is gone")
-        return self.fail(request_id, problem) if problem else self._admit()
+        try:
+            if problem:
+                raise ValueError(problem)
+            for number, blocks in shares(self._held, present).items() if links else ():
+                incoming.legs[number].blocks = blocks
+            self._check_size(len(token_ids), num_tokens, num_cached, prefix)
+        except ValueError as error:
+            return self.fail(request_id, str(error))
+        self._waiting.append(incoming)
+        return self._admit()
 
     def chunk(self, number: int, chunk: Chunk) -> list[Action]:
-        link = self._links.get(number)
-        if link is None:
-            return []
+        link = self._links[number]
         if chunk.slot not in link.granted_staging:
             return [Refused(f"chunk in staging slot {chunk.slot}, which was not granted")]
         incoming, leg = self._receiving(number, chunk)
         if leg is None or incoming is None:
             # late: its request is gone; the staging slot's bytes are not looked at
             return [Send(Credit(chunk.slot), number)]
-        problem = self._chunk_problem(chunk, link.wire, incoming.coverage[number])
+        problem = self._chunk_problem(chunk, link.wire, leg.coverage)
         if problem:
             return [Send(Credit(chunk.slot), number), *self.fail(incoming.request_id, f"CHUNK: {problem}")]
-        incoming.coverage[number].add(chunk.block, chunk.tokens)
+        leg.coverage.add(chunk.block, chunk.tokens)
         self._progressed(number)
         link.granted_staging.remove(chunk.slot)
         self._begin_move(number, chunk.slot, incoming)
@@ -119,8 +112,8 @@ class Receiver(Machine[_Incoming, _Link]):
             actions += self._admit()
         elif problem:
             actions += self.fail(incoming.request_id, problem)
-        elif leg.commit and not leg.num_moving:
-            actions += self._committed(number, incoming, leg, leg.commit)
+        else:
+            actions += self._committed(number, incoming, leg)
         return actions
 
     def commit(self, number: int, commit: Commit) -> list[Action]:
@@ -129,7 +122,7 @@ class Receiver(Machine[_Incoming, _Link]):
             return [Refused(f"COMMIT for {commit.request_id}, which is not receiving")]
         self._progressed(number)
         leg.commit = commit
-        return [] if leg.num_moving else self._committed(number, incoming, leg, commit)
+        return self._committed(number, incoming, leg)
 
     def abort(self, number: int, abort: Abort) -> list[Action]:
         return super().abort(number, abort) if abort.generation != NO_GENERATION else []
@@ -153,7 +146,7 @@ class Receiver(Machine[_Incoming, _Link]):
         if num_cached % self._page_size and self._allocator.ref_count(prefix[-1]) > 1:
             raise ValueError(f"page {prefix[-1]} is to be written behind {num_cached} cached tokens, but shared")
 
-    def _admitted(self, request: _Incoming) -> list[Action]:
+    def _admitted(self, request: Request) -> list[Action]:
         if not request.legs:
             request.phase = Phase.RUNNING
             return [Begin(request.request_id, request.pages)]
@@ -161,16 +154,14 @@ class Receiver(Machine[_Incoming, _Link]):
         request.phase = Phase.RECEIVING
         request.since_ms = self._now_ms()
         tokens = request.num_cached, len(request.token_ids)
-        actions: list[Action] = []
-        for number, blocks in request.blocks.items():
-            request.coverage[number] = Coverage(blocks, *tokens)
-            capability = self._new_capability()
-            reserve = Reserve(request.request_id, self._generation, capability, *tokens, self._timeout_ms, blocks)
-            request.legs[number].reserve = reserve
-            actions.append(Send(reserve, number))
-        return actions
+        for leg in request.legs.values():
+            leg.coverage = Coverage(leg.blocks, *tokens)
+            leg.reserve = Reserve(
+                request.request_id, self._generation, self._new_capability(), *tokens, self._timeout_ms, leg.blocks
+            )
+        return [Send(leg.reserve, number) for number, leg in request.legs.items() if leg.reserve]
 
-    def _receiving(self, number: int, frame: Chunk | Commit) -> tuple[_Incoming, Leg] | tuple[None, None]:
+    def _receiving(self, number: int, frame: Chunk | Commit) -> tuple[Request, Leg] | tuple[None, None]:
         incoming, leg = self._find(number, frame.request_id)
         if incoming is None or leg is None or leg.reserve is None or leg.commit is not None:
             return None, None
@@ -190,8 +181,11 @@ class Receiver(Machine[_Incoming, _Link]):
             return f"payload_bytes: expected {expected_bytes}, got {chunk.payload_bytes}"
         return coverage.problem(chunk.block, chunk.tokens)
 
-    def _committed(self, number: int, incoming: _Incoming, leg: Leg, commit: Commit) -> list[Action]:
-        """All that came over this link is in the pages."""
+    def _committed(self, number: int, incoming: Request, leg: Leg) -> list[Action]:
+        """Once all that came over this link is in the pages."""
+        commit = leg.commit
+        if commit is None or leg.num_moving:
+            return []
         others = {other.commit.first_token for other in incoming.legs.values() if other.over and other.commit}
         problem = None
         if commit.prompt_sha256 != prompt_sha256(incoming.token_ids):
@@ -200,7 +194,7 @@ class Receiver(Machine[_Incoming, _Link]):
             problem = f"COMMIT: first token {commit.first_token}, vocabulary of {self._vocab_size}"
         elif others - {commit.first_token}:
             problem = f"COMMIT: first token {commit.first_token}, another sender's {others.pop()}"
-        elif not incoming.coverage[number].complete:
+        elif not leg.coverage.complete:
             problem = "COMMIT: KV of some layer, head and token has not arrived"
         if problem:
             return self.fail(incoming.request_id, problem)
@@ -208,7 +202,7 @@ class Receiver(Machine[_Incoming, _Link]):
         actions: list[Action] = [Send(Ack(incoming.request_id, commit.generation), number)]
         if all(other.over for other in incoming.legs.values()):
             incoming.phase = Phase.RUNNING
-            came = [(number, leg.reserve, leg.commit) for number, leg in incoming.legs.items()]
-            arrived = tuple(Share(at, reserve, commit) for at, reserve, commit in came if reserve and commit)
+            legs = incoming.legs.items()
+            arrived = tuple(Share(at, of.reserve, of.commit) for at, of in legs if of.reserve and of.commit)
             actions.append(Start(incoming.request_id, incoming.pages, arrived))
         return actions

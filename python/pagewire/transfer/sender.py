@@ -1,6 +1,6 @@
 """P's side of the handoff, a pure state machine; see `handoff`."""
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from pagewire.allocator import PageAllocator
@@ -8,39 +8,24 @@ from pagewire.transfer.actions import Action, Begin, Dropped, Push, Refused, Sen
 from pagewire.transfer.frames import Abort, Ack, Chunk, Commit, Credit, Reserve
 from pagewire.transfer.grouping import Grouping
 from pagewire.transfer.handoff import NO_GENERATION, Leg, Link, Machine, Phase, Request, Wire, prompt_sha256
-from pagewire.transfer.shares import intersection
+from pagewire.transfer.shares import common
 
 MAX_REMEMBERED = 4096  # request ids of which only one side has heard
-
-
-class _Remembered:
-    """The last MAX_REMEMBERED request ids that were added and not taken."""
-
-    def __init__(self) -> None:
-        self._ids: OrderedDict[str, None] = OrderedDict()
-
-    def add(self, request_id: str) -> None:
-        self._ids[request_id] = None
-        if len(self._ids) > MAX_REMEMBERED:
-            self._ids.popitem(last=False)
-
-    def take(self, request_id: str) -> bool:
-        return self._ids.pop(request_id, self) is None
 
 
 class _Link(Link, eq=False, kw_only=True):
     """D, its staging slots, and what of us waits for them."""
 
     credits: list[int]  # a stack: the slot used last is still in a cache
-    sent_staging: set[int]  # or being written
+    sent_staging: set[int] = set()  # or being written
     unpushed: Grouping[Request]
-    early: dict[str, Reserve]  # RESERVE that overtook its Submit
-    # each entry is consumed by what it waits for:
-    ungranted: _Remembered  # ended here; D's RESERVE or refusal is still on its way
-    refused: _Remembered  # refused by D; the front's Submit is still on its way
+    early: dict[str, Reserve] = {}  # RESERVE that overtook its Submit
+    # each entry is consumed by what it waits for; the last MAX_REMEMBERED, in order:
+    ungranted: dict[str, bool] = {}  # ended here; D's RESERVE or refusal is still on its way
+    refused: dict[str, bool] = {}  # refused by D; the front's Submit is still on its way
 
 
-class Sender(Machine[Request, _Link]):
+class Sender(Machine[_Link]):
     """P's side. It holds no more requests than D queues or admits: D aborts what it refuses."""
 
     sides = "P", "D"
@@ -64,11 +49,8 @@ class Sender(Machine[Request, _Link]):
             raise ValueError(
                 f"slot_bytes: expected at least {token_bytes} (one token of one layer), got {staging_slot_bytes}"
             )
-        self._links[number] = _Link(
-            wire=wire, progress_ms=self._now_ms(), credits=list(range(num_staging_slots)), sent_staging=set(),
-            unpushed=Grouping(staging_slot_bytes, wire.packed_bytes), early={}, ungranted=_Remembered(),
-            refused=_Remembered(),
-        )  # fmt: skip
+        credits, unpushed = list(range(num_staging_slots)), Grouping[Request](staging_slot_bytes, wire.packed_bytes)
+        self._links[number] = _Link(wire=wire, progress_ms=self._now_ms(), credits=credits, unpushed=unpushed)
 
     def submit(
         self, request_id: str, token_ids: tuple[int, ...], links: tuple[int, ...], problem: str | None = None
@@ -77,27 +59,22 @@ class Sender(Machine[Request, _Link]):
         if request_id in self._live:
             return [Refused(f"request {request_id} was submitted twice")]
         present = {number: self._links[number] for number in links if number in self._links}
-        early = {number: link.early.pop(request_id, None) for number, link in present.items()}
-        legs = {number: Leg(reserve) for number, reserve in early.items()}
+        legs = {
+            number: Leg(link.early.pop(request_id, None), over=link.refused.pop(request_id, False))
+            for number, link in present.items()
+        }
         num_pages = -(-len(token_ids) // self._page_size)
-        outgoing = self._live[request_id] = Request(request_id, token_ids, legs, num_pages, self._now_ms())
-        refused = [number for number, link in present.items() if link.refused.take(request_id)]
-        for number in refused:
-            legs[number].over = True
-        if refused or not links or len(present) < len(links):
+        outgoing = self._live[request_id] = Request(request_id, token_ids, legs, num_pages)
+        if not links or len(present) < len(links) or any(leg.over for leg in legs.values()):
             return self._give_up(request_id, Dropped(request_id), "another receiver is gone")
         if not problem and num_pages > self._allocator.num_pages:
             problem = f"the prompt needs {num_pages} pages, P has {self._allocator.num_pages}"
-        for number, reserve in early.items():
-            problem = problem or (self._reserve_problem(number, outgoing, reserve) if reserve else None)
-        return self.fail(request_id, problem) if problem else self._grant(outgoing)
+        return self._grant(outgoing, problem)
 
     def reserve(self, number: int, reserve: Reserve) -> list[Action]:
-        link, request_id = self._links.get(number), reserve.request_id
-        if link is None:
-            return []
+        link, request_id = self._links[number], reserve.request_id
         outgoing = self._live.get(request_id)
-        if link.ungranted.take(request_id) or (outgoing is None and len(link.early) >= MAX_REMEMBERED):
+        if link.ungranted.pop(request_id, False) or (outgoing is None and len(link.early) >= MAX_REMEMBERED):
             return [Send(Abort(request_id, reserve.generation, "not known here any more"), number)]
         if outgoing is None:
             link.early[request_id] = reserve
@@ -106,8 +83,7 @@ class Sender(Machine[Request, _Link]):
         if leg is None or leg.reserve is not None:
             return [Refused(f"RESERVE for {request_id}, which {'has one' if leg else 'is for other links'}")]
         leg.reserve = reserve
-        problem = self._reserve_problem(number, outgoing, reserve)
-        return self.fail(request_id, problem) if problem else self._grant(outgoing)
+        return self._grant(outgoing)
 
     def layer_ready(self, request_id: str, layer: int, start: int, stop: int, group: int = 0) -> None:
         """Tokens [start, stop) of the layer are in our cache; `next_send` says when they leave."""
@@ -168,13 +144,9 @@ class Sender(Machine[Request, _Link]):
         assert reserve is not None
         block, of = push.block, wire.groups[push.block.group]
         chunk = Chunk(
-            request_id=push.request_id, generation=reserve.generation,
-            capability=reserve.capability, fingerprint=wire.fingerprint, group=block.group,
-            layer_start=block.layer_start, layer_stop=block.layer_stop, head_start=block.head_start,
-            head_stop=block.head_stop, head_dim=of.head_dim, head_dim_v=of.head_dim_v,
-            token_start=push.tokens[0], token_stop=push.tokens[1], dtype=of.dtype,
-            scale_kind=of.scale_kind, checksum_kind=wire.checksum_kind, checksum=checksum,
-            payload_bytes=payload_bytes, slot=push.staging_slot,
+            push.request_id, reserve.generation, reserve.capability, wire.fingerprint, block.group, *block.layers,
+            *block.heads, of.head_dim, of.head_dim_v, *push.tokens, of.dtype, of.scale_kind, wire.checksum_kind,
+            checksum=checksum, payload_bytes=payload_bytes, slot=push.staging_slot,
         )  # fmt: skip
         self._progressed(push.link)
         self._end_move(push.link, push.staging_slot)
@@ -188,9 +160,7 @@ class Sender(Machine[Request, _Link]):
         return [*failed, *self._not_sent(push)]
 
     def credit(self, number: int, credit: Credit) -> list[Action]:
-        link = self._links.get(number)
-        if link is None:
-            return []
+        link = self._links[number]
         if credit.slot not in link.sent_staging or (number, credit.slot) in self._moving:
             return [Refused(f"CREDIT for staging slot {credit.slot}, which holds no chunk of ours")]
         self._progressed(number)
@@ -200,7 +170,7 @@ class Sender(Machine[Request, _Link]):
 
     def ack(self, number: int, ack: Ack) -> list[Action]:
         outgoing, leg = self._find(number, ack.request_id)
-        if outgoing is None or leg is None or leg.reserve is None or number not in self._links:
+        if outgoing is None or leg is None or leg.reserve is None:
             return []
         sent = outgoing.phase is Phase.DRAINING and leg.commit is None
         if leg.generation != ack.generation or not sent or leg.over:
@@ -213,36 +183,35 @@ class Sender(Machine[Request, _Link]):
         return [Dropped(ack.request_id), *self._admit()]
 
     def abort(self, number: int, abort: Abort) -> list[Action]:
-        link, request_id = self._links.get(number), abort.request_id
-        if link is None:
-            return []
+        link, request_id = self._links[number], abort.request_id
         if request_id in self._live:
             return super().abort(number, abort)
         early = link.early.get(request_id)
         if early is not None and early.generation == abort.generation:
             del link.early[request_id]
-            link.refused.add(request_id)
-        elif abort.generation == NO_GENERATION and not link.ungranted.take(request_id):
-            link.refused.add(request_id)
+        elif abort.generation != NO_GENERATION or link.ungranted.pop(request_id, False):
+            return []
+        _remember(link.refused, request_id)
         return []
 
     def finished(self, request_id: str) -> list[Action]:
         """The first token ended the request: D need not decode."""
         return self._give_up(request_id, None, "finished")
 
-    def _reserve_problem(self, number: int, outgoing: Request, reserve: Reserve) -> str | None:
-        if reserve.num_tokens != len(outgoing.token_ids):
-            return f"RESERVE: expected {len(outgoing.token_ids)} tokens, got {reserve.num_tokens}"
-        groups = self._links[number].wire.groups
-        for block in reserve.blocks:
-            held = groups[block.group] if block.group < len(groups) else None
-            common = held and (intersection(block.layers, held.layers), intersection(block.heads, held.heads))
-            if common != (block.layers, block.heads):
-                return f"RESERVE: {block} is not of what both hold"
+    def _reserve_problem(self, outgoing: Request) -> str | None:
+        for number, reserve in self.reserves(outgoing.request_id).items():
+            if reserve.num_tokens != len(outgoing.token_ids):
+                return f"RESERVE: expected {len(outgoing.token_ids)} tokens, got {reserve.num_tokens}"
+            groups = self._links[number].wire.groups
+            for block in reserve.blocks:
+                if block.group >= len(groups) or common(block, groups[block.group]) != (block.layers, block.heads):
+                    return f"RESERVE: {block} is not of what both hold"
         return None
 
-    def _grant(self, outgoing: Request) -> list[Action]:
+    def _grant(self, outgoing: Request, problem: str | None = None) -> list[Action]:
         """Once every RESERVE is there, it waits for pages."""
+        if problem := problem or self._reserve_problem(outgoing):
+            return self.fail(outgoing.request_id, problem)
         outgoing.since_ms = self._now_ms()
         if all(leg.reserve for leg in outgoing.legs.values()):
             self._waiting.append(outgoing)
@@ -257,13 +226,13 @@ class Sender(Machine[Request, _Link]):
     def _not_sent(self, push: Push) -> list[Action]:
         """Of a request that is gone: the staging slot is still ours, and nothing reads the pages for it now."""
         self._end_move(push.link, push.staging_slot)
-        self.credit(push.link, Credit(push.staging_slot))
+        self.frame(push.link, Credit(push.staging_slot))
         return self._admit()
 
     def _end(self, request: Request, answer: Action | None, reason: str) -> list[Action]:
         for number, leg in request.legs.items():
             if leg.reserve is None and not leg.over and number in self._links:  # it is told when its RESERVE comes
-                self._links[number].ungranted.add(request.request_id)
+                _remember(self._links[number].ungranted, request.request_id)
                 leg.over = True
         return super()._end(request, answer, reason)
 
@@ -276,3 +245,9 @@ class Sender(Machine[Request, _Link]):
     def _admitted(self, request: Request) -> list[Action]:
         request.phase = Phase.PREFILLING
         return [Begin(request.request_id, request.pages)]
+
+
+def _remember(ids: dict[str, bool], request_id: str) -> None:
+    ids[request_id] = True
+    if len(ids) > MAX_REMEMBERED:
+        del ids[next(iter(ids))]

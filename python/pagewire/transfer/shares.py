@@ -6,10 +6,11 @@ from pagewire.transfer.coverage import cells
 from pagewire.transfer.frames import Block, Held, Range
 
 
-def intersection(a: Range, b: Range) -> Range:
-    """(0, 0) when there is none."""
-    start, stop = max(a[0], b[0]), min(a[1], b[1])
-    return (start, stop) if start < stop else (0, 0)
+def common(a: Held | Block, b: Held | Block) -> tuple[Range, Range]:
+    """Layers and heads of both; twice (0, 0) when there are none."""
+    layers = max(a.layer_start, b.layer_start), min(a.layer_stop, b.layer_stop)
+    heads = max(a.head_start, b.head_start), min(a.head_stop, b.head_stop)
+    return (layers, heads) if layers[0] < layers[1] and heads[0] < heads[1] else ((0, 0), (0, 0))
 
 
 def shares(ours: Sequence[Held], links: Mapping[int, Sequence[Held]]) -> dict[int, tuple[Block, ...]]:
@@ -22,9 +23,9 @@ def shares(ours: Sequence[Held], links: Mapping[int, Sequence[Held]]) -> dict[in
     for group, held in enumerate(ours):
         holders: dict[tuple[Range, Range], list[int]] = {}
         for number, theirs in links.items():
-            common = intersection(held.layers, theirs[group].layers), intersection(held.heads, theirs[group].heads)
-            if (0, 0) not in common:
-                holders.setdefault(common, []).append(number)
+            of_both = common(held, theirs[group])
+            if of_both[0][1]:
+                holders.setdefault(of_both, []).append(number)
         missing = set(cells(Block(group, *held.layers, *held.heads))) if held.layer_start < held.layer_stop else set()
         for ((start, stop), heads), numbers in holders.items():
             if not missing.issuperset(cells(Block(group, start, stop, *heads))):

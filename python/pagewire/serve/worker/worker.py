@@ -36,9 +36,7 @@ EVENTS_A_REPORT = 256
 class Worker(ABC):
     """One model process's behaviour: messages and frames in, one unit of work per `step`."""
 
-    def __init__(
-        self, engine: Engine, front: Channel, role: Role, peers: Peers | None, machine: Machine[Any, Any]
-    ) -> None:
+    def __init__(self, engine: Engine, front: Channel, role: Role, peers: Peers | None, machine: Machine[Any]) -> None:
         self.role = role
         self.engine = engine
         self.config = engine.config
