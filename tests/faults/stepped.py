@@ -55,8 +55,8 @@ def granted(pair: Stepped, side: str) -> set[int]:
 def _on_their_way(pair: Stepped) -> bool:
     """Chunks that P has sent and D has not read."""
     (coverage,) = (leg.coverage for leg in pair.d._receiver._live["a"].legs.values())
-    every = coverage._ranges.values()
-    arrived = sum(stop - start for ranges in every for start, stop in ranges)  # tokens of a layer and head
+    every = coverage._bounds.values()
+    arrived = sum(sum(of[1::2]) - sum(of[::2]) for of in every)  # tokens of a layer and head
     return pair.p.requests["a"].pushed_bytes > arrived * pair.link_of("p").packing.wire.packed_bytes(0, 1, 1, 1)
 
 

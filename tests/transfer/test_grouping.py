@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagewire.transfer import grouping
+from pagewire.transfer.coverage import cells
 from pagewire.transfer.frames import Block
 from pagewire.transfer.grouping import Grouping
 
@@ -12,9 +13,7 @@ TOKEN_BYTES = 10  # of one layer
 
 
 def make(max_tokens: int) -> Grouping[str]:
-    return Grouping(
-        max_tokens * TOKEN_BYTES, lambda _group, layers, heads, tokens: layers * heads * tokens * TOKEN_BYTES
-    )
+    return Grouping(max_tokens * TOKEN_BYTES, lambda block, tokens: len(list(cells(block))) * tokens * TOKEN_BYTES)
 
 
 def layers_of(num_layers: int, group: int = 0) -> Block:

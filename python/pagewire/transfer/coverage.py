@@ -1,6 +1,6 @@
 """Which tokens of which layer and kv head have arrived."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import product
 
@@ -14,29 +14,30 @@ class Coverage:
 
     def __init__(self, blocks: tuple[Block, ...], token_start: int, token_stop: int) -> None:
         self._tokens = (token_start, token_stop)
-        # per (group, layer, head): disjoint ranges in order, neighbours joined
-        self._ranges: dict[Cell, list[Range]] = {cell: [] for block in blocks for cell in cells(block)}
+        # per (group, layer, head): where what is there starts and stops, in order; where two ranges meet, neither
+        self._bounds: dict[Cell, list[int]] = {cell: [] for block in blocks for cell in cells(block)}
 
     def problem(self, block: Block, tokens: Range) -> str | None:
         """Why these tokens of the block cannot be added; None: they can."""
         start, stop = tokens
-        outside = next((cell for cell in cells(block) if cell not in self._ranges), None)
+        outside = next((cell for cell in cells(block) if cell not in self._bounds), None)
         if outside is not None:
             return "group {}, layer {}, head {} is not what was reserved".format(*outside)
         if not (self._tokens[0] <= start < stop <= self._tokens[1]):
             return f"tokens {tokens} outside the reserved {self._tokens}"
-        if any(_overlaps(self._ranges[cell], start, stop) for cell in cells(block)):
+        if any(_overlaps(self._bounds[cell], start, stop) for cell in cells(block)):
             return f"tokens {tokens} of group {block.group}, layers {block.layers}, heads {block.heads} came twice"
         return None
 
     def add(self, block: Block, tokens: Range) -> None:
         """A block without a `problem`."""
-        for cell in cells(block):
-            _insert(self._ranges[cell], *tokens)
+        for bounds in (self._bounds[cell] for cell in cells(block)):
+            at, end = bisect_left(bounds, tokens[0]), bisect_right(bounds, tokens[1])
+            bounds[at:end] = [bound for bound in tokens if bound not in bounds[at:end]]
 
     @property
     def complete(self) -> bool:
-        return all(ranges == [self._tokens] for ranges in self._ranges.values())
+        return all(bounds == [*self._tokens] for bounds in self._bounds.values())
 
 
 NOTHING = Coverage((), 0, 0)  # is to come
@@ -47,16 +48,6 @@ def cells(block: Block) -> Iterator[Cell]:
     return product((block.group,), range(*block.layers), range(*block.heads))
 
 
-def _overlaps(ranges: list[Range], start: int, stop: int) -> bool:
-    at = bisect_left(ranges, (start, start))
-    return (at > 0 and ranges[at - 1][1] > start) or (at < len(ranges) and ranges[at][0] < stop)
-
-
-def _insert(ranges: list[Range], start: int, stop: int) -> None:
-    at = bisect_left(ranges, (start, start))
-    if at < len(ranges) and ranges[at][0] == stop:
-        stop = ranges.pop(at)[1]
-    if at > 0 and ranges[at - 1][1] == start:
-        at -= 1
-        start = ranges.pop(at)[0]
-    ranges.insert(at, (start, stop))
+def _overlaps(bounds: list[int], start: int, stop: int) -> bool:
+    at = bisect_right(bounds, start)
+    return at % 2 == 1 or bisect_left(bounds, stop) > at

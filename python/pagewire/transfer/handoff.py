@@ -193,10 +193,9 @@ class Machine(ABC, Generic[OfLink]):
     def _admitted(self, request: Request) -> list[Action]:
         """It has its pages."""
 
-    def _find(self, number: int, request_id: str) -> tuple[Request, Leg] | tuple[None, None]:
+    def _find(self, number: int, request_id: str) -> tuple[Request | None, Leg | None]:
         request = self._live.get(request_id)
-        leg = request.legs.get(number) if request else None
-        return (request, leg) if request and leg else (None, None)
+        return request, request.legs.get(number) if request else None
 
     def _progressed(self, number: int) -> None:
         self._progress_ms = self._links[number].progress_ms = self._now_ms()

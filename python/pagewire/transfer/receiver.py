@@ -161,20 +161,18 @@ class Receiver(Machine[_Link]):
             )
         return [Send(leg.reserve, number) for number, leg in request.legs.items() if leg.reserve]
 
-    def _receiving(self, number: int, frame: Chunk | Commit) -> tuple[Request, Leg] | tuple[None, None]:
+    def _receiving(self, number: int, frame: Chunk | Commit) -> tuple[Request | None, Leg | None]:
         incoming, leg = self._find(number, frame.request_id)
-        if incoming is None or leg is None or leg.reserve is None or leg.commit is not None:
-            return None, None
-        if (frame.generation, frame.capability) != (leg.generation, leg.reserve.capability):
-            return None, None
-        return incoming, leg
+        reserve = leg.reserve if leg and leg.commit is None else None
+        granted = reserve and (reserve.generation, reserve.capability)
+        return incoming, leg if granted == (frame.generation, frame.capability) else None
 
     def _chunk_problem(self, chunk: Chunk, wire: Wire, coverage: Coverage) -> str | None:
         if chunk.group >= len(wire.groups):
             return f"group: expected less than {len(wire.groups)}, got {chunk.group}"
-        if problem := mismatch(wire, chunk, ("fingerprint", "checksum_kind")):
-            return problem
-        if problem := mismatch(wire.groups[chunk.group], chunk, ("head_dim", "head_dim_v", "dtype", "scale_kind")):
+        of_group = "head_dim", "head_dim_v", "dtype", "scale_kind"
+        problem = mismatch(wire, chunk, ("fingerprint", "checksum_kind"))
+        if problem := problem or mismatch(wire.groups[chunk.group], chunk, of_group):
             return problem
         expected_bytes = wire.block_bytes(chunk.block, chunk.token_stop - chunk.token_start)
         if chunk.payload_bytes != expected_bytes:

@@ -49,7 +49,7 @@ class Sender(Machine[_Link]):
             raise ValueError(
                 f"slot_bytes: expected at least {token_bytes} (one token of one layer), got {staging_slot_bytes}"
             )
-        credits, unpushed = list(range(num_staging_slots)), Grouping[Request](staging_slot_bytes, wire.packed_bytes)
+        credits, unpushed = list(range(num_staging_slots)), Grouping[Request](staging_slot_bytes, wire.block_bytes)
         self._links[number] = _Link(wire=wire, progress_ms=self._now_ms(), credits=credits, unpushed=unpushed)
 
     def submit(
@@ -73,13 +73,12 @@ class Sender(Machine[_Link]):
 
     def reserve(self, number: int, reserve: Reserve) -> list[Action]:
         link, request_id = self._links[number], reserve.request_id
-        outgoing = self._live.get(request_id)
+        outgoing, leg = self._find(number, request_id)
         if link.ungranted.pop(request_id, False) or (outgoing is None and len(link.early) >= MAX_REMEMBERED):
             return [Send(Abort(request_id, reserve.generation, "not known here any more"), number)]
         if outgoing is None:
             link.early[request_id] = reserve
             return []
-        leg = outgoing.legs.get(number)
         if leg is None or leg.reserve is not None:
             return [Refused(f"RESERVE for {request_id}, which {'has one' if leg else 'is for other links'}")]
         leg.reserve = reserve
@@ -89,9 +88,7 @@ class Sender(Machine[_Link]):
         """Tokens [start, stop) of the layer are in our cache; `next_send` says when they leave."""
         outgoing = self._live[request_id]
         self._progress_ms = self._now_ms()
-        for number, leg in outgoing.legs.items():
-            reserve = leg.reserve
-            assert reserve is not None
+        for number, reserve in self.reserves(request_id).items():
             for block in reserve.blocks:
                 if block.group == group and block.layer_start <= layer < block.layer_stop:
                     self._links[number].unpushed.add(outgoing, block, layer, max(start, reserve.num_cached), stop)
@@ -140,8 +137,7 @@ class Sender(Machine[_Link]):
         outgoing = self._moving[push.link, push.staging_slot]
         if outgoing.phase is Phase.GONE:
             return self._not_sent(push)
-        reserve, wire = outgoing.legs[push.link].reserve, self._links[push.link].wire
-        assert reserve is not None
+        reserve, wire = self.reserves(push.request_id)[push.link], self._links[push.link].wire
         block, of = push.block, wire.groups[push.block.group]
         chunk = Chunk(
             push.request_id, reserve.generation, reserve.capability, wire.fingerprint, block.group, *block.layers,
