@@ -228,7 +228,7 @@ class D(Side):
                     self.channel.send(frame)
                 case Unpack(_, chunk, pages):
                     staging = self.arena.staging_slot(chunk.slot)
-                    problem = self.packing.unpack(chunk, pages, staging, shared=self.channel.shared)
+                    problem = self.packing.unpack(chunk, pages, staging, shared=not self.channel.payload_follows)
                     started |= self.carry_out(self.receiver.unpacked(action, problem))
                 case Start():
                     started = True

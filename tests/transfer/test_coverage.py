@@ -1,5 +1,7 @@
 """Coverage against a plain set of (group, layer, head, token)."""
 
+from itertools import product
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,3 +44,13 @@ def test_one_token_at_a_time_in_any_order(tokens: list[int]) -> None:
         for block in RESERVED:
             coverage.add(block, (token, token + 1))
     assert coverage.complete
+
+
+def test_every_two_ranges() -> None:
+    block = Block(0, 0, 1, 0, 1)
+    ranges = [(start, stop) for start in range(START, STOP) for stop in range(start + 1, STOP + 1)]
+    for first, second in product(ranges, repeat=2):
+        coverage = Coverage((block,), START, STOP)
+        coverage.add(block, first)
+        apart = first[1] <= second[0] or second[1] <= first[0]
+        assert (coverage.problem(block, second) is None) == apart, (first, second)

@@ -221,8 +221,10 @@ class P:
         for number in (1, 2, 3):
             self.machine.link(number, wire(OURS), 2, wire(OURS).packed_bytes(0, 4, 4, 6))
 
-    def reserve(self, number: int, request_id: str = "a", num_cached: int = 0, held: Held = OURS) -> list[Action]:
-        block = Block(0, *held.layers, *held.heads)
+    def reserve(
+        self, number: int, request_id: str = "a", num_cached: int = 0, held: Held = OURS, group: int = 0
+    ) -> list[Action]:
+        block = Block(group, *held.layers, *held.heads)
         return self.machine.reserve(number, Reserve(request_id, 10 + number, b"c" * 16, num_cached, 6, 100, (block,)))
 
     def begin(self, *links: int, request_id: str = "a", **fields) -> None:
@@ -306,10 +308,11 @@ def test_pages_that_a_push_reads_are_not_reused_before_it_is_over() -> None:
     assert len(p.machine._links[1].credits) == 2
 
 
-def test_a_block_that_is_not_of_what_both_hold_fails_the_request() -> None:
+@pytest.mark.parametrize("of", [{"held": replace(OURS, head_stop=5)}, {"group": 1}], ids=["head", "group"])
+def test_a_block_that_is_not_of_what_both_hold_fails_the_request(of: dict) -> None:
     p = P()
     p.machine.submit("a", PROMPT, (1,))
-    failed, abort = p.reserve(1, held=replace(OURS, head_stop=5))
+    failed, abort = p.reserve(1, **of)
     assert "RESERVE: Block(" in failed.message and abort.frame.generation == 11
     assert "other links" in P_with_a().reserve(2)[0].reason
 

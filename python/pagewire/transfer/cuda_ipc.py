@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -45,13 +44,13 @@ class DeviceStaging(Staging):
 
         Raises OSError when the driver refuses, with the driver's reason, and ValueError for another GPU.
         """
-        self.reach, self._pointer = reach, ctypes.c_uint64()
+        self._of_d, self._pointer = reach, ctypes.c_uint64()
         self._free = "cuMemFree_v2" if reach is None else "cuIpcCloseMemHandle"
         super().__init__(num_staging_slots, staging_slot_bytes)
 
     def _map(self, num_bytes: int) -> Tensor:
         device, name = _device()
-        if self.reach is None:
+        if self._of_d is None:
             _call("cuMemAlloc_v2", ctypes.byref(self._pointer), ctypes.c_size_t(-(-num_bytes // GRANULE) * GRANULE))
             handle = ctypes.create_string_buffer(HANDLE_BYTES)
             try:
@@ -60,13 +59,13 @@ class DeviceStaging(Staging):
                 self.close()
                 raise
             self.reach = handle.raw + name
-        elif len(self.reach) != HANDLE_BYTES + UUID_BYTES:
-            raise ValueError(f"HELLO: staging: expected {HANDLE_BYTES + UUID_BYTES} bytes, got {len(self.reach)}")
-        elif (of_d := self.reach[HANDLE_BYTES:]) != name:
-            here, there = (f"GPU-{uuid.UUID(bytes=of)}" for of in (name, of_d))
+        elif len(self._of_d) != HANDLE_BYTES + UUID_BYTES:
+            raise ValueError(f"HELLO: staging: expected {HANDLE_BYTES + UUID_BYTES} bytes, got {len(self._of_d)}")
+        elif (gpu := self._of_d[HANDLE_BYTES:]) != name:
+            here, there = (f"GPU-{uuid.UUID(bytes=of)}" for of in (name, gpu))
             raise ValueError(f"cuda-ipc: expected P and D on one GPU, got {here} here and {there} there")
         else:
-            theirs, expected = _Handle.from_buffer_copy(self.reach), "expected memory of D, another process that lives"
+            theirs, expected = _Handle.from_buffer_copy(self._of_d), "expected memory of D, another process that lives"
             _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._pointer), theirs, _LAZY_PEER_ACCESS, problem=expected)
         return _view(self._pointer.value, num_bytes, device)
 
@@ -83,10 +82,6 @@ Kept = list[tuple[socket.socket, DeviceStaging]]  # by D, of closed connections
 class CudaIpcTransport(UnixTransport):
     checksum_kind: ChecksumKind = "fletcher64"
     kept: Kept | None = None  # D
-
-    def greet(self, hello: Hello, fds: Sequence[int] = ()) -> None:
-        assert isinstance(self.staging, DeviceStaging) and self.staging.reach
-        super().greet(msgspec.structs.replace(hello, staging=self.staging.reach))
 
     def open_staging(self, hello: Hello) -> None:
         self.staging = DeviceStaging(hello.num_slots, hello.slot_bytes, hello.staging)
@@ -132,12 +127,11 @@ class CudaIpcListener(UnixListener):
 
 
 def free_unmapped(kept: Kept) -> None:
-    for one in list(kept):
-        sock, staging = one
+    for sock, staging in kept[:]:
         poller = select.poll()
         poller.register(sock, 0)  # for hang-ups only
         if poller.poll(0):
-            kept.remove(one)
+            kept.remove((sock, staging))
             staging.close()
             sock.close()
 

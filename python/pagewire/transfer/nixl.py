@@ -11,8 +11,6 @@ import time
 from collections import deque
 from typing import Any
 
-import msgspec
-
 from pagewire.net.channel import ChannelClosed, frame
 from pagewire.net.tls import Tls
 from pagewire.transfer.frames import Chunk, Frame, Hello
@@ -28,7 +26,7 @@ class NixlError(ChannelClosed, OSError):
 
 
 class NixlTransport(TcpTransport):
-    shared = True
+    payload_follows = False  # it is in its slot
     _agent: Any = None
 
     def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:
@@ -40,14 +38,12 @@ class NixlTransport(TcpTransport):
         return bool(self._waiting) or super().wants_write
 
     def register(self) -> None:
-        """Its slots, with an agent of its own. Raises NixlError."""
+        """Its slots, with an agent of its own; they say how to reach them. Raises NixlError."""
         assert self.staging is not None
         self._agent, self._base = new_agent(), self.staging.staging_slot(0).data_ptr()
-        self._region = self._tried(self._agent.register_memory, [(self._base, self.num_staging_bytes, 0, "")], "DRAM")
-
-    def greet(self, hello: Hello, fds: Any = ()) -> None:
-        metadata = self._tried(self._agent.get_partial_agent_metadata, self._region, True)
-        super().greet(msgspec.structs.replace(hello, staging=_BASE.pack(self._base) + metadata))
+        region = self._tried(self._agent.register_memory, [(self._base, self.num_staging_bytes, 0, "")], "DRAM")
+        metadata = self._tried(self._agent.get_partial_agent_metadata, region, True)
+        self.staging.reach = _BASE.pack(self._base) + metadata
 
     def open_staging(self, hello: Hello) -> None:
         super().open_staging(hello)
@@ -81,9 +77,6 @@ class NixlTransport(TcpTransport):
             self._waiting.popleft()
             self._queue(frame(self._codec.encode(message)))
         super().flush()
-
-    def received(self, message: Frame) -> memoryview | None:
-        return Transport.received(self, message)  # the payload is in its slot
 
     def drain(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

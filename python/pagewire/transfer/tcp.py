@@ -13,7 +13,7 @@ from pagewire.transfer.transport import BACKLOG, Listener, Staging, Transport
 
 
 class TcpTransport(Transport):
-    shared = False
+    payload_follows = True
 
     @classmethod
     def connect(cls, address: str, name: str, tls: Tls | None) -> "TcpTransport":
@@ -36,10 +36,6 @@ class TcpTransport(Transport):
         if isinstance(message, Chunk):
             payload = self.payload(message).numpy().data
         super().send(message, payload=payload)
-
-    def received(self, message: Frame) -> memoryview | None:
-        super().received(message)
-        return self.payload(message).numpy().data if isinstance(message, Chunk) else None
 
 
 class TcpListener(Listener):

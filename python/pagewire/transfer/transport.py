@@ -30,6 +30,8 @@ MAX_STAGING_BYTES = 1 << 34  # that a peer may make us map
 class Staging:
     """`num_staging_slots` x `staging_slot_bytes` of memory; here, of this process's own."""
 
+    reach = b""  # HELLO.staging: how P reaches D's, where that takes words
+
     def __init__(self, num_staging_slots: int, staging_slot_bytes: int) -> None:
         """Raises ValueError on an impossible size, OSError when there is no memory."""
         num_bytes = num_staging_slots * staging_slot_bytes
@@ -70,8 +72,8 @@ class Transport(Channel):
     one that `poll` returns has it there. Raises ChannelClosed or ConnectionLost once it is over.
     """
 
+    payload_follows = False  # its CHUNK on the stream; else P can write D's slots at any time
     checksum_kind: ChecksumKind = "crc32c"  # of payloads: one that is cheap where the staging slots are
-    shared = True  # P can write D's staging slots at any time
 
     def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:
         """staging: of D; None: this is P's."""
@@ -92,14 +94,16 @@ class Transport(Channel):
         """D: its HELLO, with its staging slots."""
         assert self.staging is not None
         num_slots, slot_bytes = self.staging.num_staging_slots, self.staging.staging_slot_bytes
-        self.send(msgspec.structs.replace(hello, num_slots=num_slots, slot_bytes=slot_bytes), fds)
+        reach = self.staging.reach
+        self.send(msgspec.structs.replace(hello, num_slots=num_slots, slot_bytes=slot_bytes, staging=reach), fds)
 
     def received(self, message: Frame) -> memoryview | None:
-        if isinstance(message, Chunk):
-            if self._pushes:
-                raise ConnectionLost("CHUNK: D sent one, only P does")
-            self.payload(message)
-        return None
+        if not isinstance(message, Chunk):
+            return None
+        if self._pushes:
+            raise ConnectionLost("CHUNK: D sent one, only P does")
+        payload = self.payload(message)
+        return payload.numpy().data if self.payload_follows else None
 
     def payload(self, chunk: Chunk) -> Tensor:
         """uint8 [payload_bytes], at the head of its slot. Raises ConnectionLost when there is no such place."""

@@ -77,7 +77,7 @@ class DecodeWorker(Worker):
             self.do(self._receiver.lost(unpack.link))
             return "the link is lost"
         try:
-            staging, shared = link.staging.staging_slot(chunk.slot), link.transport.shared
+            staging, shared = link.staging.staging_slot(chunk.slot), not link.transport.payload_follows
             problem = link.packing.unpack(chunk, unpack.pages, staging, shared=shared)
         except Exception as error:
             problem = describe(error)
