@@ -13,8 +13,7 @@ class FrameCodec:
     """One end of one connection."""
 
     def __init__(self) -> None:
-        self._num_sent = 0
-        self._num_received = 0
+        self._num_sent = self._num_received = 0
 
     def encode(self, frame: Frame) -> bytes:
         data = encode(frame, self._num_sent % SEQUENCES)

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Generic, TypeVar
 
 from pagewire.transfer.frames import Block, Range
@@ -60,4 +59,4 @@ class Grouping(Generic[Owner]):
         self._full = deque(piece for piece in self._full if piece.owner is not owner)
 
     def holds(self, owner: Owner) -> bool:
-        return any(piece.owner is owner for piece in chain(self._full, self._open.values()))
+        return any(piece.owner is owner for piece in (*self._full, *self._open.values()))

@@ -87,7 +87,6 @@ class Leg(Struct, eq=False):
     """What goes of a request over one link."""
 
     reserve: Reserve | None = None  # once it was granted
-    num_moving: int = 0  # payloads that are being packed or unpacked
     commit: Commit | None = None  # P: to be sent when nothing is to be pushed. D: came, maybe before all is unpacked
     over: bool = False  # the link is needed no more
     blocks: tuple[Block, ...] = ()  # D: that come over it
@@ -108,10 +107,6 @@ class Request(Struct, eq=False):
     pages: list[int] = []
     num_cached: int = 0  # D: tokens that are there before the handoff
     num_whole: int = 0  # of the pages, in front: full of cached tokens, and never written
-
-    @property
-    def num_moving(self) -> int:
-        return sum(leg.num_moving for leg in self.legs.values())
 
 
 OfLink = TypeVar("OfLink", bound=Link)
@@ -200,14 +195,13 @@ class Machine(ABC, Generic[OfLink]):
     def _progressed(self, number: int) -> None:
         self._progress_ms = self._links[number].progress_ms = self._now_ms()
 
-    def _begin_move(self, number: int, staging_slot: int, request: Request) -> None:
-        self._moving[number, staging_slot] = request
-        request.legs[number].num_moving += 1
+    def _is_moving(self, number: int, request: Request) -> bool:
+        """Whether a payload of it is being packed or unpacked for the link."""
+        return any(of is request and at == number for (at, _), of in self._moving.items())
 
     def _end_move(self, number: int, staging_slot: int) -> Request:
         request = self._moving.pop((number, staging_slot))
-        request.legs[number].num_moving -= 1
-        if request.phase is Phase.GONE and not request.num_moving:
+        if request.phase is Phase.GONE and request not in self._moving.values():
             self._allocator.end_lease(request.pages[request.num_whole :])
         return request
 
@@ -216,27 +210,25 @@ class Machine(ABC, Generic[OfLink]):
         return [*self._end(request, answer, reason), *self._admit()] if request else []
 
     def _end(self, request: Request, answer: Action | None, reason: str) -> list[Action]:
-        """Tells every other side that still takes part."""
+        """Releases what it holds and tells every other side that still takes part."""
         told = [
             Send(Abort(request.request_id, leg.generation, reason[:256]), number)
             for number, leg in request.legs.items()
             if number in self._links and not leg.over
         ]
-        self._free(request)
-        return [*([answer] if answer else []), *told]
-
-    def _free(self, request: Request) -> None:
         del self._live[request.request_id]
         if request in self._waiting:
             self._waiting.remove(request)
         self._allocator.free(request.pages[: request.num_whole])
         written = request.pages[request.num_whole :]
         # what moves in or out of these pages cannot be called back: leased until it is over
+        moving = request in self._moving.values()
         if request.phase is not Phase.DRAINING:
-            self._allocator.free(written, to="leased" if request.num_moving else "free")
-        elif not request.num_moving:
+            self._allocator.free(written, to="leased" if moving else "free")
+        elif not moving:
             self._allocator.end_lease(written)
         request.phase = Phase.GONE
+        return [*([answer] if answer else []), *told]
 
     def _admit(self) -> list[Action]:
         actions: list[Action] = []

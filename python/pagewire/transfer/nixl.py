@@ -41,7 +41,7 @@ class NixlTransport(TcpTransport):
         """Its slots, with an agent of its own; they say how to reach them. Raises NixlError."""
         assert self.staging is not None
         self._agent, self._base = new_agent(), self.staging.staging_slot(0).data_ptr()
-        region = self._tried(self._agent.register_memory, [(self._base, self.num_staging_bytes, 0, "")], "DRAM")
+        region = self._tried(self._agent.register_memory, [(self._base, self.staging.num_bytes, 0, "")], "DRAM")
         metadata = self._tried(self._agent.get_partial_agent_metadata, region, True)
         self.staging.reach = _BASE.pack(self._base) + metadata
 

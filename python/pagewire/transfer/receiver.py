@@ -90,13 +90,12 @@ class Receiver(Machine[_Link]):
         if leg is None or incoming is None:
             # late: its request is gone; the staging slot's bytes are not looked at
             return [Send(Credit(chunk.slot), number)]
-        problem = self._chunk_problem(chunk, link.wire, leg.coverage)
-        if problem:
+        if problem := self._chunk_problem(chunk, link.wire, leg.coverage):
             return [Send(Credit(chunk.slot), number), *self.fail(incoming.request_id, f"CHUNK: {problem}")]
         leg.coverage.add(chunk.block, chunk.tokens)
         self._progressed(number)
         link.granted_staging.remove(chunk.slot)
-        self._begin_move(number, chunk.slot, incoming)
+        self._moving[number, chunk.slot] = incoming
         return [Unpack(number, chunk, incoming.pages)]
 
     def unpacked(self, unpack: Unpack, problem: str | None = None) -> list[Action]:
@@ -129,10 +128,9 @@ class Receiver(Machine[_Link]):
 
     def release(self, request_id: str) -> list[Action]:
         """A running request has ended in good order."""
-        incoming = self._live[request_id]
-        assert incoming.phase is Phase.RUNNING, incoming.phase
-        self._free(incoming)
-        return self._admit()
+        phase = self._live[request_id].phase
+        assert phase is Phase.RUNNING, phase
+        return self._give_up(request_id, None, "released")
 
     def _check_size(self, prompt_len: int, num_tokens: int, num_cached: int, prefix: tuple[int, ...]) -> None:
         """Raises ValueError."""
@@ -182,7 +180,7 @@ class Receiver(Machine[_Link]):
     def _committed(self, number: int, incoming: Request, leg: Leg) -> list[Action]:
         """Once all that came over this link is in the pages."""
         commit = leg.commit
-        if commit is None or leg.num_moving:
+        if commit is None or self._is_moving(number, incoming):
             return []
         others = {other.commit.first_token for other in incoming.legs.values() if other.over and other.commit}
         problem = None

@@ -44,11 +44,10 @@ class Sender(Machine[_Link]):
     def link(self, number: int, wire: Wire, num_staging_slots: int, staging_slot_bytes: int) -> None:
         """A D is there. Raises ValueError when a staging slot cannot hold one token of one layer."""
         assert number not in self._links
-        token_bytes = max(wire.packed_bytes(g, 1, of.head_stop - of.head_start, 1) for g, of in enumerate(wire.groups))
-        if staging_slot_bytes < token_bytes:
-            raise ValueError(
-                f"slot_bytes: expected at least {token_bytes} (one token of one layer), got {staging_slot_bytes}"
-            )
+        least = max(wire.packed_bytes(g, 1, of.head_stop - of.head_start, 1) for g, of in enumerate(wire.groups))
+        if staging_slot_bytes < least:
+            got = f"got {staging_slot_bytes}"
+            raise ValueError(f"slot_bytes: expected at least {least} (one token of one layer), {got}")
         credits, unpushed = list(range(num_staging_slots)), Grouping[Request](staging_slot_bytes, wire.block_bytes)
         self._links[number] = _Link(wire=wire, progress_ms=self._now_ms(), credits=credits, unpushed=unpushed)
 
@@ -128,7 +127,7 @@ class Sender(Machine[_Link]):
             staging_slot = link.credits.pop()
             link.sent_staging.add(staging_slot)
             outgoing = piece.owner
-            self._begin_move(number, staging_slot, outgoing)
+            self._moving[number, staging_slot] = outgoing
             return Push(outgoing.request_id, number, outgoing.pages, piece.block, piece.tokens, staging_slot)
         return None
 
@@ -136,7 +135,7 @@ class Sender(Machine[_Link]):
         """It is in its staging slot: the CHUNK, unless nobody wants it any more."""
         outgoing = self._moving[push.link, push.staging_slot]
         if outgoing.phase is Phase.GONE:
-            return self._not_sent(push)
+            return self.not_pushed(push, "nobody wants it any more")
         reserve, wire = self.reserves(push.request_id)[push.link], self._links[push.link].wire
         block, of = push.block, wire.groups[push.block.group]
         chunk = Chunk(
@@ -150,10 +149,14 @@ class Sender(Machine[_Link]):
         return [Send(chunk, push.link)]
 
     def not_pushed(self, push: Push, message: str) -> list[Action]:
-        """Packing failed before the chunk was sent: the staging slot is still ours, the request fails."""
+        """The chunk is not sent: its staging slot is still ours, nothing reads the pages for it now, and the request
+        fails, unless it is gone.
+        """
         outgoing = self._moving[push.link, push.staging_slot]
         failed = self.fail(push.request_id, message) if outgoing.phase is not Phase.GONE else []
-        return [*failed, *self._not_sent(push)]
+        self._end_move(push.link, push.staging_slot)
+        self.frame(push.link, Credit(push.staging_slot))
+        return [*failed, *self._admit()]
 
     def credit(self, number: int, credit: Credit) -> list[Action]:
         link = self._links[number]
@@ -175,8 +178,7 @@ class Sender(Machine[_Link]):
         leg.over = True
         if not all(leg.over for leg in outgoing.legs.values()):
             return []
-        self._free(outgoing)
-        return [Dropped(ack.request_id), *self._admit()]
+        return self._give_up(ack.request_id, Dropped(ack.request_id), "over")
 
     def abort(self, number: int, abort: Abort) -> list[Action]:
         link, request_id = self._links[number], abort.request_id
@@ -216,27 +218,18 @@ class Sender(Machine[_Link]):
     def _drained(self, number: int, outgoing: Request) -> None:
         """Its COMMIT is next, if nothing is to be pushed before."""
         leg = outgoing.legs[number]
-        if leg.commit and not leg.num_moving and not self._links[number].unpushed.holds(outgoing):
+        if leg.commit and not self._is_moving(number, outgoing) and not self._links[number].unpushed.holds(outgoing):
             self._commits.append((number, outgoing))
-
-    def _not_sent(self, push: Push) -> list[Action]:
-        """Of a request that is gone: the staging slot is still ours, and nothing reads the pages for it now."""
-        self._end_move(push.link, push.staging_slot)
-        self.frame(push.link, Credit(push.staging_slot))
-        return self._admit()
 
     def _end(self, request: Request, answer: Action | None, reason: str) -> list[Action]:
         for number, leg in request.legs.items():
             if leg.reserve is None and not leg.over and number in self._links:  # it is told when its RESERVE comes
                 _remember(self._links[number].ungranted, request.request_id)
                 leg.over = True
-        return super()._end(request, answer, reason)
-
-    def _free(self, request: Request) -> None:
         self._commits = deque(commit for commit in self._commits if commit[1] is not request)
-        for link in (self._links[number] for number in request.legs if number in self._links):
+        for link in self._links.values():
             link.unpushed.drop(request)
-        super()._free(request)
+        return super()._end(request, answer, reason)
 
     def _admitted(self, request: Request) -> list[Action]:
         request.phase = Phase.PREFILLING

@@ -3,13 +3,9 @@ reads there.
 """
 
 import fcntl
-import mmap
 import os
 import socket
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 from pagewire.transfer.frames import Frame, Hello
 from pagewire.transfer.transport import STAGING_ALIGN, Staging, Transport
@@ -37,9 +33,6 @@ class Arena(Staging):
             raise ValueError("staging arena: expected a memfd sealed against shrinking and growing")
         self.fd = fd
         super().__init__(num_staging_slots, staging_slot_bytes)
-
-    def _map(self, num_bytes: int) -> Tensor:
-        return torch.frombuffer(mmap.mmap(self.fd, num_bytes), dtype=torch.uint8)
 
     @classmethod
     def create(cls, num_staging_slots: int, staging_slot_bytes: int) -> "Arena":

@@ -30,11 +30,12 @@ MAX_STAGING_BYTES = 1 << 34  # that a peer may make us map
 class Staging:
     """`num_staging_slots` x `staging_slot_bytes` of memory; here, of this process's own."""
 
+    fd = -1  # of the file that is mapped; -1: none
     reach = b""  # HELLO.staging: how P reaches D's, where that takes words
 
     def __init__(self, num_staging_slots: int, staging_slot_bytes: int) -> None:
         """Raises ValueError on an impossible size, OSError when there is no memory."""
-        num_bytes = num_staging_slots * staging_slot_bytes
+        self.num_bytes = num_bytes = num_staging_slots * staging_slot_bytes
         if not 0 < num_bytes <= MAX_STAGING_BYTES or staging_slot_bytes % STAGING_ALIGN:
             raise ValueError(
                 f"staging: expected 1 to {MAX_STAGING_BYTES} bytes in slots of a multiple of {STAGING_ALIGN}, "
@@ -46,7 +47,7 @@ class Staging:
         self._slots = self._bytes.view(num_staging_slots, staging_slot_bytes).unbind()
 
     def _map(self, num_bytes: int) -> Tensor:
-        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)  # it keeps the mapping
+        return torch.frombuffer(mmap.mmap(self.fd, num_bytes), dtype=torch.uint8)  # it keeps the mapping
 
     def staging_slot(self, index: int) -> Tensor:
         """uint8 [staging_slot_bytes], always the same view."""
@@ -81,10 +82,6 @@ class Transport(Channel):
         super().__init__(sock, Codec(codec.encode, codec.decode), name=name)
         self.staging = staging
         self._pushes = staging is None
-
-    @property
-    def num_staging_bytes(self) -> int:
-        return self.staging.num_staging_slots * self.staging.staging_slot_bytes if self.staging else 0
 
     def open_staging(self, hello: Hello) -> None:
         """P: as D's HELLO says. Raises ValueError or OSError when it is not so."""
@@ -160,31 +157,25 @@ def listen(
     """address: "unix:", "cuda-ipc:", "tcp://host:port" with port 0 for any, or "nixl+tcp://…". Raises ValueError or
     OSError.
     """
-    from pagewire.transfer.cuda_ipc import CudaIpcListener
-    from pagewire.transfer.nixl import NixlListener
-    from pagewire.transfer.shm import ShmListener
-    from pagewire.transfer.tcp import TcpListener
+    from pagewire.transfer import cuda_ipc, nixl, shm, tcp
 
     if address == "unix:":
-        return ShmListener("unix", hello, staging, name)
+        return shm.ShmListener("unix", hello, staging, name)
     if address == "cuda-ipc:":
-        return CudaIpcListener("cuda-ipc", hello, staging, name)
+        return cuda_ipc.CudaIpcListener("cuda-ipc", hello, staging, name)
     if address.startswith("nixl+"):
-        return NixlListener(address.removeprefix("nixl+"), hello, staging, name, tls)
-    return TcpListener(address, hello, staging, name, tls)
+        return nixl.NixlListener(address.removeprefix("nixl+"), hello, staging, name, tls)
+    return tcp.TcpListener(address, hello, staging, name, tls)
 
 
 def connect(address: str, *, name: str = "D", tls: Tls | None = None) -> Transport:
     """P's, to a Listener's `address`; it may still be under way. Raises ValueError or OSError."""
-    from pagewire.transfer.cuda_ipc import CudaIpcTransport
-    from pagewire.transfer.nixl import NixlTransport
-    from pagewire.transfer.shm import ShmTransport
-    from pagewire.transfer.tcp import TcpTransport
+    from pagewire.transfer import cuda_ipc, nixl, shm, tcp
 
     if address.startswith("unix:"):
-        return ShmTransport.connect(address, name)
+        return shm.ShmTransport.connect(address, name)
     if address.startswith("cuda-ipc:"):
-        return CudaIpcTransport.connect(address, name)
+        return cuda_ipc.CudaIpcTransport.connect(address, name)
     if address.startswith("nixl+"):
-        return NixlTransport.connect(address.removeprefix("nixl+"), name, tls)
-    return TcpTransport.connect(address, name, tls)
+        return nixl.NixlTransport.connect(address.removeprefix("nixl+"), name, tls)
+    return tcp.TcpTransport.connect(address, name, tls)

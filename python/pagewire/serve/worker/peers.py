@@ -124,7 +124,7 @@ class Peers:
         except ChannelClosed as closed:
             self.drop(number, str(closed))
             return
-        if link.transport.num_unsent > MAX_UNSENT_BYTES + link.transport.num_staging_bytes:
+        if link.transport.num_unsent > MAX_UNSENT_BYTES + link.staging.num_bytes:
             self.drop(number, f"{self._name}: it does not read, {link.transport.num_unsent} bytes wait for it")
 
     def poll(self) -> list[tuple[int, Frame]]:
