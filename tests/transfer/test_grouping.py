@@ -23,8 +23,8 @@ def layers_of(num_layers: int, group: int = 0) -> Block:
 def drained(groups: Grouping[str], idle: bool = False) -> list[tuple]:
     taken = []
     while piece := groups.take(idle):
-        layers = tuple(layer - 2 for layer in piece.block.layers)
-        taken.append((piece.owner, layers, piece.tokens))
+        owner, block, tokens = piece
+        taken.append((owner, tuple(layer - 2 for layer in block.layers), tokens))
     return taken
 
 
@@ -75,8 +75,7 @@ def test_groups_of_layers_do_not_mix() -> None:
     for group in (0, 1):
         groups.add("a", layers_of(2, group), 2, 0, 7)
     groups.add("a", layers_of(2, 1), 3, 0, 7)
-    piece = groups.take(idle=False)
-    assert (piece.block, piece.tokens) == (layers_of(2, 1), (0, 7)) and groups.take(idle=False) is None
+    assert groups.take(idle=False) == ("a", layers_of(2, 1), (0, 7)) and groups.take(idle=False) is None
 
 
 @given(

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pagewire.transfer.frames import Block, Range
@@ -10,13 +9,7 @@ from pagewire.transfer.frames import Block, Range
 IDLE_CHUNK_BYTES = 1 << 20  # what is worth a chunk of its own while nothing else is on its way
 
 Owner = TypeVar("Owner")
-
-
-@dataclass(eq=False)
-class Piece(Generic[Owner]):
-    owner: Owner
-    block: Block  # with the layers that it has so far
-    tokens: Range
+Piece = tuple[Owner, Block, Range]
 
 
 class Grouping(Generic[Owner]):
@@ -28,7 +21,7 @@ class Grouping(Generic[Owner]):
         """num_bytes: of a block and a number of tokens; one token of one layer is no more than max_bytes."""
         self._max_bytes = max_bytes
         self._num_bytes = num_bytes
-        self._open: dict[tuple[Owner, int, Range], Piece[Owner]] = {}
+        self._open: dict[tuple[Owner, int, Range], Block] = {}  # of a group's tokens, with the layers so far
         self._full: deque[Piece[Owner]] = deque()
 
     def add(self, owner: Owner, block: Block, layer: int, start: int, stop: int) -> None:
@@ -38,25 +31,25 @@ class Grouping(Generic[Owner]):
             tokens = at, min(at + max_tokens, stop)
             key = owner, block.group, tokens
             begun = self._open.get(key)
-            assert begun is None or begun.block.layer_stop == layer
-            first = begun.block.layer_start if begun else layer
-            self._open[key] = Piece(owner, Block(block.group, first, layer + 1, *block.heads), tokens)
+            assert begun is None or begun.layer_stop == layer
+            first = begun.layer_start if begun else layer
+            self._open[key] = Block(block.group, first, layer + 1, *block.heads)
             with_next = Block(block.group, first, layer + 2, *block.heads)
             if layer + 1 == block.layer_stop or self._num_bytes(with_next, tokens[1] - at) > self._max_bytes:
-                self._full.append(self._open.pop(key))
+                self._full.append((owner, self._open.pop(key), tokens))
 
     def take(self, idle: bool) -> Piece[Owner] | None:
         """The next that may leave. `idle`: so may one that is not full, if it is worth it."""
         if self._full:
             return self._full.popleft()
-        for key, piece in self._open.items() if idle else ():
-            if self._num_bytes(piece.block, piece.tokens[1] - piece.tokens[0]) >= IDLE_CHUNK_BYTES:
-                return self._open.pop(key)
+        for (owner, group, tokens), block in self._open.items() if idle else ():
+            if self._num_bytes(block, tokens[1] - tokens[0]) >= IDLE_CHUNK_BYTES:
+                return owner, self._open.pop((owner, group, tokens)), tokens
         return None
 
     def drop(self, owner: Owner) -> None:
-        self._open = {key: piece for key, piece in self._open.items() if piece.owner is not owner}
-        self._full = deque(piece for piece in self._full if piece.owner is not owner)
+        self._open = {key: block for key, block in self._open.items() if key[0] is not owner}
+        self._full = deque(piece for piece in self._full if piece[0] is not owner)
 
     def holds(self, owner: Owner) -> bool:
-        return any(piece.owner is owner for piece in (*self._full, *self._open.values()))
+        return any(of is owner for of, _, _ in (*self._full, *self._open))

@@ -105,8 +105,7 @@ class Request(Struct, eq=False):
     since_ms: int = 0  # last granted, or when P had computed it all
     phase: Phase = Phase.WAITING
     pages: list[int] = []
-    num_cached: int = 0  # D: tokens that are there before the handoff
-    num_whole: int = 0  # of the pages, in front: full of cached tokens, and never written
+    num_cached: int = 0  # D: tokens that are there before the handoff; pages that are full of them are never written
 
 
 OfLink = TypeVar("OfLink", bound=Link)
@@ -202,7 +201,7 @@ class Machine(ABC, Generic[OfLink]):
     def _end_move(self, number: int, staging_slot: int) -> Request:
         request = self._moving.pop((number, staging_slot))
         if request.phase is Phase.GONE and request not in self._moving.values():
-            self._allocator.end_lease(request.pages[request.num_whole :])
+            self._allocator.end_lease(request.pages[request.num_cached // self._page_size :])
         return request
 
     def _give_up(self, request_id: str, answer: Action | None, reason: str) -> list[Action]:
@@ -219,8 +218,9 @@ class Machine(ABC, Generic[OfLink]):
         del self._live[request.request_id]
         if request in self._waiting:
             self._waiting.remove(request)
-        self._allocator.free(request.pages[: request.num_whole])
-        written = request.pages[request.num_whole :]
+        num_whole = request.num_cached // self._page_size
+        written = request.pages[num_whole:]
+        self._allocator.free(request.pages[:num_whole])
         # what moves in or out of these pages cannot be called back: leased until it is over
         moving = request in self._moving.values()
         if request.phase is not Phase.DRAINING:

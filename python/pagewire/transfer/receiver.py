@@ -46,9 +46,8 @@ class Receiver(Machine[_Link]):
     def link(self, number: int, wire: Wire, num_staging_slots: int) -> None:
         """A peer is there; every one of its staging slots is its to write."""
         assert number not in self._links
-        self._links[number] = _Link(
-            wire=wire, progress_ms=self._now_ms(), granted_staging=set(range(num_staging_slots))
-        )
+        granted = set(range(num_staging_slots))
+        self._links[number] = _Link(wire=wire, progress_ms=self._now_ms(), granted_staging=granted)
 
     def submit(
         self, request_id: str, token_ids: tuple[int, ...], num_tokens: int, problem: str | None = None,
@@ -67,7 +66,6 @@ class Receiver(Machine[_Link]):
         incoming = self._live[request_id] = Request(
             request_id, token_ids, {number: Leg() for number in present},
             num_pages=-(-num_tokens // self._page_size) - len(prefix), pages=list(prefix), num_cached=num_cached,
-            num_whole=num_cached // self._page_size,
         )  # fmt: skip
         if len(present) < len(links):
             return self._give_up(request_id, Dropped(request_id), "another sender is gone")

@@ -126,9 +126,9 @@ class Sender(Machine[_Link]):
             self._progressed(number)
             staging_slot = link.credits.pop()
             link.sent_staging.add(staging_slot)
-            outgoing = piece.owner
+            outgoing, block, tokens = piece
             self._moving[number, staging_slot] = outgoing
-            return Push(outgoing.request_id, number, outgoing.pages, piece.block, piece.tokens, staging_slot)
+            return Push(outgoing.request_id, number, outgoing.pages, block, tokens, staging_slot)
         return None
 
     def pushed(self, push: Push, payload_bytes: int, checksum: int) -> list[Action]:

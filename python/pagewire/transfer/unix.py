@@ -11,8 +11,6 @@ import struct
 from pagewire.transfer.frames import Hello
 from pagewire.transfer.transport import BACKLOG, Listener, Transport
 
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
-
 
 class UnixTransport(Transport):
     @classmethod
@@ -43,7 +41,6 @@ def _abstract(address: str) -> str:
 
 def expect_same_user(sock: socket.socket) -> None:
     """Raises PermissionError."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid = _CREDENTIALS.unpack(credentials)[1]
+    _pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if uid != os.getuid():
         raise PermissionError(errno.EPERM, "its address belongs to another user")
