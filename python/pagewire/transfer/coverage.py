@@ -25,8 +25,10 @@ class Coverage:
             return "group {}, layer {}, head {} is not what was reserved".format(*outside)
         if not (self._tokens[0] <= start < stop <= self._tokens[1]):
             return f"tokens {tokens} outside the reserved {self._tokens}"
-        if any(_overlaps(self._bounds[cell], start, stop) for cell in cells(block)):
-            return f"tokens {tokens} of group {block.group}, layers {block.layers}, heads {block.heads} came twice"
+        for bounds in (self._bounds[cell] for cell in cells(block)):
+            at = bisect_right(bounds, start)
+            if at % 2 == 1 or bisect_left(bounds, stop) > at:
+                return f"tokens {tokens} of group {block.group}, layers {block.layers}, heads {block.heads} came twice"
         return None
 
     def add(self, block: Block, tokens: Range) -> None:
@@ -46,8 +48,3 @@ NOTHING = Coverage((), 0, 0)  # is to come
 def cells(block: Block) -> Iterator[Cell]:
     """Its (group, layer, head)."""
     return product((block.group,), range(*block.layers), range(*block.heads))
-
-
-def _overlaps(bounds: list[int], start: int, stop: int) -> bool:
-    at = bisect_right(bounds, start)
-    return at % 2 == 1 or bisect_left(bounds, stop) > at

@@ -111,19 +111,14 @@ class CudaIpcListener(UnixListener):
         super().__init__(scheme, hello, staging, name)
         self._kept: Kept = []
 
-    def accept(self) -> Transport | None:
+    def forget(self) -> None:
         free_unmapped(self._kept)
-        return super().accept()
 
     def serve(self, sock: socket.socket) -> Transport:
         expect_same_user(sock)
         transport = CudaIpcTransport(sock, self.name, DeviceStaging(*self.staging))
         transport.kept = self._kept
         return transport
-
-    def close(self) -> None:
-        super().close()
-        free_unmapped(self._kept)
 
 
 def free_unmapped(kept: Kept) -> None:

@@ -113,18 +113,13 @@ class NixlListener(TcpListener):
         self.address = f"nixl+{self.address}"
 
     def serve(self, sock: socket.socket) -> Transport:
-        self._forget()
         tcp = super().serve(sock)
         transport = NixlTransport(tcp._sock, self.name, tcp.staging)
         transport.register()
         self._arenas.append((socket.socket(fileno=os.dup(tcp.fileno())), tcp.staging))
         return transport
 
-    def close(self) -> None:
-        super().close()
-        self._forget()
-
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Arenas of connections that P has closed: they are D's alone, if it has not closed them, too."""
         for sock, arena in self._arenas[:]:
             if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] not in _P_HAS_NOT_CLOSED:

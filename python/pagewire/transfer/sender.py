@@ -119,8 +119,7 @@ class Sender(Machine[_Link]):
             assert commit is not None
             return Send(commit, number)
         for number, link in list(self._links.items()):
-            piece = link.unpushed.take(idle=not link.sent_staging) if link.credits else None
-            if piece is None:
+            if not link.credits or (piece := link.unpushed.take(idle=not link.sent_staging)) is None:
                 continue
             self._links[number] = self._links.pop(number)  # the others first, next time
             self._progressed(number)
@@ -149,13 +148,11 @@ class Sender(Machine[_Link]):
         return [Send(chunk, push.link)]
 
     def not_pushed(self, push: Push, message: str) -> list[Action]:
-        """The chunk is not sent: its staging slot is still ours, nothing reads the pages for it now, and the request
-        fails, unless it is gone.
-        """
+        """Nothing is sent and nothing reads the pages for it now: the request fails, unless it is gone already."""
         outgoing = self._moving[push.link, push.staging_slot]
         failed = self.fail(push.request_id, message) if outgoing.phase is not Phase.GONE else []
         self._end_move(push.link, push.staging_slot)
-        self.frame(push.link, Credit(push.staging_slot))
+        self.frame(push.link, Credit(push.staging_slot))  # the staging slot is still ours
         return [*failed, *self._admit()]
 
     def credit(self, number: int, credit: Credit) -> list[Action]:

@@ -126,6 +126,7 @@ class Listener(ABC):
 
     def accept(self) -> Transport | None:
         """Of one that waits, if any does. One that cannot be served is closed."""
+        self.forget()
         try:
             sock, _ = self._sock.accept()
         except OSError:  # none is waiting, or we have no descriptor for it: it waits on
@@ -144,11 +145,16 @@ class Listener(ABC):
     def serve(self, sock: socket.socket) -> Transport:
         """Raises OSError."""
 
+    def forget(self) -> None:
+        """Lets go of what closed connections have used, where that outlives them."""
+        return None
+
     def fileno(self) -> int:
         return self._sock.fileno()
 
     def close(self) -> None:
         self._sock.close()
+        self.forget()
 
 
 def listen(
