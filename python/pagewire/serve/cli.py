@@ -27,7 +27,7 @@ from pagewire.serve.front.remote import ROLES, RemoteWorker, parse_peer
 from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.front.trace import EventLog
 from pagewire.serve.model import ModelError, default_model_path
-from pagewire.serve.model.tokenizer import Detokenizer, Tokenizer
+from pagewire.serve.model.tokenizer import Tokenizer
 
 DRAIN_POLL_S = 0.05
 T = TypeVar("T", bound=msgspec.Struct)
@@ -216,13 +216,12 @@ def _main(argv: list[str]) -> int:
         os.execve(command[0], command, thread_environment(config))  # this process becomes the model process
     name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
     with listen(args.host, args.port, api_key) as sock:
-        tokenizer = Tokenizer.load(path)
         metrics, events, recover = Metrics(), EventLog(), args.on_failure == "recover"
         dialled = {peer: partial(RemoteWorker.dial, peer, config.tls) for peer in args.peer}
-        roles = ("colocated",) if args.colocated else ("decode", "prefill")
+        tokenizer, roles = Tokenizer.load(path), ("colocated",) if args.colocated else ("decode", "prefill")
         spawned = {role: partial(WorkerProcess.spawn, role, config) for role in roles}
         supervisor = Supervisor(config, dialled or spawned, recover, metrics, events)
-        front = Front(name, tokenizer, lambda: Detokenizer(tokenizer), limits, supervisor, metrics, events)
+        front = Front(name, tokenizer, limits, supervisor, metrics, events)
         host, port = sock.getsockname()[:2]
         print(
             f"pagewire: http://{at(host, port)} serves {name} "

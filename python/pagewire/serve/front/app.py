@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +21,6 @@ from pagewire.serve.front import openai
 from pagewire.serve.front.generation import Front, Generation
 from pagewire.serve.front.openai import ApiError, GenerationRequest, Limits
 from pagewire.serve.front.output import Delta
-from pagewire.serve.front.supervisor import Supervisor
 
 T = TypeVar("T")
 
@@ -64,17 +64,15 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; closes the generation however the response ends."""
+    """Server-sent events; leaves `held`, which closes the generation, however the response ends."""
 
-    def __init__(self, generation: Generation, body: AsyncIterator[bytes]) -> None:
+    def __init__(self, body: AsyncIterator[bytes], held: ExitStack) -> None:
         super().__init__(body, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._generation = generation
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with self._held:
             await super().__call__(scope, receive, send)
-        finally:
-            self._generation.close()
 
 
 async def _events(generation: Generation, first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
@@ -90,25 +88,20 @@ async def _events(generation: Generation, first: Delta, rest: AsyncIterator[Delt
         yield openai.event(error.body)
 
 
-async def _generate(request: Request, parse: Callable[[bytes, Limits, str], GenerationRequest]) -> Response:
-    front: Front = request.app.state.front
+async def _generate(front: Front, parse: Callable[..., GenerationRequest], request: Request) -> Response:
     arrived = time.monotonic()
     body = await _read_body(request, front.limits)
     generation = Generation(front, parse(body, front.limits, front.model), arrived)
     generation.admit()
-    streaming = False
-    try:
+    with ExitStack() as held:
+        held.callback(generation.close)
         await _unless_gone(request, generation.submit())
         if generation.request.stream:
             deltas = generation.deltas()
             first = await _unless_gone(request, anext(deltas))  # a failure before it is a proper status
-            streaming = True
-            return _Stream(generation, _events(generation, first, deltas))
+            return _Stream(_events(generation, first, deltas), held.pop_all())
         texts, reasons = await _unless_gone(request, generation.whole())
         return _json(generation.answer.whole(texts, reasons, generation.usage()))
-    finally:
-        if not streaming:
-            generation.close()
 
 
 def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -122,25 +115,22 @@ def _model_card(front: Front) -> dict[str, Any]:
     return card
 
 
-async def models(request: Request) -> Response:
-    return _json({"object": "list", "data": [_model_card(request.app.state.front)]})
+async def models(front: Front, request: Request) -> Response:
+    return _json({"object": "list", "data": [_model_card(front)]})
 
 
-async def model(request: Request) -> Response:
-    front: Front = request.app.state.front
+async def model(front: Front, request: Request) -> Response:
     openai.check_model(request.path_params["name"], front.model)
     return _json(_model_card(front))
 
 
-async def health(request: Request) -> Response:
-    supervisor: Supervisor = request.app.state.front.supervisor
-    if reason := supervisor.reason:
+async def health(front: Front, request: Request) -> Response:
+    if reason := front.supervisor.reason:
         return _json({"status": "unavailable", "reason": reason}, 503, {"retry-after": "1"})
     return _json({"status": "ok"})
 
 
-async def metrics(request: Request) -> Response:
-    front: Front = request.app.state.front
+async def metrics(front: Front, request: Request) -> Response:
     front.metrics.ready.set(front.supervisor.reason is None)
     front.metrics.restarts.set(front.supervisor.num_restarts)
     front.metrics.recovered.set(front.supervisor.routing.num_recovered)
@@ -148,19 +138,17 @@ async def metrics(request: Request) -> Response:
     return Response(front.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-async def debug_requests(request: Request) -> Response:
-    front: Front = request.app.state.front
+async def debug_requests(front: Front, request: Request) -> Response:
     workers = front.supervisor.workers.values()
     told = [{"role": w.name, "pid": w.pid, "ready": w.ready is not None} for w in workers]
     return _json({"workers": told, "requests": front.events.requests()})
 
 
-async def debug_trace(request: Request) -> Response:
-    return Response(request.app.state.front.events.chrome_trace(), media_type="application/json")
+async def debug_trace(front: Front, request: Request) -> Response:
+    return Response(front.events.chrome_trace(), media_type="application/json")
 
 
-def _failed(request: Request, error: Exception) -> Response:
-    front: Front = request.app.state.front
+def _failed(front: Front, request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # Starlette's own 404 and 405
         error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
     if not isinstance(error, ApiError):
@@ -190,19 +178,13 @@ class _Auth:
 
 
 def make_app(front: Front, api_key: str | None = None) -> ASGIApp:
+    parsers = {"/v1/completions": openai.parse_completion, "/v1/chat/completions": openai.parse_chat}
+    told = {"/v1/models": models, "/v1/models/{name:path}": model, "/health": health, "/metrics": metrics,
+            "/debug/requests": debug_requests, "/debug/trace": debug_trace}  # fmt: skip
     app = Starlette(
-        routes=[
-            Route("/v1/completions", partial(_generate, parse=openai.parse_completion), methods=["POST"]),
-            Route("/v1/chat/completions", partial(_generate, parse=openai.parse_chat), methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", model),
-            Route("/health", health),
-            Route("/metrics", metrics),
-            Route("/debug/requests", debug_requests),
-            Route("/debug/trace", debug_trace),
-        ],
-        exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), _failed)
+        routes=[Route(path, partial(_generate, front, parse), methods=["POST"]) for path, parse in parsers.items()]
+        + [Route(path, partial(tell, front)) for path, tell in told.items()],
+        exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), partial(_failed, front))
         | {ClientDisconnect: lambda request, error: Response(status_code=499)},
     )
-    app.state.front = front
     return _Auth(app, api_key) if api_key else app

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import msgspec
 from pagewire.serve.front import openai
 from pagewire.serve.front.metrics import Metrics
 from pagewire.serve.front.openai import Answer, ApiError, GenerationRequest, Limits, Usage
-from pagewire.serve.front.output import Delta, Detokenizer, Output
+from pagewire.serve.front.output import Delta, Output, Sink, Text
 from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.front.trace import EventLog
 from pagewire.serve.messages import Event, Ready, Submit
@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
     eos_token_ids: tuple[int, ...]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def piece(self, token_id: int) -> bytes: ...
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
 
 
@@ -30,7 +31,6 @@ class Front:
 
     model: str
     tokenizer: Tokenizer
-    detokenizer: Callable[[], Detokenizer]
     limits: Limits
     supervisor: Supervisor
     metrics: Metrics
@@ -49,7 +49,7 @@ class Generation:
         options = request.stream_options
         self.answer = Answer(bool(request.messages), front.model, options is not None and options.include_usage)
         self.outputs: list[Output] = []
-        self._sink: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
+        self._sink: Sink = asyncio.Queue()
         self._prompt_field = "messages" if self.answer.chat else "prompt"
         self._timer: asyncio.TimerHandle | None = None
 
@@ -57,7 +57,7 @@ class Generation:
         wanted, most, taken = self.request.num_outputs, self.front.limits.max_inflight, self.front.num_inflight
         if taken + wanted > most:
             full = f"the queue is full: {taken} of {most} places are taken and this request needs {wanted}"
-            raise ApiError(429, f"{full}; try again later", code="queue_full", type="rate_limit_error")
+            raise ApiError(429, f"{full}; try again later", code="queue_full")
         self.front.num_inflight += wanted
 
     async def submit(self) -> None:
@@ -67,7 +67,8 @@ class Generation:
             raise openai.server_error(self.front.supervisor.reason or "")
         prompts = await self._tokenise(pair)
         max_tokens = [self._max_tokens(prompt, pair) for prompt in prompts]
-        stop_ids = [] if self.request.ignore_eos else sorted(self.front.tokenizer.eos_token_ids)
+        tokenizer = self.front.tokenizer
+        stop_ids = [] if self.request.ignore_eos else sorted(tokenizer.eos_token_ids)
         self._timer = asyncio.get_running_loop().call_later(self.front.limits.request_timeout_s, self._expire)
         sampling = self.request.sampling
         for i, prompt in enumerate(prompts):
@@ -75,8 +76,8 @@ class Generation:
                 choice = len(self.outputs)
                 seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + j) & openai.MAX_SEED)
                 submit = Submit(f"{self.answer.id}-{choice}", prompt, max_tokens[i], stop_ids, seeded)
-                detokenizer, cancel = self.front.detokenizer(), self.front.supervisor.routing.cancel
-                output = Output(submit, choice, self.request.stops, detokenizer, self._sink, cancel)
+                text, cancel = Text(tokenizer.piece, self.request.stops), self.front.supervisor.routing.cancel
+                output = Output(submit, choice, text, self._sink, cancel)
                 self.front.supervisor.submit(output)
                 self.outputs.append(output)
 

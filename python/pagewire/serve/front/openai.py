@@ -24,21 +24,15 @@ Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 class ApiError(Exception):
     """An HTTP status with OpenAI's error body."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        type: str = "invalid_request_error",
-    ) -> None:
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def server_error(message: str, *, status: int = 503, code: str = "service_unavailable") -> ApiError:
-    return ApiError(status, message, code=code, type="server_error")
+    return ApiError(status, message, code=code)
 
 
 def expect(ok: bool, param: str, message: str) -> None:

@@ -1,19 +1,15 @@
 """From a worker's tokens to a client's text: order, detokenise, watch for stop strings, end exactly once."""
 
 import asyncio
+import codecs
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
 from pagewire.serve.front.openai import ApiError, server_error
 from pagewire.serve.messages import Submit
-
-
-class Detokenizer(Protocol):
-    def push(self, token_id: int) -> str: ...
-    def finish(self) -> str: ...
 
 
 class Delta(NamedTuple):
@@ -24,15 +20,30 @@ class Delta(NamedTuple):
     reason: str | None  # "stop" | "length"
 
 
-class StopText:
-    """Holds back text that may be the beginning of a stop string."""
+Sink = asyncio.Queue[Delta | ApiError]
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
+
+class Text:
+    """Of one output, as its tokens come. Bytes of an unfinished character, and text that may be the beginning of a
+    stop string, are held back; what is no UTF-8 becomes U+FFFD.
+    """
+
+    def __init__(self, piece: Callable[[int], bytes], stops: tuple[str, ...] = ()) -> None:
+        """piece: the bytes that a token adds, in constant time, whatever came before."""
+        self._piece, self._stops = piece, stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, token_id: int) -> tuple[str, bool]:
         """Text that may be sent now, and whether a stop string was met (it and what follows is dropped)."""
+        return self._watch(self._decoder.decode(self._piece(token_id)))
+
+    def finish(self) -> tuple[str, bool]:
+        """As `push`: all that is left."""
+        text, matched = self._watch(self._decoder.decode(b"", final=True))
+        return (text if matched else text + self._held), matched
+
+    def _watch(self, text: str) -> tuple[str, bool]:
         held = self._held + text
         ends = [at for stop in self._stops if (at := held.find(stop)) >= 0]
         if ends:
@@ -43,10 +54,6 @@ class StopText:
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
 
-    def finish(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
 
 class Output:
     """One choice of an answer, fed by `Routing`, drained by the HTTP handler through `sink`.
@@ -54,15 +61,7 @@ class Output:
     `submit` is what the client asked for, `attempt` what the model processes compute of it now: after a loss, the rest.
     """
 
-    def __init__(
-        self,
-        submit: Submit,
-        choice: int,
-        stops: tuple[str, ...],
-        detokenizer: Detokenizer,
-        sink: "asyncio.Queue[Delta | ApiError]",
-        cancel: Callable[[str], None],
-    ) -> None:
+    def __init__(self, submit: Submit, choice: int, text: Text, sink: Sink, cancel: Callable[[str], None]) -> None:
         self.submit = self.attempt = submit
         self.joined = False  # D has emitted a token of the attempt: it needs no P
         self.num_attempts = 1
@@ -72,8 +71,7 @@ class Output:
         self.token_times: list[float] = []  # one per token taken in order, CLOCK_MONOTONIC seconds
         self._sink = sink
         self._cancel = cancel
-        self._stop = StopText(stops)
-        self._detokenizer = detokenizer
+        self._text = text
         self._token_ids: list[int] = []  # emitted in order
         self._early: dict[int, int] = {}  # tokens that overtook an earlier one, by index
         self._last: tuple[str, int] | None = None  # (reason, num_tokens) of Finished
@@ -125,7 +123,7 @@ class Output:
             token = self._early.pop(self.num_tokens)
             self._token_ids.append(token)
             self.token_times.append(time.monotonic())
-            text, matched = self._stop.push(self._detokenizer.push(token))
+            text, matched = self._text.push(token)
             if matched:
                 self._end("stop", text)
                 self._cancel(self.attempt.request_id)
@@ -143,8 +141,8 @@ class Output:
         """Finished may come from D before P's first token was read: wait for every token it counted."""
         if self.outcome or self._last is None or self.num_tokens < self._last[1]:
             return
-        text, matched = self._stop.push(self._detokenizer.finish())
-        self._end("stop" if matched else self._last[0], text if matched else text + self._stop.finish())
+        text, matched = self._text.finish()
+        self._end("stop" if matched else self._last[0], text)
 
     def fail(self, error: ApiError) -> None:
         if not self.outcome:

@@ -9,8 +9,8 @@ from tokenizers import pre_tokenizers
 from pagewire.serve.model.config import ModelError
 
 
-def piece_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int, where: str) -> tuple[list[bytes], bool]:
-    """(bytes of each id, whether decoding a whole text drops its first space)."""
+def piece_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int, where: str) -> list[bytes]:
+    """By id. An output continues a prompt: a first space, which decoding a whole text may drop, is text."""
     decoder = json.loads(tokenizer.to_str())["decoder"] or {}
     steps = decoder.get("decoders", [decoder])
     kinds = {step.get("type") for step in steps}
@@ -26,7 +26,7 @@ def piece_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int, where: str) ->
         pieces[token_id] = to_bytes(piece)
     for token_id, added in tokenizer.get_added_tokens_decoder().items():
         pieces[token_id] = b"" if added.special else added.content.encode()
-    return pieces, "Strip" in kinds
+    return pieces
 
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others, in order, for U+0100 onwards

@@ -1,12 +1,10 @@
-"""Text to token ids and back, and the chat template. Loads no torch: the front process works here.
+"""Text to token ids, each id's bytes, and the chat template. Loads no torch: the front process works here.
 
-The `tokenizers` library encodes. Decoding is ours: a table from id to bytes behind an incremental
-UTF-8 decoder gives each token's text in constant time, whatever came before.
+The `tokenizers` library encodes. Decoding is ours: a table from id to bytes.
 """
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +59,7 @@ class Tokenizer:
         if not 0 < num_pieces <= self.vocab_size:
             expected = f"expected token ids from 0 to at most {self.vocab_size - 1} (vocab_size)"
             raise ModelError(f"{where}: {expected}, got {num_pieces} ids")
-        self._pieces, self._drops_first_space = piece_bytes(tokenizer, self.vocab_size, where)
+        self._pieces = piece_bytes(tokenizer, self.vocab_size, where)
         self._template = compile_template(chat_template, where) if chat_template is not None else None
         self._template_variables = template_variables
 
@@ -85,18 +83,9 @@ class Tokenizer:
             raise ValueError(f"text: expected Unicode text, got a lone surrogate at character {surrogate.start()}")
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        text = b"".join(map(self.piece, token_ids)).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self._drops_first_space else text
-
     def piece(self, token_id: int) -> bytes:
         """The bytes one token adds to a text: none for a special token or an id without a piece."""
         return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The model's chat template over `messages`; encode it with add_special_tokens=False.
@@ -112,22 +101,6 @@ class Tokenizer:
         # A template is a program of the model's author: it may fail in any way.
         except Exception as error:
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
-
-
-class Detokenizer:
-    """Turns the ids of one output into text as they come; the pushes and `finish` are all of it."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain now: bytes of an unfinished character wait for more."""
-        return self._decoder.decode(self._tokenizer.piece(token_id))
-
-    def finish(self) -> str:
-        """What is left: U+FFFD if the output ended inside a character, else nothing."""
-        return self._decoder.decode(b"", final=True)
 
 
 def _load_directory(path: Path) -> Tokenizer:
