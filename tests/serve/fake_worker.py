@@ -102,7 +102,7 @@ def main() -> int:
                 del running[request_id]
         pages = {"free": 9 - len(running), "active": len(running), "cached": 0, "leased": 0, "total": 9}
         progress += 1
-        control.send(Gauges(args.role, pages, len(running), 0, progress))
+        control.send(Gauges(pages, len(running), 0, progress))
 
 
 def step(control: Channel, role: str, item: Running) -> bool:
@@ -118,7 +118,7 @@ def step(control: Channel, role: str, item: Running) -> bool:
         control.send(Token(submit.request_id, item.index, item.next()))
         item.due = time.monotonic() + TOKEN_MS / 1000
     if role == "prefill":
-        control.send(Events([Event("prefill", role, time.monotonic_ns() // 1000, 5, submit.request_id)]))
+        control.send(Events([Event("prefill", time.monotonic_ns() // 1000, 5, submit.request_id)]))
         return True
     if item.index >= submit.max_tokens:
         control.send(Finished(submit.request_id, "length", submit.max_tokens))

@@ -274,7 +274,7 @@ def test_events_of_another_machine_are_by_our_clock():
     remote = RemoteWorker("decode", "decode@c:1", None)
     remote._hear(Ready("decode", 1, "m", 512, 100, 320, "", "", now_us=5))
     ahead = time.monotonic_ns() // 1000 - 5
-    event = remote.dated(Event("decode", "decode", 7, 3))
+    event = remote.dated(Event("decode", 7, 3))
     assert event.role == "decode@c:1" and event.duration_us == 3 and abs(event.start_us - 7 - ahead) < 1_000_000
 
 
@@ -282,7 +282,7 @@ def test_each_worker_has_a_track_of_its_own_in_the_trace():
     names = ["decode@a:1", "front", "decode@b:1", "prefill", "prefill@a:2"]
     log = EventLog()
     for start_us, name in enumerate(names):
-        log.add(Event("decode_step", name, start_us, 1))
+        log.add(Event("decode_step", start_us, 1, role=name))
     rows = msgspec.json.decode(log.chrome_trace())["traceEvents"]
     spans = {row["cat"]: row["pid"] for row in rows if row["ph"] == "X"}
     assert spans == {row["args"]["name"]: row["pid"] for row in rows if row["name"] == "process_name"}
@@ -306,9 +306,9 @@ def test_an_address():
         ([], "was not ready within 600 s"),
         ([(1, Ready("decode", 1, "m", 512, 100, 320, "", ""))], "said nothing for 30 s"),
         ([(1, "ready"), (20, Token("r", 0, 1)), (40, Token("r", 0, 1))], "came no further for 30 s"),
-        ([(1, "ready"), *((t, Gauges("decode", {}, 1, 0, 7)) for t in range(2, 40))], "came no further for 30 s"),
-        ([(1, "ready"), *((t, Gauges("decode", {}, 0, 9, 7)) for t in range(2, 700))], ""),  # it has no work
-        ([(1, "ready"), *((t, Gauges("decode", {}, 1, 0, t)) for t in range(2, 700))], ""),
+        ([(1, "ready"), *((t, Gauges({}, 1, 0, 7)) for t in range(2, 40))], "came no further for 30 s"),
+        ([(1, "ready"), *((t, Gauges({}, 0, 9, 7)) for t in range(2, 700))], ""),  # it has no work
+        ([(1, "ready"), *((t, Gauges({}, 1, 0, t)) for t in range(2, 700))], ""),
     ],
     ids=["loads", "silent", "tokens alone", "stands still", "idle", "advances"],
 )

@@ -409,7 +409,7 @@ def test_p_holds_few_frames_during_a_forward(pair: Stepped, patch: pytest.Monkey
 
 def test_what_a_front_does_not_read_is_bounded(pair: Stepped) -> None:
     """Events are the newest ones and say how many older ones are lost; no message comes near a frame's limit."""
-    front = pair.d._front
+    front = pair.d.front
     sizes = []
     while not front.wants_write:  # until the socket is full
         pair.d.timeline.add("filler", 0, 0, "r" * 128, text="x" * 10_000)

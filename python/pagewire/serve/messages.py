@@ -6,8 +6,6 @@ The front sends `FrontMessage`s down a worker's control socket and reads `Worker
 
 import msgspec
 
-Role = str  # what a process is: "prefill" | "decode" | "colocated"; in an Event also "front" or the front's name for it
-
 
 class Sampling(msgspec.Struct, frozen=True):
     """How a token is drawn. Sampling is counter-based: (seed, position) decides, never a hidden stream."""
@@ -57,7 +55,7 @@ FrontMessage = Submit | Cancel | Pair | Shutdown
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     """The model is loaded; P and D still have to be joined."""
 
-    role: Role
+    role: str  # "prefill" | "decode" | "colocated"
     pid: int
     model: str
     max_context: int  # tokens a request may ever span
@@ -110,11 +108,11 @@ class Event(msgspec.Struct, tag="event", frozen=True, omit_defaults=True):
     """One span or instant of the timeline. The same list feeds metrics, /debug and the trace."""
 
     name: str  # "queue_p" "prefill" "transfer_late" "join_wait" "queue_d" "decode_step" ...
-    role: Role
     start_us: int  # CLOCK_MONOTONIC, one host
     duration_us: int = 0
     request_id: str = ""
     args: dict[str, int | float | str] = {}
+    role: str = ""  # "front", or the front's name for the process, which only the front knows
 
 
 class Events(msgspec.Struct, tag="events", frozen=True):
@@ -127,7 +125,6 @@ class Gauges(msgspec.Struct, tag="gauges", frozen=True):
     Pages: free + active + cached + leased == total.
     """
 
-    role: Role
     num_pages: dict[str, int]  # "free" "active" "cached" "leased" "total"
     num_running: int
     num_waiting: int

@@ -179,4 +179,4 @@ class Generation:
             metrics.ttft.observe(times[0] - self.arrived)
             args["ttft_us"] = int(times[0] * 1e6) - start_us
         duration_us = int(time.monotonic() * 1e6) - start_us
-        self.front.events.add(Event("request", "front", start_us, duration_us, output.submit.request_id, args))
+        self.front.events.add(Event("request", start_us, duration_us, output.submit.request_id, args, "front"))

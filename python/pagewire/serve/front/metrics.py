@@ -49,11 +49,11 @@ class Metrics:
         elif event.name == "prefill":
             self.prefill.observe(seconds)
 
-    def on_gauges(self, gauges: Gauges) -> None:
+    def on_gauges(self, role: str, gauges: Gauges) -> None:
         for state, count in gauges.num_pages.items():
-            self.pages.labels(gauges.role, state).set(count)
-        self.running.labels(gauges.role).set(gauges.num_running)
-        self.waiting.labels(gauges.role).set(gauges.num_waiting)
+            self.pages.labels(role, state).set(count)
+        self.running.labels(role).set(gauges.num_running)
+        self.waiting.labels(role).set(gauges.num_waiting)
 
     def forget(self, role: str) -> None:
         """Its gauges are of a process that is gone."""

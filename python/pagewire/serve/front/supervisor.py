@@ -165,7 +165,7 @@ class Supervisor:
                     self._metrics.on_event(event)
                     self._events.add(event)
             case Gauges():
-                self._metrics.on_gauges(msgspec.structs.replace(message, role=worker.name))
+                self._metrics.on_gauges(worker.name, message)
             case Ready(fingerprint=fingerprint):
                 self._fingerprint = self._fingerprint or fingerprint
                 if fingerprint != self._fingerprint:

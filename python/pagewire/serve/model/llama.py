@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +15,13 @@ import pagewire as pw
 from pagewire.serve.model.files import open_weights
 from pagewire.serve.model.rope import inverse_frequencies, rotate, rotation
 from pagewire.serve.model.weights import EMBED, FINAL_NORM, LM_HEAD, Weights
-from pagewire.types import Layout
 
 RUN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Described(TypedDict):
-    """What the cache says of one layer's K and V, as every op takes it."""
-
-    layout: Layout
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-
-
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     weight: Tensor  # [out_features, in_features]
     bias: Tensor | None  # [out_features]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -108,10 +95,10 @@ class Llama:
         x = F.embedding(token_ids, self._embedding)  # [num_tokens, hidden_size]
         attended = x.new_empty(x.shape[0], config.num_qo_heads, config.head_dim)
         for i, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._rms_norm(x, layer.attention_norm))
+            qkv = F.linear(self._rms_norm(x, layer.attention_norm), *layer.qkv)
             q, k, v = qkv.unflatten(1, (sum(heads), config.head_dim)).split(heads, dim=1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            described = _Described(layout=cache.layout, k_scale=cache.k_scale[i], v_scale=cache.v_scale[i])
+            described: Any = {"layout": cache.layout, "k_scale": cache.k_scale[i], "v_scale": cache.v_scale[i]}
             pw.append_kv(k, v, cache.k[i], cache.v[i], slot_mapping, **described)
             if on_layer is not None:
                 on_layer(i)
@@ -120,9 +107,9 @@ class Llama:
                 pw.decode(*paged, out=attended, **described)
             else:
                 pw.prefill(*paged, cu_seqlens_q, out=attended, **described)
-            x = x + layer.out(attended.flatten(1))
-            gate, up = layer.gate_up(self._rms_norm(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + F.linear(attended.flatten(1), *layer.out)
+            gate, up = F.linear(self._rms_norm(x, layer.mlp_norm), *layer.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, *layer.down)
         x = self._rms_norm(x if logit_rows is None else x[logit_rows], self._norm)
         return F.linear(x, self._lm_head).float()
 
@@ -138,21 +125,15 @@ class _Loader:
 
     def stacked(self, *names: str) -> Tensor:
         """The named tensors one below the other, in the run dtype."""
-        parts = [self._weights.read(name) for name in names]
-        rows = sum(part.shape[0] for part in parts)
-        whole = torch.empty((rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
-        for row, part in zip(whole.split([part.shape[0] for part in parts]), parts, strict=True):
-            row.copy_(part)
-        return whole
+        return torch.cat([self._weights.read(name) for name in names]).to(self._device, self._dtype)
 
     def layer(self, i: int) -> Layer:
         prefix = f"model.layers.{i}."
-        attention_bias, mlp_bias = (self._weights.config.attention_bias, self._weights.config.mlp_bias)
+        attention_bias, mlp_bias = self._weights.config.attention_bias, self._weights.config.mlp_bias
 
         def linear(has_bias: bool, *modules: str) -> Linear:
             weight = self.stacked(*(f"{prefix}{m}_proj.weight" for m in modules))
-            bias = self.stacked(*(f"{prefix}{m}_proj.bias" for m in modules)) if has_bias else None
-            return Linear(weight, bias)
+            return Linear(weight, self.stacked(*(f"{prefix}{m}_proj.bias" for m in modules)) if has_bias else None)
 
         return Layer(
             attention_norm=self.stacked(prefix + "input_layernorm.weight"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,11 @@ def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.T
     if kind != "gpt2":
         expected = f"{file.path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE)"
         raise ModelError(f"{expected}, got {kind!r}; serve the model from its Hugging Face directory")
-    splits = {
-        "gpt-2": ([_byte_level(use_regex=True)], False),
-        "smollm": ([pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)], False),
-        "llama-bpe": ([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), _byte_level(use_regex=False)], True),
+    byte_level = partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
+    splits: dict[str, tuple[list[Any], bool]] = {
+        "gpt-2": ([byte_level(use_regex=True)], False),
+        "smollm": ([pre_tokenizers.Digits(individual_digits=True), byte_level(use_regex=True)], False),
+        "llama-bpe": ([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), byte_level(use_regex=False)], True),
     }
     pre = file.get("tokenizer.ggml.pre", str, "gpt-2")
     if pre not in splits:
@@ -197,7 +199,3 @@ def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.T
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, adds_bos
-
-
-def _byte_level(*, use_regex: bool) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)

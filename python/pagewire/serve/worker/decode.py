@@ -66,7 +66,7 @@ class DecodeWorker(Worker):
             self.do(self._receiver.fail(request.id, ending.message), retry=False)
         else:
             self.forget(request.id)
-            self.answer(ending)
+            self.front.send(ending)
             self.do(self._receiver.release(request.id))
 
     def _unpack(self, unpack: Unpack) -> str | None:
@@ -81,11 +81,10 @@ class DecodeWorker(Worker):
             problem = link.packing.unpack(chunk, unpack.pages, staging, shared=shared)
         except Exception as error:
             problem = describe(error)
-        if problem:
-            return problem
-        args = {"layer": chunk.layer_start, "bytes": chunk.payload_bytes}
-        self.timeline.add("unpack", start_us, None, chunk.request_id, **args)
-        return None
+        if not problem:
+            args = {"layer": chunk.layer_start, "bytes": chunk.payload_bytes}
+            self.timeline.add("unpack", start_us, None, chunk.request_id, **args)
+        return problem
 
     def _start(self, start: Start) -> None:
         submit, _ = self._submits[start.request_id]

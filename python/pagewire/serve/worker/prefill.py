@@ -1,6 +1,7 @@
 """P: prefills what D has granted, pushes each layer's KV at once, sends the first token."""
 
 from collections import deque
+from collections.abc import Sequence
 
 from pagewire.net.channel import Channel
 from pagewire.serve.messages import Failed, Finished, Submit
@@ -54,7 +55,7 @@ class PrefillWorker(Worker):
         self._push()
         return True
 
-    def on_layer(self, layer: int, chunks: list[PromptChunk]) -> None:
+    def on_layer(self, layer: int, chunks: Sequence[PromptChunk] = ()) -> None:
         super().on_layer(layer, chunks)
         for chunk in chunks:
             if chunk.request.id in self.requests:
@@ -70,7 +71,7 @@ class PrefillWorker(Worker):
     def _computed(self, request: RequestState, ending: Ending | None) -> None:
         match ending:
             case Finished():
-                self.answer(ending)
+                self.front.send(ending)
                 self.do(self._sender.finished(request.id))
                 self.forget(request.id)
             case Failed(_, message):

@@ -113,16 +113,13 @@ def _serve(role: Literal["prefill", "decode", "colocated"], engine: "Engine", fr
 
     config = engine.config
     engine.begin()
-    worker: Worker
     if role == "colocated":
-        worker = DecodeWorker(engine, front.channel, None)
-    else:
-        hello = new_hello(role, engine.cache, engine.fingerprint, config.kv_wire_dtype, tenant=config.tenant)
-        if config.kv_transport == "cuda-ipc" and engine.cache.device.type != "cuda":
-            raise ValueError(f"kv_transport: expected shm for caches on {engine.cache.device.type}, got cuda-ipc")
-        peers = Peers(hello, engine.cache, config, front.kv_address or KV_ADDRESSES[config.kv_transport])
-        worker = (PrefillWorker if role == "prefill" else DecodeWorker)(engine, front.channel, peers)
-    serve(worker, front.channel)
+        return serve(DecodeWorker(engine, front.channel, None), front.channel)
+    hello = new_hello(role, engine.cache, engine.fingerprint, config.kv_wire_dtype, tenant=config.tenant)
+    if config.kv_transport == "cuda-ipc" and engine.cache.device.type != "cuda":
+        raise ValueError(f"kv_transport: expected shm for caches on {engine.cache.device.type}, got cuda-ipc")
+    peers = Peers(hello, engine.cache, config, front.kv_address or KV_ADDRESSES[config.kv_transport])
+    serve((PrefillWorker if role == "prefill" else DecodeWorker)(engine, front.channel, peers), front.channel)
 
 
 def _say(sentence: str) -> None:

@@ -50,8 +50,7 @@ class _Work:
         except FATAL:
             raise
         except Exception as error:
-            message = describe(error)
-            return {}, [(request, Failed(request.id, message)) for request in batch]
+            return {}, [(request, Failed(request.id, describe(error))) for request in batch]
 
     def _leave(self, left: Left) -> Left:
         for request, _ in left:
@@ -92,11 +91,8 @@ class Decoding(_Work):
         worker, start_us = self._worker, now_us()
         batch = self.requests[: worker.config.max_batch_size]
         tokens, left = self._forward(
-            batch, "queue_d",
-            lambda: dict(
-                zip(batch, worker.engine.decode(batch, lambda layer: worker.on_layer(layer, [])), strict=True)
-            ),
-        )  # fmt: skip
+            batch, "queue_d", lambda: dict(zip(batch, worker.engine.decode(batch, worker.on_layer), strict=True))
+        )
         if not left:
             worker.timeline.add("decode_step", start_us, batch_size=len(batch))
         endings = [(request, worker.emit(request, token)) for request, token in tokens.items()]

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 
-from pagewire.serve.messages import Event, Role
+from pagewire.serve.messages import Event
 
 MAX_EVENTS = 4096  # that wait to be sent; the oldest go first
 MAX_TEXT = 512  # characters of an argument
@@ -15,8 +15,7 @@ def now_us() -> int:
 
 
 class Timeline:
-    def __init__(self, role: Role) -> None:
-        self._role = role
+    def __init__(self) -> None:
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._num_dropped = 0
 
@@ -30,12 +29,12 @@ class Timeline:
         duration_us = (now_us() if end_us is None else end_us) - start_us
         short = {key: value[:MAX_TEXT] if isinstance(value, str) else value for key, value in args.items()}
         self._num_dropped += len(self._events) == MAX_EVENTS
-        self._events.append(Event(name, self._role, start_us, duration_us, request_id, short))
+        self._events.append(Event(name, start_us, duration_us, request_id, short))
 
     def take(self, max_events: int) -> list[Event]:
         """The oldest, and how many even older ones there was no room for."""
         taken = [self._events.popleft() for _ in range(min(max_events, len(self._events)))]
         if self._num_dropped:
-            taken.append(Event("events_dropped", self._role, now_us(), 0, "", {"count": self._num_dropped}))
+            taken.append(Event("events_dropped", now_us(), args={"count": self._num_dropped}))
             self._num_dropped = 0
         return taken

@@ -1,25 +1,13 @@
 """What the model processes share: the channel to the front, the links to the other ones, requests, beats."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from pagewire.net.channel import Channel
-from pagewire.serve.messages import (
-    Cancel,
-    Events,
-    Failed,
-    Finished,
-    FrontMessage,
-    Gauges,
-    Linked,
-    Pair,
-    Ready,
-    Role,
-    Submit,
-    Token,
-)
+from pagewire.serve.messages import Cancel, Events, Failed, Finished, Gauges, Linked, Pair, Ready, Submit, Token
 from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.peers import Link, Peers
 from pagewire.serve.worker.steps import Ending, Prefilling
@@ -36,18 +24,18 @@ EVENTS_A_REPORT = 256
 class Worker(ABC):
     """One model process's behaviour: messages and frames in, one unit of work per `step`."""
 
-    def __init__(self, engine: Engine, front: Channel, role: Role, peers: Peers | None, machine: Machine[Any]) -> None:
+    def __init__(self, engine: Engine, front: Channel, role: str, peers: Peers | None, machine: Machine[Any]) -> None:
         self.role = role
         self.engine = engine
         self.config = engine.config
-        self.timeline = Timeline(role)
+        self.timeline = Timeline()
         self.peers = peers
         self._machine = machine
         self.prefilling = Prefilling(self)
         self.batches = [self.prefilling.requests]  # the lists of requests that steps work on
         self.requests: dict[str, RequestState] = {}  # that own pages
         self._submits: dict[str, tuple[Submit, int]] = {}  # with the time it came
-        self._front = front
+        self.front = front
         self._progress = 0
         self._reported_us = 0
         self._beat_us = 0
@@ -69,7 +57,7 @@ class Worker(ABC):
         """number: of its link."""
         self.do(self._machine.frame(number, frame))
 
-    def on_front(self, message: FrontMessage) -> None:
+    def on_front(self, message: Submit | Cancel | Pair) -> None:
         match message:
             case Submit(request_id, link=link):
                 if link and (self.peers is None or link not in self.peers.links):
@@ -88,21 +76,21 @@ class Worker(ABC):
             return
         for loss in self.peers.losses():
             self.do(self._machine.lost(loss.link))
-            self._front.send(loss)
+            self.front.send(loss)
         for link in self.peers.join():
             try:
                 self.linked(link)
             except ValueError as error:
                 self.peers.drop(link.number, str(error))
             else:
-                self._front.send(Linked(link.number))
+                self.front.send(Linked(link.number))
         while self.peers.refusals:
             self.do([Refused(self.peers.refusals.popleft())])
         for number, frame in self.peers.poll():
             self._progress += 1
             self.on_frame(number, frame)
 
-    def on_layer(self, layer: int, chunks: list[PromptChunk]) -> None:
+    def on_layer(self, layer: int, chunks: Sequence[PromptChunk] = ()) -> None:
         """In the middle of a forward, behind each layer; `chunks`: of prompts."""
         self._progress += 1
         self.report()
@@ -119,9 +107,9 @@ class Worker(ABC):
                     self.prefilling.requests.append(request)
                 case RequestFailed(request_id, message):
                     self.forget(request_id)
-                    self.answer(Failed(request_id, message, retry))
+                    self.front.send(Failed(request_id, message, retry))
                 case Cancelled(request_id):
-                    self.answer(Finished(request_id, "cancelled", len(self.forget(request_id))))
+                    self.front.send(Finished(request_id, "cancelled", len(self.forget(request_id))))
                 case Dropped(request_id):
                     self.forget(request_id)
                 case Refused(reason):
@@ -147,7 +135,7 @@ class Worker(ABC):
         ids = (
             (self.peers.incarnation, self.peers.address, self.engine.fingerprint.hex()) if self.peers else ("", "", "")
         )
-        self._front.send(Ready(
+        self.front.send(Ready(
             self.role, pid, model.name, model.max_context, config.num_pages * config.page_size, model.vocab_size,
             *ids, now_us(),
         ))  # fmt: skip
@@ -159,30 +147,27 @@ class Worker(ABC):
         if token_id in request.submit.stop_token_ids:
             return Finished(request.id, "stop", len(request.output))
         request.output.append(token_id)
-        self._front.send(Token(request.id, len(request.output) - 1, token_id))
+        self.front.send(Token(request.id, len(request.output) - 1, token_id))
         if len(request.output) >= request.submit.max_tokens:
             return Finished(request.id, "length", len(request.output))
         return None
-
-    def answer(self, ending: Ending) -> None:
-        self._front.send(ending)
 
     def report(self) -> float:
         """Sends events and gauges that are due; returns after how many seconds to call again."""
         now = now_us()
         if now - self._reported_us < REPORT_US:
             return (self._reported_us + REPORT_US - now) / 1e6
-        self._front.flush()
-        if self._front.wants_write:  # it does not read: what it has not read yet is news enough
+        self.front.flush()
+        if self.front.wants_write:  # it does not read: what it has not read yet is news enough
             return BEAT_US / 1e6
         self._reported_us = now
         if events := self.timeline.take(EVENTS_A_REPORT):
-            self._front.send(Events(events))
+            self.front.send(Events(events))
         allocator = self.engine.allocator
         pages: dict[str, int] = {state: n for state, n in allocator.counts().items()}
         pages["total"] = allocator.num_pages
-        gauges = Gauges(self.role, pages, sum(map(len, self.batches)), self._machine.num_waiting)
+        gauges = Gauges(pages, sum(map(len, self.batches)), self._machine.num_waiting)
         if gauges != self._gauges or now - self._beat_us >= BEAT_US:
-            self._front.send(msgspec.structs.replace(gauges, progress=self._progress))
+            self.front.send(msgspec.structs.replace(gauges, progress=self._progress))
             self._gauges, self._beat_us = gauges, now
         return (REPORT_US if self.timeline else max(0, self._beat_us + BEAT_US - now)) / 1e6
