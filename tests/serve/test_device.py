@@ -4,6 +4,7 @@ over tensors that stay is the plain one, and nothing in it waits. What only a GP
 
 import contextlib
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_the_default_device_does_not_matter(tmp_path, kv_dtype):
         made = [new_request(engine, f"r{i}", 5 + 3 * i, i, (GREEDY, DRAWN)[i % 2]) for i in range(3)]
         undecoded = new_request(engine, "undecoded", 4, 7)
         with context:
-            Llama.load(engine.config.model, torch.float32, "cpu")
+            Llama(Path(engine.config.model), torch.float32, "cpu")
             Engine(engine.config)
             start(engine, *made)
             for _ in range(4):
@@ -78,14 +79,14 @@ SCALINGS = {
 def test_a_gguf_file_is_read_on_the_cpu(tmp_path):
     path = make_tiny_gguf(make_tiny_llama(tmp_path / "tiny"), tmp_path / "tiny.gguf")
     with elsewhere():
-        model = Llama.load(path, torch.float32, "cpu")
+        model = Llama(path, torch.float32, "cpu")
     assert {layer.qkv.weight.device.type for layer in model._layers} == {"cpu"}
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_frequencies_are_made_on_the_cpu(tmp_path, scaling):
     path = make_tiny_llama(tmp_path / "tiny", rope_scaling=SCALINGS[scaling])
-    model = Llama.load(path, torch.float32)
+    model = Llama(path, torch.float32)
     with elsewhere():
         assert torch.equal(inverse_frequencies(model.config), model._frequencies)
 

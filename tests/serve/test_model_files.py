@@ -204,7 +204,7 @@ def test_a_truncated_weight_file_is_refused(tiny: Path, num_bytes: int) -> None:
     file = tiny / "model.safetensors"
     os.truncate(file, num_bytes if num_bytes >= 0 else file.stat().st_size + num_bytes)
     with pytest.raises(ModelError, match="model.safetensors: expected a complete safetensors file, got .+"):
-        Llama.load(tiny, torch.float32)
+        Llama(tiny, torch.float32)
 
 
 def test_a_pickle_is_never_read(tiny: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_bad_index_is_refused(tmp_path: Path, weight_map: dict, message: str) 
 
 def test_the_run_dtype_is_checked(tiny: Path) -> None:
     with pytest.raises(ValueError, match="dtype: expected one of .*float32.*, got torch.float64"):
-        Llama.load(tiny, torch.float64)
+        Llama(tiny, torch.float64)
 
 
 def test_default_model_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,10 +280,10 @@ def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
 
 def test_the_front_needs_no_torch(tiny: Path) -> None:
     program = (
-        "import sys\n"
+        "import pathlib, sys\n"
         "from pagewire.serve.model import fingerprint, load_config\n"
         "from pagewire.serve.model.tokenizer import Tokenizer\n"
-        "path = sys.argv[1]\n"
+        "path = pathlib.Path(sys.argv[1])\n"
         "load_config(path), fingerprint(path)\n"
         "Tokenizer.load(path).encode('a', add_special_tokens=True)\n"
         "assert 'torch' not in sys.modules\n"

@@ -54,8 +54,8 @@ def test_rope_factors_are_llama3_scaling(tmp_path: Path, device: torch.device) -
     smooth = np.clip((64 / wavelengths - 1) / (4 - 1), 0, 1)
     factors = 1 / ((1 - smooth) / 8 + smooth)
     file = make_tiny_gguf(directory, tmp_path / "tiny.gguf", rope_factors=factors)
-    expected = run(Llama.load(directory, torch.float32, device), [IDS], [IDS], chunk=32)
-    found = run(Llama.load(file, torch.float32, device), [IDS], [IDS], chunk=32)
+    expected = run(Llama(directory, torch.float32, device), [IDS], [IDS], chunk=32)
+    found = run(Llama(file, torch.float32, device), [IDS], [IDS], chunk=32)
     assert worst_row_rms(found, expected) < 1e-4
 
 
@@ -150,6 +150,6 @@ def test_smollm2_logits(smollm2: Path, device: torch.device, monkeypatch: pytest
         single = [reference(torch.tensor([text], device=device)).logits[0] for text in ids]
         exact = [reference.double()(torch.tensor([text], device=device)).logits[0] for text in ids]
     prompts, outputs = zip(*((text[:n], text[n:]) for text, n in zip(ids, lens, strict=True)), strict=True)
-    found = run(Llama.load(smollm2, torch.float32, device), prompts, outputs, chunk=16, page_size=16)
+    found = run(Llama(smollm2, torch.float32, device), prompts, outputs, chunk=16, page_size=16)
     limit = 2 * worst_row_rms(single, exact) + 1e-5
     assert worst_row_rms(found, exact) <= limit

@@ -65,7 +65,7 @@ def assert_as_close_as_transformers(
 ) -> None:
     ids = texts(seed)
     exact = theirs(path, torch.float64, ids, device)
-    found = worst_row_rms(ours(Llama.load(path, dtype, device), ids, chunk=chunk), exact)
+    found = worst_row_rms(ours(Llama(path, dtype, device), ids, chunk=chunk), exact)
     limit = 2 * worst_row_rms(theirs(path, dtype, ids, device), exact) + 1e-5
     assert found <= limit, f"{dtype}: worst row RMS {found:.3g} against fp64, limit {limit:.3g} (twice transformers')"
 
@@ -94,14 +94,14 @@ def test_mistral_without_a_window_is_llama(tmp_path: Path, device: torch.device)
 def test_chunks_and_pages_do_not_change_the_logits(
     tmp_path: Path, device: torch.device, chunk: int, page_size: int
 ) -> None:
-    model = Llama.load(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
+    model = Llama(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
     ids = texts(3)
     whole = ours(model, ids, chunk=37, page_size=8)
     assert worst_row_rms(ours(model, ids, chunk=chunk, page_size=page_size), whole) < 5e-5
 
 
 def test_on_layer_comes_when_the_layers_kv_is_in_the_cache(tmp_path: Path, device: torch.device) -> None:
-    model = Llama.load(make_tiny_llama(tmp_path / "tiny", num_layers=3), torch.float32, device)
+    model = Llama(make_tiny_llama(tmp_path / "tiny", num_layers=3), torch.float32, device)
     batch = PagedRun(model, [8])
     num_written = []  # per call: KV tokens in each layer's K cache
 
@@ -116,7 +116,7 @@ def test_on_layer_comes_when_the_layers_kv_is_in_the_cache(tmp_path: Path, devic
 
 def test_quantised_cache(tmp_path: Path, device: torch.device) -> None:
     """int8 KV with a scale per token and head: 1/254 of each vector's largest element is lost, no more."""
-    model = Llama.load(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
+    model = Llama(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
     plain = PagedRun(model, [33])
     quantised = PagedRun(model, [33], dtype=torch.int8, scale="token_head")
     ids = list(range(40, 73))
@@ -125,7 +125,7 @@ def test_quantised_cache(tmp_path: Path, device: torch.device) -> None:
 
 
 def test_no_logits_asked_for(tmp_path: Path, device: torch.device) -> None:
-    model = Llama.load(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
+    model = Llama(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
     asked, unasked = PagedRun(model, [3]), PagedRun(model, [3])
     asked.forward({0: [5, 6]})
     assert unasked.forward({0: [5, 6]}, want_logits=False)[0].shape == (0, 320)
@@ -133,8 +133,8 @@ def test_no_logits_asked_for(tmp_path: Path, device: torch.device) -> None:
 
 
 def test_a_cache_of_other_depth_is_refused(tmp_path: Path, device: torch.device) -> None:
-    model = Llama.load(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
-    other = PagedRun(Llama.load(make_tiny_llama(tmp_path / "deep", num_layers=3), torch.float32, device), [4])
+    model = Llama(make_tiny_llama(tmp_path / "tiny"), torch.float32, device)
+    other = PagedRun(Llama(make_tiny_llama(tmp_path / "deep", num_layers=3), torch.float32, device), [4])
     other.model = model
     with pytest.raises(ValueError, match="cache: expected 2 layers .* got 3"):
         other.forward({0: [5]})

@@ -12,7 +12,6 @@ from pagewire.net.channel import ChannelClosed
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.front import links, process
 from pagewire.serve.front import worker as workers
-from pagewire.serve.front.metrics import Metrics
 from pagewire.serve.front.process import WorkerProcess
 from pagewire.serve.front.remote import RemoteWorker, parse_peer
 from pagewire.serve.front.supervisor import Supervisor
@@ -37,13 +36,7 @@ async def never() -> None:
 
 
 def make(*names: str) -> Supervisor:
-    return Supervisor(
-        WorkerConfig(model="m"),
-        dict.fromkeys(names or ("decode", "prefill"), never),
-        recover=True,
-        metrics=Metrics(),
-        events=EventLog(),
-    )
+    return Supervisor(WorkerConfig(model="m"), dict.fromkeys(names or ("decode", "prefill"), never), recover=True)
 
 
 def up(front: Supervisor, *told: Told) -> None:

@@ -20,12 +20,10 @@ from pagewire.net.tls import Tls, at, resolve
 from pagewire.serve.config import DTYPES, KV_ADDRESSES, KV_DTYPES, WorkerConfig
 from pagewire.serve.front.app import make_app
 from pagewire.serve.front.generation import Front
-from pagewire.serve.front.metrics import Metrics
 from pagewire.serve.front.openai import Limits
 from pagewire.serve.front.process import WorkerProcess, thread_environment, worker_command
 from pagewire.serve.front.remote import ROLES, RemoteWorker, parse_peer
 from pagewire.serve.front.supervisor import Supervisor
-from pagewire.serve.front.trace import EventLog
 from pagewire.serve.model import ModelError, default_model_path
 from pagewire.serve.model.tokenizer import Tokenizer
 
@@ -135,32 +133,28 @@ async def _serve(front: Front, sock: socket.socket, api_key: str | None) -> str 
     SIGTERM lets the requests that run end first; SIGINT, and a second SIGTERM, do not.
     """
     app, supervisor = make_app(front, api_key), front.supervisor
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5
-    )
-    server = _Server(config)
+    quiet: Any = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
+    server = _Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **quiet))
 
     def stop() -> None:
-        if server.should_exit:
-            server.force_exit = True
-        server.should_exit = True
+        server.force_exit, server.should_exit = server.should_exit, True
         supervisor.stop()
 
-    def drain() -> None:
-        if supervisor.closed:
-            stop()
-            return
+    async def drain() -> None:
         supervisor.drain()
-        tasks.append(asyncio.ensure_future(stop_when_drained()))
-
-    async def stop_when_drained() -> None:
         while front.num_inflight:
             await asyncio.sleep(DRAIN_POLL_S)
         stop()
 
+    def terminate() -> None:
+        if supervisor.closed:
+            stop()
+        else:
+            tasks.append(asyncio.ensure_future(drain()))
+
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, stop)
-    loop.add_signal_handler(signal.SIGTERM, drain)
+    loop.add_signal_handler(signal.SIGTERM, terminate)
     tasks = [asyncio.ensure_future(supervisor.run())]
     tasks[0].add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
@@ -216,18 +210,14 @@ def _main(argv: list[str]) -> int:
         os.execve(command[0], command, thread_environment(config))  # this process becomes the model process
     name = args.served_model_name or (path.stem if path.is_file() else path.resolve().name)
     with listen(args.host, args.port, api_key) as sock:
-        metrics, events, recover = Metrics(), EventLog(), args.on_failure == "recover"
         dialled = {peer: partial(RemoteWorker.dial, peer, config.tls) for peer in args.peer}
         tokenizer, roles = Tokenizer.load(path), ("colocated",) if args.colocated else ("decode", "prefill")
         spawned = {role: partial(WorkerProcess.spawn, role, config) for role in roles}
-        supervisor = Supervisor(config, dialled or spawned, recover, metrics, events)
-        front = Front(name, tokenizer, limits, supervisor, metrics, events)
+        supervisor = Supervisor(config, dialled or spawned, recover=args.on_failure == "recover")
+        front = Front(name, tokenizer, limits, supervisor)
         host, port = sock.getsockname()[:2]
-        print(
-            f"pagewire: http://{at(host, port)} serves {name} "
-            f"from {', '.join(args.peer) or ('one process' if args.colocated else 'two processes, P and D')}",
-            flush=True,
-        )
+        processes = ", ".join(args.peer) or ("one process" if args.colocated else "two processes, P and D")
+        print(f"pagewire: http://{at(host, port)} serves {name} from {processes}", flush=True)
         reason = asyncio.run(_serve(front, sock, api_key))
     if reason:
         raise ServeError(reason)

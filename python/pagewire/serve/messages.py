@@ -104,6 +104,9 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     retry: bool = False  # the handoff failed, not the request: another attempt can do better
 
 
+Arg = int | float | str
+
+
 class Event(msgspec.Struct, tag="event", frozen=True, omit_defaults=True):
     """One span or instant of the timeline. The same list feeds metrics, /debug and the trace."""
 
@@ -111,7 +114,7 @@ class Event(msgspec.Struct, tag="event", frozen=True, omit_defaults=True):
     start_us: int  # CLOCK_MONOTONIC, one host
     duration_us: int = 0
     request_id: str = ""
-    args: dict[str, int | float | str] = {}
+    args: dict[str, Arg] = {}
     role: str = ""  # "front", or the front's name for the process, which only the front knows
 
 

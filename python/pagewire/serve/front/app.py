@@ -131,21 +131,22 @@ async def health(front: Front, request: Request) -> Response:
 
 
 async def metrics(front: Front, request: Request) -> Response:
-    front.metrics.ready.set(front.supervisor.reason is None)
-    front.metrics.restarts.set(front.supervisor.num_restarts)
-    front.metrics.recovered.set(front.supervisor.routing.num_recovered)
-    front.metrics.inflight.set(front.num_inflight)
-    return Response(front.metrics.render(), media_type="text/plain; version=0.0.4")
+    supervisor, gauges = front.supervisor, front.supervisor.metrics
+    gauges.ready.set(supervisor.reason is None)
+    gauges.restarts.set(supervisor.num_restarts)
+    gauges.recovered.set(supervisor.routing.num_recovered)
+    gauges.inflight.set(front.num_inflight)
+    return Response(gauges.render(), media_type="text/plain; version=0.0.4")
 
 
 async def debug_requests(front: Front, request: Request) -> Response:
     workers = front.supervisor.workers.values()
     told = [{"role": w.name, "pid": w.pid, "ready": w.ready is not None} for w in workers]
-    return _json({"workers": told, "requests": front.events.requests()})
+    return _json({"workers": told, "requests": front.supervisor.events.requests()})
 
 
 async def debug_trace(front: Front, request: Request) -> Response:
-    return Response(front.events.chrome_trace(), media_type="application/json")
+    return Response(front.supervisor.events.chrome_trace(), media_type="application/json")
 
 
 def _failed(front: Front, request: Request, error: Exception) -> Response:
@@ -154,7 +155,7 @@ def _failed(front: Front, request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         error = openai.server_error("the server failed; its log says why", status=500, code="internal_error")
     if error.status < 500:
-        front.metrics.requests.labels("rejected").inc()
+        front.supervisor.metrics.requests.labels("rejected").inc()
     retry = {"retry-after": "1"} if error.status in (429, 503) else None
     return _json(error.body, error.status, retry)
 

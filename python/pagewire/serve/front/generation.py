@@ -9,12 +9,10 @@ from typing import Protocol
 import msgspec
 
 from pagewire.serve.front import openai
-from pagewire.serve.front.metrics import Metrics
 from pagewire.serve.front.openai import Answer, ApiError, GenerationRequest, Limits, Usage
 from pagewire.serve.front.output import Delta, Output, Sink, Text
 from pagewire.serve.front.supervisor import Supervisor
-from pagewire.serve.front.trace import EventLog
-from pagewire.serve.messages import Event, Ready, Submit
+from pagewire.serve.messages import Arg, Event, Ready, Submit
 
 
 class Tokenizer(Protocol):
@@ -27,14 +25,12 @@ class Tokenizer(Protocol):
 
 @dataclass
 class Front:
-    """What all requests share: the model's name, its tokenizer, the model processes, and what they report."""
+    """What all requests share: the model's name, its tokenizer, and the model processes."""
 
     model: str
     tokenizer: Tokenizer
     limits: Limits
     supervisor: Supervisor
-    metrics: Metrics
-    events: EventLog
     num_inflight: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -71,15 +67,14 @@ class Generation:
         stop_ids = [] if self.request.ignore_eos else sorted(tokenizer.eos_token_ids)
         self._timer = asyncio.get_running_loop().call_later(self.front.limits.request_timeout_s, self._expire)
         sampling = self.request.sampling
-        for i, prompt in enumerate(prompts):
-            for j in range(self.request.n):
-                choice = len(self.outputs)
-                seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + j) & openai.MAX_SEED)
-                submit = Submit(f"{self.answer.id}-{choice}", prompt, max_tokens[i], stop_ids, seeded)
-                text, cancel = Text(tokenizer.piece, self.request.stops), self.front.supervisor.routing.cancel
-                output = Output(submit, choice, text, self._sink, cancel)
-                self.front.supervisor.submit(output)
-                self.outputs.append(output)
+        for choice in range(self.request.num_outputs):
+            i, j = divmod(choice, self.request.n)
+            seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + j) & openai.MAX_SEED)
+            submit = Submit(f"{self.answer.id}-{choice}", prompts[i], max_tokens[i], stop_ids, seeded)
+            text, cancel = Text(tokenizer.piece, self.request.stops), self.front.supervisor.routing.cancel
+            output = Output(submit, choice, text, self._sink, cancel)
+            self.front.supervisor.submit(output)
+            self.outputs.append(output)
 
     async def _tokenise(self, pair: Ready) -> list[list[int]]:
         tokenizer, request = self.front.tokenizer, self.request
@@ -163,20 +158,17 @@ class Generation:
             self._record(output)
 
     def _record(self, output: Output) -> None:
-        metrics, times = self.front.metrics, output.token_times
+        supervisor, times = self.front.supervisor, output.token_times
+        metrics, num_prompt = supervisor.metrics, len(output.submit.token_ids)
         metrics.requests.labels(output.outcome).inc()
-        metrics.prompt_tokens.inc(len(output.submit.token_ids))
+        metrics.prompt_tokens.inc(num_prompt)
         metrics.output_tokens.inc(len(times))
         for before, after in zip(times, times[1:], strict=False):
             metrics.inter_token.observe(after - before)
         start_us = int(self.arrived * 1e6)
-        args: dict[str, int | float | str] = {
-            "outcome": output.outcome,
-            "prompt_tokens": len(output.submit.token_ids),
-            "output_tokens": len(times),
-        }
+        args: dict[str, Arg] = {"outcome": output.outcome, "prompt_tokens": num_prompt, "output_tokens": len(times)}
         if times:
             metrics.ttft.observe(times[0] - self.arrived)
             args["ttft_us"] = int(times[0] * 1e6) - start_us
         duration_us = int(time.monotonic() * 1e6) - start_us
-        self.front.events.add(Event("request", start_us, duration_us, output.submit.request_id, args, "front"))
+        supervisor.events.add(Event("request", start_us, duration_us, output.submit.request_id, args, "front"))

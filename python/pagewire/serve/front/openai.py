@@ -160,14 +160,14 @@ class ChatRequest(GenerationRequest):
         return [message.plain() for message in self.given]
 
 
-def _decode(data: bytes, kind: type[Request], unsupported: dict[str, tuple[Any, ...]]) -> Request:
+def _decode(data: bytes, kind: type[Request], unsupported: dict[str, tuple[Any, ...]], model: str) -> Request:
     body: Any = {}
     try:
         body = _asked(msgspec.json.decode(data, type=dict[str, Any]), kind, unsupported)
         if isinstance(messages := body.get("messages"), list):
             refused = _UNSUPPORTED_IN_MESSAGE
             body["messages"] = [_asked(m, Message, refused, f"messages[{i}].") for i, m in enumerate(messages)]
-        return msgspec.convert(body, kind)
+        request = msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
         text, given = str(error), body
         at = re.search(r"at `\$\.(.+)`", text)  # `$.messages[0].role`
@@ -179,6 +179,12 @@ def _decode(data: bytes, kind: type[Request], unsupported: dict[str, tuple[Any, 
         raise ApiError(400, text + got, place[0] if place else field[1] if field else None) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    check_model(model if request.model is None else request.model, model)
+    expect(request.stream or not request.stream_options, "stream_options", "only allowed when stream is true")
+    if request.stream_options and request.stream_options.include_obfuscation:
+        message = "stream_options.include_obfuscation is not supported by this server"
+        raise ApiError(400, message, "stream_options", "unsupported_parameter")
+    return request
 
 
 def _asked(value: Any, kind: type[Struct], unsupported: dict[str, tuple[Any, ...]], where: str = "") -> Any:
@@ -199,17 +205,8 @@ def _asked(value: Any, kind: type[Struct], unsupported: dict[str, tuple[Any, ...
     return asked
 
 
-def _check(request: GenerationRequest, model: str) -> None:
-    check_model(model if request.model is None else request.model, model)
-    expect(request.stream or not request.stream_options, "stream_options", "only allowed when stream is true")
-    if request.stream_options and request.stream_options.include_obfuscation:
-        message = "stream_options.include_obfuscation is not supported by this server"
-        raise ApiError(400, message, "stream_options", "unsupported_parameter")
-
-
 def parse_completion(data: bytes, limits: Limits, model: str) -> GenerationRequest:
-    request = _decode(data, CompletionRequest, _UNSUPPORTED)
-    _check(request, model)
+    request = _decode(data, CompletionRequest, _UNSUPPORTED, model)
     prompts, most = request.prompts, limits.max_prompts
     forms = "a string, an array of strings, an array of token ids or an array of arrays of token ids"
     expect(len({type(prompt) for prompt in prompts}) <= 1, "prompt", f"expected {forms}, got a mixture")
@@ -218,8 +215,7 @@ def parse_completion(data: bytes, limits: Limits, model: str) -> GenerationReque
 
 
 def parse_chat(data: bytes, limits: Limits, model: str) -> GenerationRequest:
-    request = _decode(data, ChatRequest, _UNSUPPORTED_IN_CHAT)
-    _check(request, model)
+    request = _decode(data, ChatRequest, _UNSUPPORTED_IN_CHAT, model)
     most, most_too = request.max_tokens, request.max_completion_tokens
     same = None in (most, most_too) or most == most_too
     expect(same, "max_tokens", f"expected what max_completion_tokens says ({most_too}), or one of the two, got {most}")

@@ -24,6 +24,7 @@ STABLE_S = 30.0  # a process that was up for so long starts its backoff again
 MAX_MISSES = 3  # failed starts, or failed links, in a row: then nobody is made to wait for another one
 
 _STARTING = "the model processes are starting"
+Source = Callable[[], Awaitable[Worker]]
 
 
 class Supervisor:
@@ -32,14 +33,7 @@ class Supervisor:
     A request outlives its processes: `Routing` hands it to others, with what it has emitted.
     """
 
-    def __init__(
-        self,
-        config: WorkerConfig,
-        sources: Mapping[str, Callable[[], Awaitable[Worker]]],
-        recover: bool,
-        metrics: Metrics,
-        events: EventLog,
-    ) -> None:
+    def __init__(self, config: WorkerConfig, sources: Mapping[str, Source], recover: bool) -> None:
         """sources: by name, how one life of a process begins. "prefill", "decode" or "colocated" is one that we start:
         its first start must not fail. "prefill@HOST:PORT" is one that others start: it may be there later."""
         self.workers: dict[str, Worker] = {}  # that live
@@ -50,7 +44,7 @@ class Supervisor:
         self._remote = any("@" in name for name in sources)
         self._links = Links(self._on_change, self._on_links_lost)
         self.routing = Routing(recover, self._links.of)
-        self._metrics, self._events = metrics, events
+        self.metrics, self.events = Metrics(), EventLog()  # of what the processes report, and of requests
         self._stopping = asyncio.Event()
         self.closed = ""  # why no request is taken any more
         self._broken: dict[str, str] = {}  # who cannot be started or reached, and why
@@ -151,7 +145,7 @@ class Supervisor:
                 worker.kill_if_late(self._config.start_timeout_s, self._config.worker_timeout_s)
 
     def _on_end(self, name: str, worker: Worker | None, reason: str) -> None:
-        self._metrics.forget(name)
+        self.metrics.forget(name)
         if worker is not None:
             self._links.remove(worker, reason)
             self.routing.decode_lost(worker, reason)
@@ -162,10 +156,10 @@ class Supervisor:
         match message:
             case Events(events):
                 for event in map(worker.dated, events):
-                    self._metrics.on_event(event)
-                    self._events.add(event)
+                    self.metrics.on_event(event)
+                    self.events.add(event)
             case Gauges():
-                self._metrics.on_gauges(worker.name, message)
+                self.metrics.on_gauges(worker.name, message)
             case Ready(fingerprint=fingerprint):
                 self._fingerprint = self._fingerprint or fingerprint
                 if fingerprint != self._fingerprint:

@@ -4,6 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+# They keep a damaged file from asking for terabytes before its weights are even compared.
+_BOUNDS = {
+    "num_layers": 1 << 12, "hidden_size": 1 << 20, "num_qo_heads": 1 << 16, "num_kv_heads": 1 << 16,
+    "head_dim": 1 << 16, "intermediate_size": 1 << 24, "vocab_size": 1 << 24, "max_context": 1 << 30,
+}  # fmt: skip
+
 
 class ModelError(ValueError):
     """A model file is missing, damaged or of a kind we do not run; the message says which."""
@@ -48,17 +54,7 @@ class ModelConfig:
 
     def check(self, where: str) -> None:
         """Raises ModelError, naming `where`, if the numbers cannot describe a model."""
-        # Bounds keep a damaged file from asking for terabytes before its weights are even compared.
-        for field, limit in (
-            ("num_layers", 4096),
-            ("hidden_size", 1 << 20),
-            ("num_qo_heads", 1 << 16),
-            ("num_kv_heads", 1 << 16),
-            ("head_dim", 1 << 16),
-            ("intermediate_size", 1 << 24),
-            ("vocab_size", 1 << 24),
-            ("max_context", 1 << 30),
-        ):
+        for field, limit in _BOUNDS.items():
             value = getattr(self, field)
             if not 1 <= value <= limit:
                 raise ModelError(f"{where}: {field}: expected 1 to {limit}, got {value}")

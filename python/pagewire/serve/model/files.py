@@ -16,13 +16,11 @@ def is_gguf(path: Path) -> bool:
     return gguf_file
 
 
-def load_config(path: str | Path) -> ModelConfig:
+def load_config(path: Path) -> ModelConfig:
     """The config of the model at `path`. Raises ModelError. Loads no torch and no weights."""
-    path = Path(path)
     return gguf.config_of(gguf.GGUFFile(path)) if is_gguf(path) else hf.read_config(path)
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: Path) -> Weights:
     """The model at `path`, with every tensor's name, shape and dtype checked. Raises ModelError."""
-    path = Path(path)
     return gguf.GGUFWeights(path) if is_gguf(path) else hf.HFWeights(path)

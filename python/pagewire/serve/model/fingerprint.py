@@ -13,7 +13,7 @@ from pagewire.serve.model.hf import weight_files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def fingerprint(path: str | Path, config: ModelConfig | None = None) -> str:
+def fingerprint(path: Path, config: ModelConfig | None = None) -> str:
     """SHA-256 (64 hex digits) over the config with RoPE, the tokenizer files and every weight byte.
 
     Whole files are hashed, about 1 s per GB: any changed byte changes it. The name of the model and
@@ -22,7 +22,6 @@ def fingerprint(path: str | Path, config: ModelConfig | None = None) -> str:
     Args:
         config: the config of `path` if it was already read (for a GGUF file that saves a parse).
     """
-    path = Path(path)
     canonical = dataclasses.asdict(config or load_config(path))
     del canonical["name"]
     if is_gguf(path):

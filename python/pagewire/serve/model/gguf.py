@@ -115,10 +115,9 @@ class GGUFWeights:
         import torch  # here, so that the front can read metadata without it
 
         values = _dequantize(self._file.tensors[self._names[name]], self._file.path)
-        if ".q_proj." in name:
-            values = _half_split(values, self.config.num_qo_heads)
-        elif ".k_proj." in name:
-            values = _half_split(values, self.config.num_kv_heads)
+        for part, num_heads in ((".q_proj.", self.config.num_qo_heads), (".k_proj.", self.config.num_kv_heads)):
+            if part in name:
+                values = _half_split(values, num_heads)
         # from_numpy warns of a read-only mapping; nobody writes to what read() returns.
         return torch.from_numpy(values if values.flags.writeable else values.copy())
 

@@ -16,6 +16,7 @@ from pagewire.serve.model.files import open_weights
 from pagewire.serve.model.rope import inverse_frequencies, rotate, rotation
 from pagewire.serve.model.weights import EMBED, FINAL_NORM, LM_HEAD, Weights
 
+OnLayer = Callable[[int], None] | None
 RUN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,11 +36,19 @@ class Layer:
 
 
 class Llama:
-    """The weights of one model in one dtype on one device. Build it with `Llama.load`."""
+    """The weights of one model in one dtype on one device."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        """Reads a Hugging Face directory or a GGUF file.
+
+        Args:
+            dtype: of weights and activations: fp32, bf16 or fp16. Stored weights are converted.
+        Raises:
+            ModelError: a file is missing, damaged, or of a model that this class does not compute.
+        """
         if dtype not in RUN_DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(map(str, RUN_DTYPES))}, got {dtype}")
+        weights = open_weights(path)
         self.config, self.dtype, self.device = weights.config, dtype, torch.device(device)
         load = _Loader(weights, dtype, self.device)
         self._embedding = load.stacked(EMBED)  # [vocab_size, hidden_size]
@@ -47,17 +56,6 @@ class Llama:
         self._norm = load.stacked(FINAL_NORM)
         self._lm_head = self._embedding if self.config.tie_word_embeddings else load.stacked(LM_HEAD)
         self._frequencies = inverse_frequencies(self.config).to(self.device)
-
-    @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Llama:
-        """Read a Hugging Face directory or a GGUF file.
-
-        Args:
-            dtype: of weights and activations: fp32, bf16 or fp16. Stored weights are converted.
-        Raises:
-            ModelError: a file is missing, damaged, or of a model that this class does not compute.
-        """
-        return cls(open_weights(path), dtype, device)
 
     @torch.inference_mode()
     def forward(
@@ -71,7 +69,7 @@ class Llama:
         seq_lens: Tensor,
         cu_seqlens_q: Tensor | None = None,
         logit_rows: Tensor | None = None,
-        on_layer: Callable[[int], None] | None = None,
+        on_layer: OnLayer = None,
     ) -> Tensor:
         """Run the tokens of a batch, writing their KV into `cache`; return the logits asked for.
 

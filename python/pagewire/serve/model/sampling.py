@@ -27,10 +27,8 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[in
         ValueError: the counts differ.
     """
     if not len(samplings) == len(positions) == logits.shape[0]:
-        raise ValueError(
-            f"expected one sampling and one position per row of logits ({logits.shape[0]}), "
-            f"got {len(samplings)} and {len(positions)}"
-        )
+        expected = f"expected one sampling and one position per row of logits ({logits.shape[0]})"
+        raise ValueError(f"{expected}, got {len(samplings)} and {len(positions)}")
     token_ids = logits.argmax(dim=-1)
     if any(sampling.temperature > 0 for sampling in samplings):
         token_ids = _draw(token_ids, logits, samplings, positions)

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Library
 
 from pagewire.serve.model.chat_template import compile_template
 from pagewire.serve.model.config import ModelConfig, ModelError
@@ -40,34 +40,28 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        config: ModelConfig,
-        chat_template: str | None,
-        template_variables: Mapping[str, str],
-        where: str,
+        self, library: Library, config: ModelConfig, template: str | None, variables: Mapping[str, str], where: str
     ) -> None:
         """
         Args:
-            template_variables: what the template may use besides messages, such as bos_token.
+            template: of chats; None: there is none. variables: what it may use besides messages, such as bos_token.
             where: named in errors.
         Raises:
             ModelError: ids past vocab_size, an unknown decoder, or a template that does not parse.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer = library
         self.vocab_size, self.eos_token_ids = config.vocab_size, config.eos_token_ids
-        num_pieces = max(tokenizer.get_vocab().values(), default=-1) + 1
+        num_pieces = max(library.get_vocab().values(), default=-1) + 1
         if not 0 < num_pieces <= self.vocab_size:
             expected = f"expected token ids from 0 to at most {self.vocab_size - 1} (vocab_size)"
             raise ModelError(f"{where}: {expected}, got {num_pieces} ids")
-        self._pieces = piece_bytes(tokenizer, self.vocab_size, where)
-        self._template = compile_template(chat_template, where) if chat_template is not None else None
-        self._template_variables = template_variables
+        self._pieces = piece_bytes(library, self.vocab_size, where)
+        self._template = compile_template(template, where) if template is not None else None
+        self._variables = variables
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: Path) -> Tokenizer:
         """The tokenizer of a Hugging Face directory or a GGUF file. Raises ModelError."""
-        path = Path(path)
         return _load_gguf(path) if is_gguf(path) else _load_directory(path)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -97,7 +91,7 @@ class Tokenizer:
         if self._template is None:
             raise ValueError("this model has no chat template: use plain completions")
         try:
-            told = {**self._template_variables, "messages": [dict(message) for message in messages]}
+            told = {**self._variables, "messages": [dict(message) for message in messages]}
             return self._template.render(told, add_generation_prompt=add_generation_prompt)
         # A template is a program of the model's author: it may fail in any way.
         except Exception as error:
@@ -108,7 +102,7 @@ def _load_directory(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     try:
         # from_str, not from_file: an unreadable file should say so as a missing one does
-        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer = Library.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{file}: expected a tokenizer of the tokenizers library, got {error}") from error
     # Neither a maximum length nor padding may change what a prompt encodes to.
@@ -173,7 +167,7 @@ def _load_gguf(path: Path) -> Tokenizer:
     return Tokenizer(tokenizer, config, file.get("tokenizer.chat_template", str, None), variables, str(path))
 
 
-def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
+def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[Library, bool]:
     """(tokenizer, whether this kind puts BOS first if the file does not say)."""
     kind = file.get("tokenizer.ggml.model", str)
     if kind != "gpt2":
@@ -194,7 +188,7 @@ def _byte_level_bpe(file: GGUFFile, vocab: dict[str, int]) -> tuple[tokenizers.T
         model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{file.path}: tokenizer.ggml.merges: expected pairs of pieces, got {error}") from error
-    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer = Library(model)
     steps, adds_bos = splits[pre]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()

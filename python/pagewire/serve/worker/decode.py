@@ -98,8 +98,7 @@ class DecodeWorker(Worker):
     def _same_digests(self, start: Start, share: Share) -> bool:
         start_us = now_us()
         assert self.peers is not None
-        reserve, packing = share.reserve, self.peers.links[share.link].packing
-        ours = packing.digests(start.pages, reserve.blocks, (reserve.num_cached, reserve.num_tokens))
+        ours = self.peers.links[share.link].digests(start.pages, share.reserve)
         p_sha256, d_sha256 = (hashlib.sha256(b"".join(digests)).hexdigest() for digests in (share.commit.digests, ours))
         equal = p_sha256 == d_sha256
         self.timeline.add(

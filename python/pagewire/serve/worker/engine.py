@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from pagewire.environment import lookup
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Sampling, Submit
 from pagewire.serve.model.fingerprint import fingerprint
-from pagewire.serve.model.llama import Llama
+from pagewire.serve.model.llama import Llama, OnLayer
 from pagewire.serve.model.sampling import sample
 from pagewire.types import QUANT_MAX
 
@@ -69,6 +69,9 @@ class PromptChunk:
         return prompt[self.start : self.stop] or self.request.output[self.start - len(prompt) : self.stop - len(prompt)]
 
 
+Tokens = dict[RequestState, int | None]  # None: the model gave NaN or infinity for this request
+
+
 def next_chunks(requests: Sequence[RequestState], max_tokens: int) -> list[PromptChunk]:
     """The next prompt tokens in FIFO order, at most `max_tokens` of them."""
     chunks = []
@@ -88,14 +91,12 @@ class Inputs:
         pinned = device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
         self._device = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-        here, there = (
-            {
-                name: room[: math.prod(shape)].view(shape)
-                for (name, shape), room in zip(shapes.items(), whole.split(sizes), strict=True)
-            }
-            for whole in (self._host, self._device)
-        )
-        self.host, self._inputs = {name: part.numpy() for name, part in here.items()}, there
+        rooms = zip(shapes.items(), self._host.split(sizes), self._device.split(sizes), strict=True)
+        self.host: dict[str, np.ndarray] = {}
+        self._inputs: dict[str, Tensor] = {}
+        for (name, shape), here, there in rooms:
+            self.host[name] = here[: math.prod(shape)].view(shape).numpy()
+            self._inputs[name] = there[: math.prod(shape)].view(shape)
 
     def upload(self, chunks: Sequence[PromptChunk], page_size: int) -> dict[str, Tensor]:
         """By name, on the device: what `host` holds, and these chunks."""
@@ -123,7 +124,7 @@ class DecodeStep:
         self._inputs = Inputs(model.device, **of_rows, page_table=(batch_size, max_pages))
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # and its logits
 
-    def run(self, chunks: Sequence[PromptChunk], on_layer: Callable[[int], None] | None = None) -> Tensor:
+    def run(self, chunks: Sequence[PromptChunk], on_layer: OnLayer = None) -> Tensor:
         """fp32 [len(chunks), vocab_size], which the next run may write over.
 
         on_layer: as `Llama.forward`'s; behind a graph, which cannot call, once and with the last layer.
@@ -153,7 +154,7 @@ class Engine:
         device = _device(config.device)
         dtype = getattr(torch, config.dtype)
         kv_dtype = getattr(torch, config.kv_dtype or config.dtype)
-        self.model = Llama.load(config.model, dtype, device)
+        self.model = Llama(Path(config.model), dtype, device)
         model = self.model.config
         self.cache = pw.PagedKVCache.allocate(
             num_layers=model.num_layers,
@@ -181,7 +182,7 @@ class Engine:
     @functools.cached_property
     def fingerprint(self) -> bytes:
         """Of the model, 32 bytes."""
-        return bytes.fromhex(fingerprint(self.config.model, self.model.config))
+        return bytes.fromhex(fingerprint(Path(self.config.model), self.model.config))
 
     def problem(self, submit: Submit) -> str | None:
         """Why the request can never run here. The front checked the same before."""
@@ -197,13 +198,8 @@ class Engine:
             return f"expected token ids in [0, {model.vocab_size})"
         return None
 
-    def prefill(
-        self, chunks: list[PromptChunk], on_layer: Callable[[int], None] | None = None
-    ) -> dict[RequestState, int | None]:
-        """Computes the chunks' KV; the first token of every request whose prompt is complete.
-
-        None instead of a token: the model gave NaN or infinity for this request.
-        """
+    def prefill(self, chunks: list[PromptChunk], on_layer: OnLayer = None) -> Tokens:
+        """Computes the chunks' KV; the first token of every request whose prompt is complete."""
         num_chunks, ends = len(chunks), np.cumsum([chunk.stop - chunk.start for chunk in chunks])
         done = [chunk.stop == chunk.request.prompt_len for chunk in chunks]
         of_rows = dict.fromkeys(("token_ids", "positions", "slot_mapping"), (int(ends[-1]),))
@@ -224,7 +220,7 @@ class Engine:
                 self.record(request, "prefill", [row], [*request.submit.token_ids, token])
         return dict(zip(finished, tokens, strict=True))
 
-    def decode(self, requests: list[RequestState], on_layer: Callable[[int], None] | None = None) -> list[int | None]:
+    def decode(self, requests: list[RequestState], on_layer: OnLayer = None) -> list[int | None]:
         """The token after each request's last one, whose KV is written on the way."""
         batch_size = min(1 << (len(requests) - 1).bit_length(), self.config.max_batch_size)
         if batch_size not in self._steps:

@@ -14,7 +14,7 @@ from pagewire.net.channel import ChannelClosed
 from pagewire.serve.config import WorkerConfig
 from pagewire.serve.messages import Pair, Unlinked
 from pagewire.transfer.codec import ConnectionLost
-from pagewire.transfer.frames import Frame, Hello
+from pagewire.transfer.frames import Frame, Hello, Reserve
 from pagewire.transfer.packing import Packing
 from pagewire.transfer.transport import Staging, Transport, connect, listen
 
@@ -36,6 +36,10 @@ class Link:
     def staging(self) -> Staging:
         assert self.transport.staging is not None
         return self.transport.staging
+
+    def digests(self, pages: list[int], reserve: Reserve) -> tuple[bytes, ...]:
+        """SHA-256 per layer of each block that it asks for, of what `pages` hold here."""
+        return self.packing.digests(pages, reserve.blocks, (reserve.num_cached, reserve.num_tokens))
 
 
 @dataclass(eq=False)

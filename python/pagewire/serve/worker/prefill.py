@@ -81,14 +81,8 @@ class PrefillWorker(Worker):
 
     def _digests(self, request: RequestState) -> dict[int, tuple[bytes, ...]]:
         """By link, for D to compare, if asked to."""
-        reserves = self._sender.reserves(request.id).items() if self.config.verify_kv else ()
-        return {
-            number: self._peers.links[number].packing.digests(
-                request.pages, reserve.blocks, (reserve.num_cached, reserve.num_tokens)
-            )
-            for number, reserve in reserves
-            if number in self._peers.links
-        }
+        links, reserves = self._peers.links, self._sender.reserves(request.id) if self.config.verify_kv else {}
+        return {n: links[n].digests(request.pages, of) for n, of in reserves.items() if n in links}
 
     def _push(self) -> None:
         while (send := self._sender.next_send()) is not None:

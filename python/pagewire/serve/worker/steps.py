@@ -10,7 +10,7 @@ from torch import AcceleratorError
 
 from pagewire.net.channel import ChannelClosed
 from pagewire.serve.messages import Failed, Finished
-from pagewire.serve.worker.engine import RequestState, next_chunks
+from pagewire.serve.worker.engine import RequestState, Tokens, next_chunks
 from pagewire.serve.worker.timeline import now_us
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ class _Work:
         self._worker = worker
         self.requests: list[RequestState] = []
 
-    def _forward(
-        self, batch: list[RequestState], queue: str, forward: Callable[[], dict[RequestState, int | None]]
-    ) -> tuple[dict[RequestState, int | None], Left]:
+    def _forward(self, batch: list[RequestState], queue: str, forward: Callable[[], Tokens]) -> tuple[Tokens, Left]:
         """Its tokens, or the ends of all when it failed. queue: the span until a request's first one."""
         start_us = now_us()
         for request in batch:

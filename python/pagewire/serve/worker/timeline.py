@@ -3,7 +3,7 @@
 import time
 from collections import deque
 
-from pagewire.serve.messages import Event
+from pagewire.serve.messages import Arg, Event
 
 MAX_EVENTS = 4096  # that wait to be sent; the oldest go first
 MAX_TEXT = 512  # characters of an argument
@@ -22,9 +22,7 @@ class Timeline:
     def __len__(self) -> int:
         return len(self._events)
 
-    def add(
-        self, name: str, start_us: int, end_us: int | None = None, request_id: str = "", **args: int | float | str
-    ) -> None:
+    def add(self, name: str, start_us: int, end_us: int | None = None, request_id: str = "", **args: Arg) -> None:
         """A span from `start_us` to `end_us`, by default to now."""
         duration_us = (now_us() if end_us is None else end_us) - start_us
         short = {key: value[:MAX_TEXT] if isinstance(value, str) else value for key, value in args.items()}
