@@ -133,8 +133,7 @@ void over_tokens(const MoveParams& p, const Move& m, int64_t begin, int64_t end,
 void move_rows(const MoveParams& p, const Move& m, int64_t begin, int64_t end, bool stream) {
     const Rows source(m.source), target(m.target);
     if (m.how != MoveHow::kCopy) {
-        over_tokens(p, m, begin, end,
-                    [&](Place from, Place to) { convert_token(p, m, source, target, from, to); });
+        over_tokens(p, m, begin, end, [&](Place from, Place to) { convert_token(p, m, source, target, from, to); });
         return;
     }
     const Runs runs(p, m, m.source.stride_head == m.width && m.target.stride_head == m.width);
