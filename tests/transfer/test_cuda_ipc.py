@@ -175,11 +175,11 @@ def test_memory_is_kept_until_p_has_unmapped_it(gpu, start):
     d.link.close()
     assert d.link.staging is None and d.link.fileno() == -1
     assert d.listener.accept() is None
-    assert len(d.listener._kept) == 1 and gpu.allocated() > 0
+    assert len(d.listener.kept) == 1 and gpu.allocated() > 0
     child.stdin.close()
     assert child.wait(START_S) == 0
     assert d.listener.accept() is None
-    assert not d.listener._kept
+    assert not d.listener.kept
     d.listener.close()
 
 

@@ -76,12 +76,9 @@ class DeviceStaging(Staging):
             _call(self._free, self._pointer)
 
 
-Kept = list[tuple[socket.socket, DeviceStaging]]  # by D, of closed connections
-
-
 class CudaIpcTransport(UnixTransport):
     checksum_kind: ChecksumKind = "fletcher64"
-    kept: Kept | None = None  # D
+    listener: "CudaIpcListener | None" = None  # D's
 
     def open_staging(self, hello: Hello) -> None:
         self.staging = DeviceStaging(hello.num_slots, hello.slot_bytes, hello.staging)
@@ -94,14 +91,14 @@ class CudaIpcTransport(UnixTransport):
     def close(self) -> None:
         staging, self.staging = self.staging, None
         if isinstance(staging, DeviceStaging):
-            if self.kept is None:
+            if self.listener is None:
                 staging.close()
             else:
                 sock = socket.socket(fileno=self._sock.detach())
                 with contextlib.suppress(OSError):  # P has closed its end
                     sock.shutdown(socket.SHUT_WR)
-                self.kept.append((sock, staging))
-                free_unmapped(self.kept)
+                self.listener.kept.append((sock, staging))
+                self.listener.forget()
         super().close()
 
 
@@ -109,26 +106,22 @@ class CudaIpcListener(UnixListener):
     def __init__(self, scheme: str, hello: Hello, staging: tuple[int, int], name: str) -> None:
         _device()  # where there is none, no P needs to try
         super().__init__(scheme, hello, staging, name)
-        self._kept: Kept = []
+        self.kept: list[tuple[socket.socket, DeviceStaging]] = []  # of closed connections
 
     def forget(self) -> None:
-        free_unmapped(self._kept)
+        for sock, staging in self.kept[:]:
+            poller = select.poll()
+            poller.register(sock, 0)  # for hang-ups only
+            if poller.poll(0):
+                self.kept.remove((sock, staging))
+                staging.close()
+                sock.close()
 
     def serve(self, sock: socket.socket) -> Transport:
         expect_same_user(sock)
         transport = CudaIpcTransport(sock, self.name, DeviceStaging(*self.staging))
-        transport.kept = self._kept
+        transport.listener = self
         return transport
-
-
-def free_unmapped(kept: Kept) -> None:
-    for sock, staging in kept[:]:
-        poller = select.poll()
-        poller.register(sock, 0)  # for hang-ups only
-        if poller.poll(0):
-            kept.remove((sock, staging))
-            staging.close()
-            sock.close()
 
 
 def _device() -> tuple[torch.device, bytes]:

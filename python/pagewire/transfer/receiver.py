@@ -100,7 +100,6 @@ class Receiver(Machine[_Link]):
         """`problem` says why the payload is not in the pages."""
         number, slot = unpack.link, unpack.chunk.slot
         incoming = self._end_move(number, slot)
-        leg = incoming.legs[number]
         actions: list[Action] = []
         if number in self._links:
             self._links[number].granted_staging.add(slot)
@@ -110,7 +109,7 @@ class Receiver(Machine[_Link]):
         elif problem:
             actions += self.fail(incoming.request_id, problem)
         else:
-            actions += self._committed(number, incoming, leg)
+            actions += self._committed(number, incoming, incoming.legs[number])
         return actions
 
     def commit(self, number: int, commit: Commit) -> list[Action]:
