@@ -45,7 +45,6 @@ class DeviceStaging(Staging):
         Raises OSError when the driver refuses, with the driver's reason, and ValueError for another GPU.
         """
         self._of_d, self._pointer = reach, ctypes.c_uint64()
-        self._free = "cuMemFree_v2" if reach is None else "cuIpcCloseMemHandle"
         super().__init__(num_staging_slots, staging_slot_bytes)
 
     def _map(self, num_bytes: int) -> Tensor:
@@ -73,7 +72,7 @@ class DeviceStaging(Staging):
         """No slot may be used any more. What a device that has failed does not give back goes with the process."""
         with contextlib.suppress(OSError, RuntimeError):
             _device()
-            _call(self._free, self._pointer)
+            _call("cuMemFree_v2" if self._of_d is None else "cuIpcCloseMemHandle", self._pointer)
 
 
 class CudaIpcTransport(UnixTransport):

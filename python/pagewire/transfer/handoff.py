@@ -175,12 +175,11 @@ class Machine(ABC, Generic[OfLink]):
         now_ms, late = self._now_ms(), {}
         for request in self._live.values():
             computing = request.phase in (Phase.WAITING, Phase.PREFILLING)
-            for number, leg in request.legs.items():
-                if leg.reserve is None or leg.over:
-                    continue
+            granted = [(number, leg.reserve) for number, leg in request.legs.items() if leg.reserve and not leg.over]
+            for number, reserve in granted:
                 progress_ms = self._progress_ms if computing else self._links[number].progress_ms
-                if now_ms - max(request.since_ms, progress_ms) >= leg.reserve.deadline_ms:
-                    late[request.request_id] = f"{self.late} within {leg.reserve.deadline_ms} ms"
+                if now_ms - max(request.since_ms, progress_ms) >= reserve.deadline_ms:
+                    late[request.request_id] = f"{self.late} within {reserve.deadline_ms} ms"
         return [action for request_id, message in late.items() for action in self.fail(request_id, message)]
 
     @abstractmethod

@@ -42,8 +42,7 @@ class NixlTransport(TcpTransport):
         assert self.staging is not None
         self._agent, self._base = new_agent(), self.staging.staging_slot(0).data_ptr()
         region = self._tried(self._agent.register_memory, [(self._base, self.staging.num_bytes, 0, "")], "DRAM")
-        metadata = self._tried(self._agent.get_partial_agent_metadata, region, True)
-        self.staging.reach = _BASE.pack(self._base) + metadata
+        self.staging.reach = _BASE.pack(self._base) + self._tried(self._agent.get_partial_agent_metadata, region, True)
 
     def open_staging(self, hello: Hello) -> None:
         super().open_staging(hello)

@@ -46,8 +46,7 @@ class Receiver(Machine[_Link]):
     def link(self, number: int, wire: Wire, num_staging_slots: int) -> None:
         """A peer is there; every one of its staging slots is its to write."""
         assert number not in self._links
-        granted = set(range(num_staging_slots))
-        self._links[number] = _Link(wire=wire, progress_ms=self._now_ms(), granted_staging=granted)
+        self._links[number] = _Link(wire=wire, progress_ms=self._now_ms(), granted_staging={*range(num_staging_slots)})
 
     def submit(
         self, request_id: str, token_ids: tuple[int, ...], num_tokens: int, problem: str | None = None,

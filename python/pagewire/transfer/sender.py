@@ -44,10 +44,9 @@ class Sender(Machine[_Link]):
     def link(self, number: int, wire: Wire, num_staging_slots: int, staging_slot_bytes: int) -> None:
         """A D is there. Raises ValueError when a staging slot cannot hold one token of one layer."""
         assert number not in self._links
-        least = max(wire.packed_bytes(g, 1, of.head_stop - of.head_start, 1) for g, of in enumerate(wire.groups))
-        if staging_slot_bytes < least:
-            got = f"got {staging_slot_bytes}"
-            raise ValueError(f"slot_bytes: expected at least {least} (one token of one layer), {got}")
+        need = max(wire.packed_bytes(g, 1, of.head_stop - of.head_start, 1) for g, of in enumerate(wire.groups))
+        if staging_slot_bytes < need:
+            raise ValueError(f"slot_bytes: expected at least {need} (one token of one layer), got {staging_slot_bytes}")
         credits, unpushed = list(range(num_staging_slots)), Grouping[Request](staging_slot_bytes, wire.block_bytes)
         self._links[number] = _Link(wire=wire, progress_ms=self._now_ms(), credits=credits, unpushed=unpushed)
 
@@ -104,8 +103,8 @@ class Sender(Machine[_Link]):
         sha256 = prompt_sha256(outgoing.token_ids)
         for number, reserve in self.reserves(request_id).items():
             of = (digests or {}).get(number, ())
-            leg = outgoing.legs[number]
-            leg.commit = Commit(request_id, reserve.generation, reserve.capability, first_token, sha256, of)
+            commit = Commit(request_id, reserve.generation, reserve.capability, first_token, sha256, of)
+            outgoing.legs[number].commit = commit
             self._drained(number, outgoing)
         return []
 
@@ -173,9 +172,8 @@ class Sender(Machine[_Link]):
             return [Refused(f"ACK for {ack.request_id}, which was not committed")]
         self._progressed(number)
         leg.over = True
-        if not all(leg.over for leg in outgoing.legs.values()):
-            return []
-        return self._give_up(ack.request_id, Dropped(ack.request_id), "over")
+        done = all(leg.over for leg in outgoing.legs.values())
+        return self._give_up(ack.request_id, Dropped(ack.request_id), "over") if done else []
 
     def abort(self, number: int, abort: Abort) -> list[Action]:
         link, request_id = self._links[number], abort.request_id

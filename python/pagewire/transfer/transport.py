@@ -104,14 +104,13 @@ class Transport(Channel):
 
     def payload(self, chunk: Chunk) -> Tensor:
         """uint8 [payload_bytes], at the head of its slot. Raises ConnectionLost when there is no such place."""
-        staging = self.staging
-        if staging is None or chunk.slot >= staging.num_staging_slots:
-            number = staging.num_staging_slots if staging else 0
+        number = self.staging.num_staging_slots if self.staging else 0
+        if self.staging is None or chunk.slot >= number:
             raise ConnectionLost(f"CHUNK: slot: expected one of {number}, got {chunk.slot}")
-        if chunk.payload_bytes > staging.staging_slot_bytes:
-            most = staging.staging_slot_bytes
+        most = self.staging.staging_slot_bytes
+        if chunk.payload_bytes > most:
             raise ConnectionLost(f"CHUNK: payload_bytes: expected at most {most}, got {chunk.payload_bytes}")
-        return staging.staging_slot(chunk.slot)[: chunk.payload_bytes]
+        return self.staging.staging_slot(chunk.slot)[: chunk.payload_bytes]
 
 
 class Listener(ABC):
