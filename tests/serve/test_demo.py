@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pagewire.serve.model import ModelError, default_model_path
+from pagewire.serve.model.config import ModelError
+from pagewire.serve.model.default import default_model_path
 from serve.http_server import ROOT, environment
 
 

@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from pagewire.serve.model import ModelConfig, ModelError, default_model_path, load_config
-from pagewire.serve.model.files import open_weights
+from pagewire.serve.model.config import ModelConfig, ModelError
+from pagewire.serve.model.default import default_model_path
+from pagewire.serve.model.files import load_config, open_weights
 from pagewire.serve.model.llama import Llama
 from pagewire.serve.model.weights import expected_shapes
 from serve.paged import run

@@ -256,7 +256,7 @@ def test_a_process_with_another_model_or_role_is_not_used():
         with pytest.raises(ChannelClosed, match="has another model: expected aa, got bb"):
             up(front, d2)
         assert serving(front) == {"d1": []}
-        remote = RemoteWorker("decode", "decode@c:1", None)
+        remote = RemoteWorker("decode@c:1", None)
         with pytest.raises(ChannelClosed, match="is a prefill process"):
             remote._hear(worker("prefill", "x").ready)
 
@@ -264,7 +264,7 @@ def test_a_process_with_another_model_or_role_is_not_used():
 
 
 def test_events_of_another_machine_are_by_our_clock():
-    remote = RemoteWorker("decode", "decode@c:1", None)
+    remote = RemoteWorker("decode@c:1", None)
     remote._hear(Ready("decode", 1, "m", 512, 100, 320, "", "", now_us=5))
     ahead = time.monotonic_ns() // 1000 - 5
     event = remote.dated(Event("decode", 7, 3))

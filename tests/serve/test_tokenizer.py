@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from transformers import AutoTokenizer
 
 from pagewire.serve.front.output import Text
-from pagewire.serve.model import ModelError, default_model_path
+from pagewire.serve.model.config import ModelError
+from pagewire.serve.model.default import default_model_path
 from pagewire.serve.model.tokenizer import Tokenizer
 from serve.tiny import MIN_VOCAB, make_tiny_llama, tiny_tokenizer
 from serve.tiny_gguf import make_tiny_gguf

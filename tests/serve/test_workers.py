@@ -18,6 +18,7 @@ import pagewire as pw
 from pagewire.net.channel import frame
 from pagewire.serve.config import EXIT_BAD_CONFIG, WorkerConfig
 from pagewire.serve.messages import Finished, Pair, Sampling
+from pagewire.serve.model.files import load_config
 from pagewire.serve.model.fingerprint import fingerprint
 from pagewire.serve.worker import process
 from pagewire.serve.worker.peers import Peers
@@ -172,7 +173,7 @@ def test_a_flood_of_frames_does_not_keep_d_from_its_work(model: Path) -> None:
     cache = pw.PagedKVCache.allocate(
         num_layers=3, num_pages=2, page_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device="cpu"
     )
-    p = Peers(new_hello("prefill", cache, bytes.fromhex(fingerprint(model))), cache, config)
+    p = Peers(new_hello("prefill", cache, bytes.fromhex(fingerprint(model, load_config(model)))), cache, config)
     try:
         d.channels["decode"].send(Pair(1, p.incarnation, ""))
         p.pair(Pair(1, d.ready["decode"].incarnation, d.ready["decode"].address))

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +23,8 @@ from pagewire.serve.front.openai import Limits
 from pagewire.serve.front.process import WorkerProcess, thread_environment, worker_command
 from pagewire.serve.front.remote import ROLES, RemoteWorker, parse_peer
 from pagewire.serve.front.supervisor import Supervisor
-from pagewire.serve.model import ModelError, default_model_path
+from pagewire.serve.model.config import ModelError
+from pagewire.serve.model.default import default_model_path
 from pagewire.serve.model.tokenizer import Tokenizer
 
 DRAIN_POLL_S = 0.05
@@ -81,8 +81,7 @@ def parser() -> argparse.ArgumentParser:
                    help="of a model process: its requests go on in another one, or end with an error")  # fmt: skip
     p.add_argument("--handoff-timeout", type=float, default=defaults["handoff_timeout_ms"] / 1000,
                    help="seconds that a handoff from P to D may make no progress")  # fmt: skip
-    late = "seconds after which a silent model process is killed and started again"
-    fill("worker_timeout_s", late, "worker-timeout")
+    fill("worker_timeout_s", "seconds after which a silent model process is killed and started again", "worker-timeout")
     fill("start_timeout_s", "seconds that a model process may take to load", "start-timeout")
     fill("record_dir", "write each request's logits here (tests, debugging)")
     p.add_argument("--verify-kv", action="store_true", help="compare digests of P's and D's KV at each handoff")
@@ -122,9 +121,7 @@ def listen(host: str, port: int, api_key: str | None) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # ours: see _serve
+    capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # they are ours: see _serve
 
 
 async def _serve(front: Front, sock: socket.socket, api_key: str | None) -> str | None:

@@ -156,8 +156,7 @@ def _failed(front: Front, request: Request, error: Exception) -> Response:
         error = openai.server_error("the server failed; its log says why", status=500, code="internal_error")
     if error.status < 500:
         front.supervisor.metrics.requests.labels("rejected").inc()
-    retry = {"retry-after": "1"} if error.status in (429, 503) else None
-    return _json(error.body, error.status, retry)
+    return _json(error.body, error.status, {"retry-after": "1"} if error.status in (429, 503) else None)
 
 
 class _Auth:
@@ -169,8 +168,7 @@ class _Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
+            if not hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self.expected):
                 message = "expected the header 'Authorization: Bearer <API key>' with this server's key"
                 error = ApiError(401, message, code="invalid_api_key")
                 await _json(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)

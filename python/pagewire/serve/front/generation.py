@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from pagewire.serve.front import openai
-from pagewire.serve.front.openai import Answer, ApiError, GenerationRequest, Limits, Usage
+from pagewire.serve.front.openai import Answer, ApiError, GenerationRequest, Limits
 from pagewire.serve.front.output import Delta, Output, Sink, Text
 from pagewire.serve.front.supervisor import Supervisor
 from pagewire.serve.messages import Arg, Event, Ready, Submit
@@ -104,9 +104,7 @@ class Generation:
         openai.expect(bool(prompt), self._prompt_field, "expected at least one token, got an empty prompt")
         vocabulary = f"token ids below {pair.vocab_size}, the vocabulary's size"
         openai.expect(max(prompt) < pair.vocab_size, "prompt", f"expected {vocabulary}, got {max(prompt)}")
-        what, most = "context", pair.max_context
-        if pair.pool_tokens < most:
-            what, most = "KV pool", pair.pool_tokens
+        what, most = min(("context", pair.max_context), ("KV pool", pair.pool_tokens), key=lambda told: told[1])
         room = most - len(prompt)
         holds = f"this model's {what} holds {most} tokens"
         if room < 1:
@@ -137,10 +135,10 @@ class Generation:
             reasons[delta.choice] = delta.reason or ""
         return texts, reasons
 
-    def usage(self) -> Usage:
+    def usage(self) -> dict[str, int]:
         prompt = sum(len(output.submit.token_ids) for output in self.outputs[:: self.request.n])
         completion = sum(output.num_tokens for output in self.outputs)
-        return Usage(prompt, completion, prompt + completion)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _expire(self) -> None:
         message = f"the request did not end within {self.front.limits.request_timeout_s:g} s"

@@ -42,8 +42,7 @@ def expect(ok: bool, param: str, message: str) -> None:
 
 def check_model(name: str, served: str) -> None:
     if name != served:
-        message = f"model {name!r} does not exist; this server serves {served!r}"
-        raise ApiError(404, message, "model", "model_not_found")
+        raise ApiError(404, f"model {name!r} does not exist; this server serves {served!r}", "model", "model_not_found")
 
 
 # Fields we know and do not serve, with the values that ask for nothing. Any other value is refused.
@@ -200,8 +199,7 @@ def _asked(value: Any, kind: type[Struct], unsupported: dict[str, tuple[Any, ...
                 asked[name] = given
         # type() too: False == 0, but logprobs=0 asks for something and logprobs=false does not
         elif not any(type(given) is type(harmless) and given == harmless for harmless in (None, *unsupported[name])):
-            message = f"{where}{name} is not supported by this server"
-            raise ApiError(400, message, where + name, "unsupported_parameter")
+            raise ApiError(400, f"{where}{name} is not supported by this server", where + name, "unsupported_parameter")
     return asked
 
 
@@ -222,12 +220,6 @@ def parse_chat(data: bytes, limits: Limits, model: str) -> GenerationRequest:
     return msgspec.structs.replace(request, max_tokens=most_too or most)
 
 
-class Usage(Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
 class Answer:
     """Builds the objects of one answer: whole, or as chunks."""
 
@@ -238,30 +230,27 @@ class Answer:
         self._begun: set[int] = set()  # choices that a chunk told of
         self.head = {"id": self.id, "created": int(time.time()), "model": model}
 
-    def whole(self, texts: list[str], reasons: list[str], usage: Usage) -> dict[str, Any]:
-        choices = [
-            {"index": i, "finish_reason": reason, "logprobs": None}
-            | ({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text})
-            for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
+    def whole(self, texts: list[str], reasons: list[str], usage: dict[str, int]) -> dict[str, Any]:
+        ends = enumerate(zip(texts, reasons, strict=True))
+        choices = [self._choice(i, text, reason, "message") for i, (text, reason) in ends]
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, "usage": usage}
 
     def chunk(self, index: int, text: str, reason: str | None) -> bytes:
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
-        if self.chat and index not in self._begun:
-            self._begun.add(index)
-            choice["delta"] = {"role": "assistant", "content": text}
-        elif self.chat:
-            choice["delta"] = {"content": text} if text else {}
-        else:
-            choice["text"] = text
-        return self._chunk([choice], None)
+        return self._chunk([self._choice(index, text, reason, "delta")], None)
 
-    def usage_chunk(self, usage: Usage) -> bytes:
+    def usage_chunk(self, usage: dict[str, int]) -> bytes:
         return self._chunk([], usage)
 
-    def _chunk(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
+    def _choice(self, index: int, text: str, reason: str | None, kind: str) -> dict[str, Any]:
+        told: dict[str, Any] = {"text": text}
+        if self.chat:
+            begins = {} if index in self._begun else {"role": "assistant", "content": text}
+            told = {kind: begins or ({"content": text} if text else {})}
+            self._begun.add(index)
+        return {"index": index, "finish_reason": reason, "logprobs": None, **told}
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         told = {"usage": usage} if self.include_usage else {}
         return event({**self.head, "object": kind, "choices": choices, **told})

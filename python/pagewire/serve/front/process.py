@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 
+import anyio
 import msgspec
 
 from pagewire.serve.channel import AsyncChannel
@@ -33,7 +34,7 @@ class WorkerProcess(Worker):
     _stderr: asyncio.Future[None]
 
     def __init__(self, role: str, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
-        super().__init__(role, role, channel)
+        super().__init__(role, channel)
         self.process, self.pid = process, process.pid
 
     @classmethod
@@ -58,11 +59,10 @@ class WorkerProcess(Worker):
         return worker
 
     async def _bury(self) -> None:
-        ended = asyncio.ensure_future(self.process.wait())
-        await asyncio.wait([ended], timeout=EXIT_TIMEOUT_S)
+        with anyio.move_on_after(EXIT_TIMEOUT_S):
+            await self.process.wait()
         self._kill()
-        await ended
-        self.hopeless = self.process.returncode == EXIT_BAD_CONFIG
+        self.hopeless = await self.process.wait() == EXIT_BAD_CONFIG
         await asyncio.wait([self._stderr], timeout=EXIT_TIMEOUT_S)
         self._stderr.cancel()
         await super()._bury()

@@ -3,6 +3,8 @@
 import asyncio
 import time
 
+import anyio
+
 from pagewire.net.channel import ChannelClosed
 from pagewire.net.tls import DOMAIN, Tls
 from pagewire.serve.channel import AsyncChannel
@@ -31,12 +33,12 @@ class RemoteWorker(Worker):
         role, host, port = parse_peer(peer)
         name = role + DOMAIN if tls else None
         context = tls.context(server_side=False) if tls else None
-        opening = asyncio.open_connection(host, port, ssl=context, server_hostname=name)
         try:
-            reader, writer = await asyncio.wait_for(opening, DIAL_TIMEOUT_S)
-        except asyncio.TimeoutError:  # noqa: UP041 (on 3.10 it is not the builtin)
+            with anyio.fail_after(DIAL_TIMEOUT_S):
+                streams = await asyncio.open_connection(host, port, ssl=context, server_hostname=name)
+        except TimeoutError:
             raise TimeoutError(f"no connection within {DIAL_TIMEOUT_S:g} s") from None
-        return cls(role, peer, AsyncChannel(reader, writer))
+        return cls(peer, AsyncChannel(*streams))
 
     def _hear(self, message: WorkerMessage) -> None:
         super()._hear(message)

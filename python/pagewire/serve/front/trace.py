@@ -7,24 +7,23 @@ import msgspec
 
 from pagewire.serve.messages import Event
 
-MAX_EVENTS_PER_REQUEST = 512
+MAX_REQUESTS, MAX_EVENTS_PER_REQUEST, MAX_STEPS = 256, 512, 16384
 TRACKS = ("front", "prefill", "decode", "colocated")  # of the trace, from 1; others follow as they appear
 
 
 class EventLog:
-    """The last `max_requests` requests' events, and as many again that belong to no request (decode steps)."""
+    """The last requests' events, and those of the last steps, which belong to no request."""
 
-    def __init__(self, max_requests: int = 256, max_steps: int = 16384) -> None:
-        self._max_requests = max_requests
+    def __init__(self) -> None:
         self._requests: OrderedDict[str, list[Event]] = OrderedDict()
-        self._steps: deque[Event] = deque(maxlen=max_steps)
+        self._steps: deque[Event] = deque(maxlen=MAX_STEPS)
 
     def add(self, event: Event) -> None:
         if not event.request_id:
             self._steps.append(event)
             return
         events = self._requests.setdefault(event.request_id, [])
-        if len(self._requests) > self._max_requests:
+        if len(self._requests) > MAX_REQUESTS:
             self._requests.popitem(last=False)
         if len(events) < MAX_EVENTS_PER_REQUEST:
             events.append(event)

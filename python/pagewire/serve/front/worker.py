@@ -18,10 +18,9 @@ class Worker:
     hopeless = False  # whether another life would end as this one did
     _ahead_us = 0  # of our clock, which may be another machine's
 
-    def __init__(self, role: str, name: str, channel: AsyncChannel) -> None:
-        """name: of its gauges and events, no other worker's."""
-        self.role = role
-        self.name = name
+    def __init__(self, name: str, channel: AsyncChannel) -> None:
+        """name: ROLE or ROLE@HOST:PORT, no other worker's; of its gauges and events."""
+        self.name, self.role = name, name.partition("@")[0]
         self.channel = channel
         self.ready: Ready | None = None
         self.pid: int | None = None
@@ -64,8 +63,7 @@ class Worker:
 
     @property
     def beating(self) -> bool:
-        now = time.monotonic()
-        return self.ready is not None and now - min(self._heard, self._progressed) < BEATING_S
+        return self.ready is not None and time.monotonic() - min(self._heard, self._progressed) < BEATING_S
 
     def kill_if_late(self, start_timeout_s: float, worker_timeout_s: float) -> None:
         now, why = time.monotonic(), ""

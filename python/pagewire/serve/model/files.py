@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pagewire.serve.model import gguf, hf
 from pagewire.serve.model.config import ModelConfig, ModelError
-from pagewire.serve.model.weights import Weights
+
+Weights = gguf.GGUFWeights | hf.HFWeights  # tensors by their Hugging Face names
 
 
 def is_gguf(path: Path) -> bool:

@@ -6,23 +6,21 @@ import json
 from pathlib import Path
 
 from pagewire.serve.model.config import ModelConfig
-from pagewire.serve.model.files import is_gguf, load_config
+from pagewire.serve.model.files import is_gguf
 from pagewire.serve.model.hf import weight_files
 
 # What besides the weights decides which ids a text becomes.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def fingerprint(path: Path, config: ModelConfig | None = None) -> str:
+def fingerprint(path: Path, config: ModelConfig) -> str:
     """SHA-256 (64 hex digits) over the config with RoPE, the tokenizer files and every weight byte.
 
     Whole files are hashed, about 1 s per GB: any changed byte changes it. The name of the model and
     of its directory do not matter: two machines may keep it in different places. Raises ModelError.
-
-    Args:
-        config: the config of `path` if it was already read (for a GGUF file that saves a parse).
+    config: what was read of `path`.
     """
-    canonical = dataclasses.asdict(config or load_config(path))
+    canonical = dataclasses.asdict(config)
     del canonical["name"]
     if is_gguf(path):
         files = {"gguf": path}  # holds the tokenizer as well

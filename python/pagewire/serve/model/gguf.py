@@ -112,6 +112,7 @@ class GGUFWeights:
         check_shapes(shapes, self.config, str(path))
 
     def read(self, name: str) -> Tensor:
+        """On the CPU, fp32. It may be a view of the mapped file: copy it, do not write to it."""
         import torch  # here, so that the front can read metadata without it
 
         values = _dequantize(self._file.tensors[self._names[name]], self._file.path)

@@ -72,7 +72,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 class HFWeights:
-    """The safetensors of a Hugging Face directory, opened and checked. Nothing is unpickled."""
+    """The safetensors of a Hugging Face directory, opened and checked: headers alone. Nothing is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.config = read_config(path)
@@ -95,6 +95,7 @@ class HFWeights:
         check_shapes(shapes, self.config, str(path))
 
     def read(self, name: str) -> "Tensor":
+        """On the CPU, in the file's dtype. It may be a view of the mapped file: copy it, do not write to it."""
         tensor: Tensor = self._file_of[name].get_tensor(name)
         return tensor
 
@@ -152,8 +153,7 @@ def _rope(config: Metadata) -> tuple[float, RopeScaling | None]:
     if kind == "llama3":
         factor, low, high = (get(key, float) for key in ("factor", "low_freq_factor", "high_freq_factor"))
         return theta, RopeScaling("llama3", factor, low, high, get("original_max_position_embeddings", int))
-    where = config.where
-    raise ModelError(f"{where}: rope_scaling type: expected 'default', 'linear' or 'llama3', got {kind!r}")
+    raise ModelError(f"{config.where}: rope_scaling type: expected 'default', 'linear' or 'llama3', got {kind!r}")
 
 
 def _eos_token_ids(path: Path, config: Metadata) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pagewire as pw
+from pagewire.serve.model.config import ModelConfig
 from pagewire.serve.model.files import open_weights
 from pagewire.serve.model.rope import inverse_frequencies, rotate, rotation
-from pagewire.serve.model.weights import EMBED, FINAL_NORM, LM_HEAD, Weights
+from pagewire.serve.model.weights import EMBED, FINAL_NORM, LM_HEAD
 
 OnLayer = Callable[[int], None] | None
 RUN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,11 +51,15 @@ class Llama:
             raise ValueError(f"dtype: expected one of {', '.join(map(str, RUN_DTYPES))}, got {dtype}")
         weights = open_weights(path)
         self.config, self.dtype, self.device = weights.config, dtype, torch.device(device)
-        load = _Loader(weights, dtype, self.device)
-        self._embedding = load.stacked(EMBED)  # [vocab_size, hidden_size]
-        self._layers = [load.layer(i) for i in range(self.config.num_layers)]
-        self._norm = load.stacked(FINAL_NORM)
-        self._lm_head = self._embedding if self.config.tie_word_embeddings else load.stacked(LM_HEAD)
+
+        def stacked(*names: str) -> Tensor:
+            return torch.cat([weights.read(name) for name in names]).to(self.device, dtype)
+
+        # one after the other: never two whole models in memory
+        self._embedding = stacked(EMBED)  # [vocab_size, hidden_size]
+        self._layers = [_layer(i, self.config, stacked) for i in range(self.config.num_layers)]
+        self._norm = stacked(FINAL_NORM)
+        self._lm_head = self._embedding if self.config.tie_word_embeddings else stacked(LM_HEAD)
         self._frequencies = inverse_frequencies(self.config).to(self.device)
 
     @torch.inference_mode()
@@ -115,29 +120,19 @@ class Llama:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
 
-class _Loader:
-    """Copies stored tensors into final ones, one at a time: never two whole models in memory."""
+def _layer(i: int, config: ModelConfig, stacked: Callable[..., Tensor]) -> Layer:
+    """stacked: gives the tensors of these names, one below the other."""
+    prefix, attention_bias, mlp_bias = f"model.layers.{i}.", config.attention_bias, config.mlp_bias
 
-    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
-        self._weights, self._dtype, self._device = weights, dtype, device
+    def linear(has_bias: bool, *modules: str) -> Linear:
+        weight = stacked(*(f"{prefix}{m}_proj.weight" for m in modules))
+        return Linear(weight, stacked(*(f"{prefix}{m}_proj.bias" for m in modules)) if has_bias else None)
 
-    def stacked(self, *names: str) -> Tensor:
-        """The named tensors one below the other, in the run dtype."""
-        return torch.cat([self._weights.read(name) for name in names]).to(self._device, self._dtype)
-
-    def layer(self, i: int) -> Layer:
-        prefix = f"model.layers.{i}."
-        attention_bias, mlp_bias = self._weights.config.attention_bias, self._weights.config.mlp_bias
-
-        def linear(has_bias: bool, *modules: str) -> Linear:
-            weight = self.stacked(*(f"{prefix}{m}_proj.weight" for m in modules))
-            return Linear(weight, self.stacked(*(f"{prefix}{m}_proj.bias" for m in modules)) if has_bias else None)
-
-        return Layer(
-            attention_norm=self.stacked(prefix + "input_layernorm.weight"),
-            qkv=linear(attention_bias, "self_attn.q", "self_attn.k", "self_attn.v"),
-            out=linear(attention_bias, "self_attn.o"),
-            mlp_norm=self.stacked(prefix + "post_attention_layernorm.weight"),
-            gate_up=linear(mlp_bias, "mlp.gate", "mlp.up"),
-            down=linear(mlp_bias, "mlp.down"),
-        )
+    return Layer(
+        attention_norm=stacked(prefix + "input_layernorm.weight"),
+        qkv=linear(attention_bias, "self_attn.q", "self_attn.k", "self_attn.v"),
+        out=linear(attention_bias, "self_attn.o"),
+        mlp_norm=stacked(prefix + "post_attention_layernorm.weight"),
+        gate_up=linear(mlp_bias, "mlp.gate", "mlp.up"),
+        down=linear(mlp_bias, "mlp.down"),
+    )

@@ -25,8 +25,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     # llama3: long wavelengths are stretched by factor, short ones kept, those between blended.
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_context / wavelengths
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0, 1)
+    keep = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies
 
 

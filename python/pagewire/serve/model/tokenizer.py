@@ -110,16 +110,14 @@ def _load_directory(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     settings_file = path / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
-    template_file = path / "chat_template.jinja"
-    if template_file.exists():
-        chat_template: str | None = template_file.read_text(encoding="utf-8")
-    else:
-        chat_template = _default_template(settings.get("chat_template"), settings_file)
-    return Tokenizer(tokenizer, load_config(path), chat_template, _special_tokens(settings), str(path))
+    template = _chat_template(path / "chat_template.jinja", settings.get("chat_template"), settings_file)
+    return Tokenizer(tokenizer, load_config(path), template, _special_tokens(settings), str(path))
 
 
-def _default_template(value: Any, file: Path) -> str | None:
-    """chat_template is a string, or a list of named ones of which "default" is ours."""
+def _chat_template(separate: Path, value: Any, file: Path) -> str | None:
+    """A file of its own, or in `file` a string, or a list of named ones of which "default" is ours."""
+    if separate.exists():
+        return separate.read_text(encoding="utf-8")
     if isinstance(value, list):
         value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
     if value is not None and not isinstance(value, str):

@@ -1,28 +1,12 @@
-"""Which tensors a model must have, under Hugging Face's names, and where they are read from."""
+"""Which tensors a model must have, under Hugging Face's names, and whether they are there."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
 
 from pagewire.serve.model.config import ModelConfig, ModelError
-
-if TYPE_CHECKING:  # the front imports this package without torch
-    from torch import Tensor
 
 EMBED = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
-
-
-class Weights(Protocol):
-    """An opened model file. Nothing but headers is read until `read`."""
-
-    config: ModelConfig
-
-    def read(self, name: str) -> "Tensor":
-        """One tensor by its Hugging Face name, on the CPU, in the file's dtype (dequantised: fp32).
-
-        It may be a view of the mapped file: copy it, do not write to it.
-        """
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

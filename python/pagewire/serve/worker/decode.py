@@ -8,10 +8,10 @@ import secrets
 import time
 
 from pagewire.net.channel import Channel
-from pagewire.serve.messages import Failed, Submit
+from pagewire.serve.messages import Submit
 from pagewire.serve.worker.engine import Engine, RequestState
 from pagewire.serve.worker.peers import Link, Peers
-from pagewire.serve.worker.steps import Decoding, Ending, describe
+from pagewire.serve.worker.steps import Decoding, describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.actions import Action, Share, Start, Unpack
@@ -47,7 +47,7 @@ class DecodeWorker(Worker):
         for work in (self.prefilling, self._decoding):
             for request, ending in work.step() if work.requests else ():
                 if ending:
-                    self._end(request, ending)
+                    self.end(request, ending, self._receiver.release)
                 else:
                     self._decoding.requests.append(request)
         return worked
@@ -60,14 +60,6 @@ class DecodeWorker(Worker):
                 self._start(action)
             case _:
                 super().carry_out(action)
-
-    def _end(self, request: RequestState, ending: Ending) -> None:
-        if isinstance(ending, Failed):
-            self.do(self._receiver.fail(request.id, ending.message), retry=False)
-        else:
-            self.forget(request.id)
-            self.front.send(ending)
-            self.do(self._receiver.release(request.id))
 
     def _unpack(self, unpack: Unpack) -> str | None:
         """Returns why the payload is not in the pages."""

@@ -88,8 +88,7 @@ class Inputs:
 
     def __init__(self, device: torch.device, **shapes: tuple[int, ...]) -> None:
         sizes = [-(-math.prod(shape) // _ALIGN) * _ALIGN for shape in shapes.values()]
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         self._device = torch.empty(sum(sizes), dtype=torch.int32, device=device)
         rooms = zip(shapes.items(), self._host.split(sizes), self._device.split(sizes), strict=True)
         self.host: dict[str, np.ndarray] = {}
@@ -152,20 +151,14 @@ class Engine:
         torch.set_num_threads(config.num_threads)
         self.config = config
         device = _device(config.device)
-        dtype = getattr(torch, config.dtype)
         kv_dtype = getattr(torch, config.kv_dtype or config.dtype)
-        self.model = Llama(Path(config.model), dtype, device)
+        self.model = Llama(Path(config.model), getattr(torch, config.dtype), device)
         model = self.model.config
         self.cache = pw.PagedKVCache.allocate(
-            num_layers=model.num_layers,
-            num_pages=config.num_pages,
-            page_size=config.page_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=kv_dtype,
-            device=device,
+            num_layers=model.num_layers, num_pages=config.num_pages, page_size=config.page_size,
+            num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=kv_dtype, device=device,
             scale="token_head" if kv_dtype in QUANT_MAX else "none",
-        )
+        )  # fmt: skip
         self._max_pages = min(config.num_pages, -(-model.max_context // config.page_size))  # of a request
         self._steps: dict[int, DecodeStep] = {}  # by batch size
         self.begin()

@@ -1,6 +1,7 @@
 """The control port of a worker that runs for itself: fronts connect to it, one after the other."""
 
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,33 +19,32 @@ class Front(NamedTuple):
     kv_address: str  # where D listens for P's while this front is there; "": they are on this machine
 
 
-class Fronts:
-    """Each is served alone: the next one waits until it is gone, and finds a worker without requests."""
+def listen(role: str, address: str, config: WorkerConfig) -> Iterator[Front]:
+    """Each is served alone: the next one waits until it is gone, and finds a worker without requests.
 
-    def __init__(self, role: str, address: str, config: WorkerConfig) -> None:
-        """address: HOST:PORT, port 0 is any. Raises ValueError, also when it can be reached from other machines and
-        there is no TLS, or OSError.
-        """
-        family, where = resolve(f"tcp://{address}", config.tls)
-        self._context = config.tls.context(server_side=True) if config.tls else None
-        self._kv_port = config.kv_port
-        self._listener = socket.create_server(where, family=family)
-        port = self._listener.getsockname()[1]
-        print(f"pagewire: {role} waits for a front on {address.rpartition(':')[0]}:{port}", flush=True)
+    address: HOST:PORT, port 0 is any. Raises ValueError, also when it can be reached from other machines and there is
+    no TLS, or OSError.
+    """
+    family, where = resolve(f"tcp://{address}", config.tls)
+    context = config.tls.context(server_side=True) if config.tls else None
+    listener = socket.create_server(where, family=family)
+    port = listener.getsockname()[1]
+    print(f"pagewire: {role} waits for a front on {address.rpartition(':')[0]}:{port}", flush=True)
+    return _accept(listener, context, config.kv_port)
 
-    def __iter__(self) -> Iterator[Front]:
-        while True:
-            sock, peer = self._listener.accept()
-            try:
-                host = sock.getsockname()[0]
-                prepare(sock)  # we beat, so a front whose machine is gone leaves something that is not acknowledged
-                if self._context:
-                    sock = secure(self._context, sock, "front", server_side=True)
-                    sock.settimeout(HANDSHAKE_S)
-                    sock.do_handshake()
-            except OSError as error:  # whoever it was: we wait for the next one
-                print(f"refused {peer[0]}: {'TLS: ' if self._context else ''}{error}", file=sys.stderr, flush=True)
-                sock.close()
-                continue
-            kv_address = f"tcp://{at(host, self._kv_port)}"
-            yield Front(Channel(sock, WORKER_CODEC, name=f"the front at {peer[0]}"), kv_address)
+
+def _accept(listener: socket.socket, context: ssl.SSLContext | None, kv_port: int) -> Iterator[Front]:
+    while True:
+        sock, peer = listener.accept()
+        try:
+            host = sock.getsockname()[0]
+            prepare(sock)  # we beat, so a front whose machine is gone leaves something that is not acknowledged
+            if context:
+                sock = secure(context, sock, "front", server_side=True)
+                sock.settimeout(HANDSHAKE_S)
+                sock.do_handshake()
+        except OSError as error:  # whoever it was: we wait for the next one
+            print(f"refused {peer[0]}: {'TLS: ' if context else ''}{error}", file=sys.stderr, flush=True)
+            sock.close()
+            continue
+        yield Front(Channel(sock, WORKER_CODEC, name=f"the front at {peer[0]}"), f"tcp://{at(host, kv_port)}")

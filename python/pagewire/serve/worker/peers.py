@@ -177,9 +177,8 @@ class Peers:
         self._pending.remove(connection)
 
     def _accept(self) -> None:
-        for _ in range(MAX_PENDING if self._listener else 0):
-            assert self._listener is not None
-            if (transport := self._listener.accept()) is None:
+        for _ in range(MAX_PENDING):
+            if self._listener is None or (transport := self._listener.accept()) is None:
                 return
             if len(self._pending) == MAX_PENDING:
                 self._close(self._pending[0])

@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Sequence
 
 from pagewire.net.channel import Channel
-from pagewire.serve.messages import Failed, Finished, Submit
+from pagewire.serve.messages import Submit
 from pagewire.serve.worker.engine import Engine, PromptChunk, RequestState
 from pagewire.serve.worker.peers import MAX_FRAMES, Link, Peers
-from pagewire.serve.worker.steps import Ending, describe
+from pagewire.serve.worker.steps import describe
 from pagewire.serve.worker.timeline import now_us
 from pagewire.serve.worker.worker import Worker
 from pagewire.transfer.actions import Action, Push, Send
@@ -51,7 +51,10 @@ class PrefillWorker(Worker):
         if not self.prefilling.requests:
             return False
         for request, ending in self.prefilling.step():
-            self._computed(request, ending)
+            if ending:
+                self.end(request, ending, self._sender.finished)
+            else:
+                self.do(self._sender.prefilled(request.id, request.output[0], self._digests(request)))
         self._push()
         return True
 
@@ -67,17 +70,6 @@ class PrefillWorker(Worker):
             else:
                 self._frames.append((number, frame))
         self._push()
-
-    def _computed(self, request: RequestState, ending: Ending | None) -> None:
-        match ending:
-            case Finished():
-                self.front.send(ending)
-                self.do(self._sender.finished(request.id))
-                self.forget(request.id)
-            case Failed(_, message):
-                self.do(self._sender.fail(request.id, message), retry=False)
-            case None:
-                self.do(self._sender.prefilled(request.id, request.output[0], self._digests(request)))
 
     def _digests(self, request: RequestState) -> dict[int, tuple[bytes, ...]]:
         """By link, for D to compare, if asked to."""

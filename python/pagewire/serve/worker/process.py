@@ -16,7 +16,7 @@ from pagewire.net.channel import Channel, ChannelClosed, wait
 from pagewire.serve.channel import WORKER_CODEC
 from pagewire.serve.config import EXIT_BAD_CONFIG, KV_ADDRESSES, WorkerConfig
 from pagewire.serve.messages import Shutdown
-from pagewire.serve.worker.fronts import Front, Fronts
+from pagewire.serve.worker.fronts import Front, listen
 
 if TYPE_CHECKING:
     from pagewire.serve.worker.engine import Engine
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         ours = [_inherited(args.control_fd)] if args.listen is None else []
         config = msgspec.json.decode(args.config_json, type=WorkerConfig)
         config.check()
-        fronts = ours or Fronts(args.role, args.listen, config)  # no model is needed to refuse an address
+        fronts = ours or listen(args.role, args.listen, config)  # no model is needed to refuse an address
         if config.backend:
             os.environ["PAGEWIRE_BACKEND"] = config.backend
         from pagewire.serve.worker.engine import Engine

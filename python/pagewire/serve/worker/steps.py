@@ -50,12 +50,6 @@ class _Work:
         except Exception as error:
             return {}, [(request, Failed(request.id, describe(error))) for request in batch]
 
-    def _leave(self, left: Left) -> Left:
-        for request, _ in left:
-            if request in self.requests:
-                self.requests.remove(request)
-        return left
-
 
 class Prefilling(_Work):
     """Their prompts are being computed."""
@@ -70,15 +64,15 @@ class Prefilling(_Work):
         )  # fmt: skip
         end_us = now_us()
         for chunk in chunks if not left else ():
-            args = {"start": chunk.start, "stop": chunk.stop}
-            worker.timeline.add("prefill_chunk", start_us, end_us, chunk.request.id, **args)
+            worker.timeline.add("prefill_chunk", start_us, end_us, chunk.request.id, start=chunk.start, stop=chunk.stop)
         for request, token_id in tokens.items():
             if request not in self.requests:
                 continue  # dropped while it was computed
             worker.timeline.add("prefill", request.started_us, end_us, request.id, tokens=request.prompt_len)
             request.since_us, request.started_us = end_us, 0
+            self.requests.remove(request)
             left.append((request, worker.emit(request, token_id)))
-        return self._leave(left)
+        return left
 
 
 class Decoding(_Work):
@@ -99,4 +93,4 @@ class Decoding(_Work):
             worker.timeline.add("decode", request.started_us, None, request.id, tokens=len(request.output))
             if isinstance(ending, Finished):
                 worker.engine.record(request, "decode", request.logits, request.output)
-        return self._leave(left)
+        return left

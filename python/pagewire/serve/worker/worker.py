@@ -1,7 +1,7 @@
 """What the model processes share: the channel to the front, the links to the other ones, requests, beats."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -66,9 +66,8 @@ class Worker(ABC):
                 self.do(self.admit(message), retry=False)
             case Cancel(request_id):
                 self.do(self._machine.cancel(request_id))
-            case Pair():
-                if self.peers is not None:
-                    self.peers.pair(message)
+            case Pair() if self.peers:
+                self.peers.pair(message)
 
     def on_peers(self) -> None:
         """A turn's worth of the links: their ends, their beginnings, and what came over them."""
@@ -99,9 +98,8 @@ class Worker(ABC):
         """retry: another attempt may do better than a request that failed with these."""
         for action in actions:
             match action:
-                case Send(frame, link):
-                    if self.peers is not None:
-                        self.peers.send(link, frame)
+                case Send(frame, link) if self.peers:
+                    self.peers.send(link, frame)
                 case Begin(request_id, pages):
                     request = self.requests[request_id] = RequestState(*self._submits[request_id], pages)
                     self.prefilling.requests.append(request)
@@ -121,6 +119,15 @@ class Worker(ABC):
         """What only one of the sides does."""
         raise AssertionError(f"{self.role}: {action}")
 
+    def end(self, request: RequestState, ending: Ending, released: Callable[[str], list[Action]]) -> None:
+        """released: tells the machine of this side that the request has ended in good order."""
+        if isinstance(ending, Failed):
+            self.do(self._machine.fail(request.id, ending.message), retry=False)
+        else:
+            self.forget(request.id)
+            self.front.send(ending)
+            self.do(released(request.id))
+
     def forget(self, request_id: str) -> list[int]:
         """Returns the output it had."""
         self._submits.pop(request_id, None)
@@ -131,10 +138,8 @@ class Worker(ABC):
         return request.output if request else []
 
     def send_ready(self, pid: int) -> None:
-        model, config = self.engine.model.config, self.config
-        ids = (
-            (self.peers.incarnation, self.peers.address, self.engine.fingerprint.hex()) if self.peers else ("", "", "")
-        )
+        model, config, peers = self.engine.model.config, self.config, self.peers
+        ids = (peers.incarnation, peers.address, self.engine.fingerprint.hex()) if peers else ("", "", "")
         self.front.send(Ready(
             self.role, pid, model.name, model.max_context, config.num_pages * config.page_size, model.vocab_size,
             *ids, now_us(),
@@ -164,8 +169,7 @@ class Worker(ABC):
         if events := self.timeline.take(EVENTS_A_REPORT):
             self.front.send(Events(events))
         allocator = self.engine.allocator
-        pages: dict[str, int] = {state: n for state, n in allocator.counts().items()}
-        pages["total"] = allocator.num_pages
+        pages = {str(state): n for state, n in allocator.counts().items()} | {"total": allocator.num_pages}
         gauges = Gauges(pages, sum(map(len, self.batches)), self._machine.num_waiting)
         if gauges != self._gauges or now - self._beat_us >= BEAT_US:
             self.front.send(msgspec.structs.replace(gauges, progress=self._progress))
