@@ -40,7 +40,9 @@ struct Rows {
 
     explicit Rows(const MoveSide& side) : data(side.data) {
         const int64_t item = item_size(side.dtype);
-        page = side.stride_page * item, token = side.stride_token * item, head = side.stride_head * item;
+        page = side.stride_page * item;
+        token = side.stride_token * item;
+        head = side.stride_head * item;
     }
     char* at(Place place) const { return data + place.page * page + place.token * token; }
 };
@@ -131,7 +133,8 @@ void over_tokens(const MoveParams& p, const Move& m, int64_t begin, int64_t end,
 }
 
 void move_rows(const MoveParams& p, const Move& m, int64_t begin, int64_t end, bool stream) {
-    const Rows source(m.source), target(m.target);
+    const Rows source(m.source);
+    const Rows target(m.target);
     if (m.how != MoveHow::kCopy) {
         over_tokens(p, m, begin, end, [&](Place from, Place to) { convert_token(p, m, source, target, from, to); });
         return;
