@@ -154,10 +154,7 @@ class Packing:
         of, slots = self.wire.groups[block.group], self._slots(tuple(pages), *tokens)
         layers, heads = self._local(block)
         dtype = getattr(torch, of.dtype)
-        packed = pw.pack_kv(self._cache(block.group), slots, layers=layers, heads=heads, dtype=dtype, out=out)
-        if packed.scale_kind != of.scale_kind:
-            raise ValueError(f"wire: this cache packs scale kind {packed.scale_kind}, not {of.scale_kind}")
-        return packed
+        return pw.pack_kv(self._cache(block.group), slots, layers=layers, heads=heads, dtype=dtype, out=out)
 
     def _new_payload(self, buffer: Tensor, group: int, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedKV:
         of = self.wire.groups[group]
