@@ -233,8 +233,8 @@ def test_kv_that_differs_is_found_by_digest(pair: Stepped, patch: pytest.MonkeyP
     pair.submit("a", prompt_of(PROMPT_LEN), MAX_TOKENS)
     unpack = pair.link_of("d").packing.unpack
 
-    def misplaced(chunk, pages, staging):
-        return unpack(chunk, pages[::-1] if chunk.request_id == "a" else pages, staging)
+    def misplaced(chunk, pages, staging, **shared):
+        return unpack(chunk, pages[::-1] if chunk.request_id == "a" else pages, staging, **shared)
 
     patch.setattr(pair.link_of("d").packing, "unpack", misplaced)
     pair.until_ended("a")

@@ -12,6 +12,7 @@ from torch import Tensor
 import pagewire as pw
 from pagewire.transfer.checksum import checksum
 from pagewire.transfer.frames import DTYPES, MAX_STAGING_SLOTS, Block, ChecksumKind, Chunk, Dtype, Held, Hello, Range
+from pagewire.transfer.handoff import Wire
 from pagewire.transfer.negotiation import negotiate
 from pagewire.transfer.transport import STAGING_ALIGN
 from pagewire.types import dtype_name
@@ -56,8 +57,9 @@ class Packing:
         self._private = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
         # next to the caches
         self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=device) if on_gpu else self._private
-        self._payload = functools.lru_cache(256)(self._new_payload)
-        self._slots = functools.lru_cache(64)(self._new_slots)
+        # neither refers to us: the mapping of staging slots ends with the link
+        self._payload = functools.lru_cache(256)(functools.partial(_payload, self.wire))
+        self._slots = functools.lru_cache(64)(functools.partial(_slots, self._any))
 
     def pack(self, pages: list[int], block: Block, tokens: Range, out: Tensor) -> tuple[int, int]:
         """Into the head of `out`, uint8; returns the bytes used and their checksum, when they are all there."""
@@ -156,20 +158,22 @@ class Packing:
         dtype = getattr(torch, of.dtype)
         return pw.pack_kv(self._cache(block.group), slots, layers=layers, heads=heads, dtype=dtype, out=out)
 
-    def _new_payload(self, buffer: Tensor, group: int, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedKV:
-        of = self.wire.groups[group]
-        dtype, kind = getattr(torch, of.dtype), of.scale_kind
-        shape = pw.PackedShape(num_layers, num_heads, num_tokens, of.head_dim, of.head_dim_v, dtype, kind)
-        return pw.PackedKV.wrap(buffer, shape)
-
-    def _new_slots(self, pages: tuple[int, ...], start: int, stop: int) -> Tensor:
-        return pw.page_slots(torch.tensor(pages, device=self._any.device), start, stop, self._any.page_size)
-
 
 def _extents(block: Block, tokens: Range) -> tuple[int, int, int, int]:
     """Its group, and how many layers, heads and tokens."""
     layers, heads = block.layer_stop - block.layer_start, block.head_stop - block.head_start
     return block.group, layers, heads, tokens[1] - tokens[0]
+
+
+def _payload(wire: Wire, buffer: Tensor, group: int, num_layers: int, num_heads: int, num_tokens: int) -> pw.PackedKV:
+    of = wire.groups[group]
+    dtype = getattr(torch, of.dtype)
+    shape = pw.PackedShape(num_layers, num_heads, num_tokens, of.head_dim, of.head_dim_v, dtype, of.scale_kind)
+    return pw.PackedKV.wrap(buffer, shape)
+
+
+def _slots(cache: pw.PagedKVCache, pages: tuple[int, ...], start: int, stop: int) -> Tensor:
+    return pw.page_slots(torch.tensor(pages, device=cache.device), start, stop, cache.page_size)
 
 
 def _each(caches: Caches) -> tuple[pw.PagedKVCache | None, ...]:

@@ -58,11 +58,9 @@ def _draw(greedy: Tensor, logits: Tensor, samplings: Sequence[Sampling], positio
     values = logits.double()
     weights = (((values - values.amax(-1, keepdim=True)) / temperature).exp() * _ONE).long()
     if restricted := [k for _, k, p, _ in of_rows if k < vocab_size or p < 1]:
-        num_sorted = max(restricted)
-        smallest, found = _smallest_kept(
-            weights, top_k, top_p, num_sorted if weights.is_cuda else min(num_sorted, _FEW)
-        )
-        if not weights.is_cuda and not found.all():
+        num_sorted, few = max(restricted), vocab_size if weights.is_cuda else _FEW
+        smallest, found = _smallest_kept(weights, top_k, top_p, min(num_sorted, few))
+        if num_sorted > few and not found.all():
             smallest, _ = _smallest_kept(weights, top_k, top_p, num_sorted)
         weights = weights.where(weights >= smallest, 0)
     exact = weights.cumsum(-1)
