@@ -220,3 +220,9 @@ def test_chunks_are_events_of_openai_shape():
     plain = Answer(chat=False, model="m", include_usage=False)
     chunk = msgspec.json.decode(plain.chunk(1, "b", None)[6:])
     assert chunk["choices"][0]["text"] == "b" and "usage" not in chunk
+
+
+def test_an_errors_type_follows_from_its_status():
+    types = [ApiError(status, "why").body["error"]["type"] for status in (400, 404, 429, 500, 503)]
+    refused = "invalid_request_error"
+    assert types == [refused, refused, "rate_limit_error", "server_error", "server_error"]

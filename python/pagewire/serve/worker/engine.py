@@ -77,7 +77,7 @@ def next_chunks(requests: Sequence[RequestState], max_tokens: int) -> list[Promp
     chunks = []
     for request in requests:
         start, stop = request.num_computed, min(request.prompt_len, request.num_computed + max_tokens)
-        if start < stop:
+        if max_tokens:
             chunks.append(PromptChunk(request, start, stop))
         max_tokens -= stop - start
     return chunks
