@@ -1,5 +1,6 @@
 """Moves so large that they go past the caches: bytes as the reference moves them, on every instruction set."""
 
+import os
 import platform
 import re
 import shutil
@@ -44,10 +45,12 @@ def test_pack_and_unpack(width: int, layout: Layout, isa: str, monkeypatch: pyte
     assert not left.k.any() and not left.v.any()
 
 
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitized build is not what ships")
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="reads x86 with objdump")
 def test_moves_out_of_pages_fetch_ahead():
     """GCC drops a call whose only effect is to fetch."""
     listing = subprocess.run(["objdump", "-dC", _cpu.__file__], capture_output=True, text=True, check=True).stdout
-    functions = [text for text in listing.split("\n\n") if re.match(r"\w+ <.*::move_rows\(", text)]
+    whole = re.compile(r"\w+ <[^\[]*::move_rows\([^\[]*>:")  # GCC may split a cold part off, named [clone ...]
+    functions = [text for text in listing.split("\n\n") if whole.match(text)]
     assert len(functions) >= 3  # one for each instruction set
     assert all("prefetch" in text for text in functions)
