@@ -33,6 +33,7 @@ inline F scale_by_power(F p, F n) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-125.0f), _CMP_NLT_UQ), p, n);
 }
 // Into the second-level cache: the first has room for what is being worked on, and few fill buffers.
+// Inlined by order: see fetch in move-inl.h.
 [[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Past the caches, straight to memory: `to` is aligned to 64 bytes. Ordered by stream_end().

@@ -344,9 +344,9 @@ def test_a_wait_for_the_rest_of_a_payload_is_not_ended_by_each_byte_of_it(ends):
     data = framed(chunk(0, 1000)) + bytes(10)
     for piece, wakes in ((data, True), (bytes(100), False), (bytes(890), True), (framed(Ack("x", 1), 2), True)):
         raw(ends.p, piece)
-        start = time.monotonic()
-        wait([ends.d], 0.3)
-        assert (time.monotonic() - start < 0.25) == wakes, piece
+        start, most = time.monotonic(), 20 if wakes else 0.3
+        wait([ends.d], most)
+        assert (time.monotonic() - start < most) == wakes, piece
         if wakes:
             ends.d.poll()
     raw(ends.p, framed(chunk(0, 1000), 3) + bytes(10))
@@ -354,8 +354,8 @@ def test_a_wait_for_the_rest_of_a_payload_is_not_ended_by_each_byte_of_it(ends):
     assert ends.d.poll() == []
     ends.p.close()
     start = time.monotonic()
-    wait([ends.d], 5)
-    assert time.monotonic() - start < 4
+    wait([ends.d], 20)
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("who", ["p", "d"])

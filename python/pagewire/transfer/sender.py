@@ -137,9 +137,11 @@ class Sender(Machine[_Link]):
         reserve, wire = self.reserves(push.request_id)[push.link], self._links[push.link].wire
         block, of = push.block, wire.groups[push.block.group]
         chunk = Chunk(
-            push.request_id, reserve.generation, reserve.capability, wire.fingerprint, block.group, *block.layers,
-            *block.heads, of.head_dim, of.head_dim_v, *push.tokens, of.dtype, of.scale_kind, wire.checksum_kind,
-            checksum=checksum, payload_bytes=payload_bytes, slot=push.staging_slot,
+            request_id=push.request_id, generation=reserve.generation, capability=reserve.capability,
+            fingerprint=wire.fingerprint, group=block.group, layer_start=block.layer_start, layer_stop=block.layer_stop,
+            head_start=block.head_start, head_stop=block.head_stop, head_dim=of.head_dim, head_dim_v=of.head_dim_v,
+            token_start=push.tokens[0], token_stop=push.tokens[1], dtype=of.dtype, scale_kind=of.scale_kind,
+            checksum_kind=wire.checksum_kind, checksum=checksum, payload_bytes=payload_bytes, slot=push.staging_slot,
         )  # fmt: skip
         self._progressed(push.link)
         self._end_move(push.link, push.staging_slot)

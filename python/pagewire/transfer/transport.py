@@ -73,7 +73,7 @@ class Transport(Channel):
     one that `poll` returns has it there. Raises ChannelClosed or ConnectionLost once it is over.
     """
 
-    payload_follows = False  # its CHUNK on the stream; else P can write D's slots at any time
+    payload_follows = False  # its CHUNK, on the stream; otherwise P can write D's slots at any time
     checksum_kind: ChecksumKind = "crc32c"  # of payloads: one that is cheap where the staging slots are
 
     def __init__(self, sock: socket.socket, name: str, staging: Staging | None) -> None:

@@ -76,9 +76,10 @@ def next_chunks(requests: Sequence[RequestState], max_tokens: int) -> list[Promp
     """The next prompt tokens in FIFO order, at most `max_tokens` of them."""
     chunks = []
     for request in requests:
+        if max_tokens == 0:
+            break
         start, stop = request.num_computed, min(request.prompt_len, request.num_computed + max_tokens)
-        if max_tokens:
-            chunks.append(PromptChunk(request, start, stop))
+        chunks.append(PromptChunk(request, start, stop))
         max_tokens -= stop - start
     return chunks
 
