@@ -18,7 +18,7 @@ FLAGS = ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-ffp-contract=off",
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own AVX-512 headers, when inlined
 MISSING = "_cpu_missing.txt"  # next to the extensions: why _cpu and _host were not built
 CUDA_MISSING = "_cuda_missing.txt"
-CUDA_SOURCES = sorted(["csrc/bindings/cuda.cpp", *glob("csrc/cuda/*.cu")])
+CUDA_SOURCES = sorted(["csrc/bindings/cuda.cpp", *glob("csrc/cuda/**/*.cu", recursive=True)])
 # the emulation is built on demand, from a checkout or an unpacked sdist
 CUDA_DEPENDS = [*HEADERS, "csrc/build_cuda.py", *sorted(glob("csrc/emulation/*.cpp"))]
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
-KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+KERNELS = sorted((CSRC / "cuda").rglob("*.cu"))
 BINDINGS = CSRC / "bindings" / "cuda.cpp"
 SOURCES = [*KERNELS, BINDINGS]
 OLDEST = (12, 4)
@@ -93,7 +93,7 @@ def flags() -> tuple[str, ...]:
 def manifest(nvcc: str) -> dict[str, str]:
     """What the kernels' objects depend on: objects of another manifest are not linked."""
     digest = hashlib.sha256()
-    headers = [path for name in ("cuda", "pagewire") for path in sorted((CSRC / name).glob("*.h"))]
+    headers = [path for name in ("cuda", "pagewire") for path in sorted((CSRC / name).rglob("*.h"))]
     for path in (*headers, *KERNELS):
         digest.update(f"{path.relative_to(CSRC)}\n".encode() + path.read_bytes())
     release = ".".join(map(str, nvcc_release(nvcc)))

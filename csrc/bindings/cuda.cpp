@@ -5,8 +5,8 @@
 
 #include "bindings/params.h"
 #include "cuda/attention.h"
-#include "cuda/merge.h"
-#include "cuda/move.h"
+#include "cuda/merge/merge.h"
+#include "cuda/move/move.h"
 
 #if defined(PAGEWIRE_EMULATE)
 #include "emulation/runtime.h"

@@ -8,6 +8,8 @@
 #pragma once
 
 #include "cuda/attention.h"
+#include "cuda/device/copy_async.h"
+#include "cuda/device/mma.h"
 #include "cuda/error_word.h"
 
 namespace pagewire {

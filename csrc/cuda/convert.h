@@ -1,7 +1,7 @@
 // Conversions between the stored element types and fp32, bit for bit those of the reference backend.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/device/arithmetic.h"
 #include "pagewire/dtype.h"
 
 namespace pagewire {

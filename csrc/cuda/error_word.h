@@ -3,7 +3,7 @@
 // order of blocks.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/device/thread.h"
 #include "cuda/error_kind.h"
 
 namespace pagewire {

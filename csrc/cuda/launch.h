@@ -11,7 +11,7 @@
 #include <tuple>
 #include <utility>
 
-#include "cuda/device.h"
+#include "cuda/device/thread.h"
 
 #if defined(PAGEWIRE_EMULATE)
 #include "emulation/runtime.h"

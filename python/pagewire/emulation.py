@@ -46,7 +46,7 @@ def _compiler() -> str:
 
 def sources() -> list[Path]:
     return [
-        *sorted((CSRC / "cuda").glob("*.cu")),
+        *sorted((CSRC / "cuda").rglob("*.cu")),
         *sorted((CSRC / "emulation").glob("*.cpp")),
         CSRC / "bindings" / "cuda.cpp",
     ]

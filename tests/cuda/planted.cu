@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device/copy_async.h"
+#include "cuda/device/mma.h"
 #include "cuda/launch.h"
 
 using namespace pagewire;

@@ -3,11 +3,12 @@
 // grid: [ceil(num_rows * num_heads / 4), 1]; a warp merges one row of one head, in state order.
 //
 // Plan: 128 threads, at least 8 blocks a multiprocessor (64 registers), no shared memory.
-#include "cuda/merge.h"
+#include "cuda/merge/merge.h"
 
 #include <stdexcept>
 
 #include "cuda/convert.h"
+#include "cuda/device/memory.h"
 #include "cuda/launch.h"
 
 namespace pagewire {

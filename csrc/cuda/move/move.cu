@@ -7,13 +7,14 @@
 // Plan: 128 threads, no shared memory. Copying: 7 blocks a multiprocessor (72 registers), kRows *
 // 16 bytes in flight a thread, 56 KiB a multiprocessor. Converting: 8 blocks (64 registers), 16
 // elements a thread, 32 KiB of bf16.
-#include "cuda/move.h"
+#include "cuda/move/move.h"
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/convert.h"
+#include "cuda/device/memory.h"
 #include "cuda/error_word.h"
 #include "cuda/launch.h"
 

@@ -1,0 +1,53 @@
+// What a source is written in: the words before a function and a loop, and vectors that move at once. Every header of
+// this folder has one idea of the machine, in PTX and (PAGEWIRE_EMULATE) on a CPU that checks every access.
+//
+// Kernels touch shared memory only through these functions: that is what lets the emulation see races, uninitialised
+// bytes and copies that have not been waited for.
+#pragma once
+
+#include <cstdint>
+
+#if defined(PAGEWIRE_EMULATE)
+
+#include "emulation/block.h"
+
+#define PW_DEVICE inline
+#define PW_HOST_DEVICE inline
+#define PW_KERNEL(threads, min_blocks_per_sm)
+#define PW_UNROLL
+#define PW_NO_UNROLL
+#define PW_UNROLL_BY(n)
+
+namespace pagewire {
+using emulation::Block;
+using emulation::Where;
+}  // namespace pagewire
+
+#else
+
+#define PW_DEVICE __device__ __forceinline__
+#define PW_HOST_DEVICE __host__ __device__ __forceinline__
+#define PW_KERNEL(threads, min_blocks_per_sm) __global__ __launch_bounds__(threads, min_blocks_per_sm)
+#define PW_UNROLL _Pragma("unroll")
+#define PW_NO_UNROLL _Pragma("unroll 1")
+#define PW_PRAGMA(x) _Pragma(#x)
+#define PW_UNROLL_BY(n) PW_PRAGMA(unroll n)
+
+// Code for sm_90a alone: its devices have 227 KiB of shared memory a block.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PW_SHARED_MEMORY_IS_LARGE 1
+#endif
+
+#endif
+
+namespace pagewire {
+
+struct alignas(16) Vec16 {
+    uint32_t x[4];
+};
+
+struct alignas(8) Vec8 {
+    uint32_t x[2];
+};
+
+}  // namespace pagewire
