@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "bindings/params.h"
-#include "cuda/attention.h"
+#include "cuda/attention/attention.h"
 #include "cuda/merge/merge.h"
 #include "cuda/move/move.h"
 

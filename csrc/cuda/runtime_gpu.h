@@ -48,6 +48,10 @@ inline size_t shared_memory_of_a_block() {
     return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
+inline size_t shared_memory_of_a_multiprocessor() {
+    return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor));
+}
+
 // 90 for sm_90.
 inline int architecture() {
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);

@@ -33,6 +33,8 @@ inline void leave_device(int) noexcept {}
 int num_multiprocessors();
 inline size_t shared_memory_of_a_block() { return limits_of(architecture()).shared_of_a_block; }
 
+inline size_t shared_memory_of_a_multiprocessor() { return limits_of(architecture()).shared_of_a_multiprocessor; }
+
 void raise_shared_memory_limit(const void* kernel);  // kernels here declare none of their own
 int blocks_of_a_multiprocessor(int num_threads, size_t shared_bytes);
 // Throws emulation::Fault where a device would answer with an error.

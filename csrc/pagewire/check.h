@@ -13,14 +13,6 @@ struct BadIndex : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// The first key any row of the request can see; seq_len if there is no row.
-inline int64_t first_key(int64_t seq_len, int64_t q_len, int64_t window_left) {
-    if (q_len <= 0) return seq_len;
-    if (window_left < 0) return 0;
-    int64_t first = seq_len - q_len - window_left;
-    return first > 0 ? first : 0;
-}
-
 inline int64_t row_begin(const AttentionParams& p, int64_t request) {
     return p.cu_seqlens_q.size == 0 ? request : request == 0 ? 0 : p.cu_seqlens_q[request];
 }

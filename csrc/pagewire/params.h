@@ -31,6 +31,14 @@ struct AttentionParams {
     int64_t max_q_len;   // 0: unbounded
 };
 
+// The first key any row of the request can see; seq_len if there is no row.
+constexpr int64_t first_key(int64_t seq_len, int64_t q_len, int64_t window_left) {
+    if (q_len <= 0) return seq_len;
+    if (window_left < 0) return 0;
+    const int64_t first = seq_len - q_len - window_left;
+    return first > 0 ? first : 0;
+}
+
 // How rows get from one side of a move to the other.
 enum class MoveHow : int {
     kCopy,      // bytes; what scale the source has travels along

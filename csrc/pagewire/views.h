@@ -33,7 +33,7 @@ struct IndexView {
     bool is_int64;
     int64_t size, stride;
 
-    int64_t operator[](int64_t i) const {
+    constexpr int64_t operator[](int64_t i) const {
         return is_int64 ? static_cast<const int64_t*>(data)[i * stride] : static_cast<const int32_t*>(data)[i * stride];
     }
 };
@@ -42,7 +42,7 @@ struct PageTableView {
     const int32_t* data;  // [batch_size, max_pages_per_seq], the last dim contiguous
     int64_t batch_size, max_pages_per_seq, stride_row;
 
-    int32_t at(int64_t request, int64_t entry) const { return data[request * stride_row + entry]; }
+    constexpr int32_t at(int64_t request, int64_t entry) const { return data[request * stride_row + entry]; }
 };
 
 // The words of pagewire/types.py, and a number that the host knows.
@@ -55,13 +55,13 @@ struct ScaleView {
     float* data = nullptr;  // [], [heads], [batch_size, heads] or [num_pages, page_size, heads]
     int64_t stride_batch = 0, stride_page = 0, stride_token = 0, stride_head = 0;
 
-    bool has_data() const { return data != nullptr; }
-    bool per_token() const { return kind == ScaleKind::kTokenHead; }
+    constexpr bool has_data() const { return data != nullptr; }
+    constexpr bool per_token() const { return kind == ScaleKind::kTokenHead; }
     // Not for kTokenHead.
-    float of(int64_t request, int64_t head) const {
+    constexpr float of(int64_t request, int64_t head) const {
         return has_data() ? data[request * stride_batch + head * stride_head] : value;
     }
-    float* at(int64_t page, int64_t offset, int64_t head) const {
+    constexpr float* at(int64_t page, int64_t offset, int64_t head) const {
         return data + page * stride_page + offset * stride_token + head * stride_head;
     }
 };

@@ -6,6 +6,7 @@ values every time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -209,7 +210,7 @@ def _check_attention(
     check.out_and_lse(dims, q, out, lse, rows)
     names = tuple(name for name in _TENSORS if isinstance(getattr(m, name), Tensor))
     none: dict[str, Any] = dict.fromkeys(names)
-    problem = _problem(op, q, dims, k_cache.dtype, m.max_q_len)
+    problem = _problem(op, q, dims, k_cache.dtype, m.max_q_len)._replace(row_step=_row_step(k_cache, v_cache))
     return _Attention(
         problem, Results.of(q, q.shape[:-1], dims["head_dim_v"]), m._replace(**none), names, overlap.Room(), {}
     )
@@ -370,6 +371,14 @@ def _problem(op: str, x: Tensor, dims: check.Dims, kv_dtype: torch.dtype, max_q_
         op, x.device.type, x.dtype, kv_dtype, dims["head_dim"], dims["head_dim_v"], dims["page_size"], group_size,
         max_q_len, x.device.index,
     )  # fmt: skip
+
+
+def _row_step(*caches: Tensor) -> int:
+    steps = [16]
+    for cache in caches:
+        dims = zip(cache.shape[:-1], cache.stride(), strict=False)
+        steps += [stride * cache.element_size() for extent, stride in dims if extent > 1]
+    return math.gcd(*steps)
 
 
 def _merge(op: str, x: Tensor, shape: Sequence[int]) -> _Merge:

@@ -201,6 +201,11 @@ def _cuda_special(problem: Problem) -> str | None:
     widest = max(problem.head_dim, problem.head_dim_v)
     if widest > 256:
         return f"head_dim = {widest} is above 256"
+    if problem.row_step < 16:
+        return (
+            f"rows of the caches lie {problem.row_step} bytes or a multiple apart; it copies 16 bytes at a time: "
+            "expected strides of page, token and head that are multiples of 16 bytes (triton takes any)"
+        )
     if problem.op == "prefill" and problem.max_q_len is None:
         return f"prefill is for short queries: it needs the caller's promise max_q_len <= {SHORT_QUERY}"
     return None

@@ -94,3 +94,4 @@ class Problem(NamedTuple):
     group_size: int = 1
     max_q_len: int | None = None  # a promise of at most SHORT_QUERY, or none
     device_index: int | None = None
+    row_step: int = 16  # bytes that rows of the caches lie a multiple of apart: a power of two up to 16

@@ -52,7 +52,7 @@ def test_quantised_caches(dtype, kv_dtype, scale, device):
     check(case, device)
 
 
-WIDTHS = ((40, 24), (64, 64), (80, 80), (96, 128), (128, 48), (192, 128), (256, 256))
+WIDTHS = ((48, 32), (64, 64), (80, 80), (96, 128), (128, 48), (192, 128), (256, 256))
 
 
 @pytest.mark.parametrize("kv_dtype", [None, int8], ids=["same", "int8"])
@@ -125,18 +125,24 @@ def test_split_size_bits_do_not_depend_on_the_batch(device):
         row += n
 
 
-def test_rows_off_sixteen_bytes(device):
-    """A cache whose rows start anywhere takes the narrow path."""
+def test_rows_off_sixteen_bytes_are_refused(device):
+    """By their strides, which the choice of a backend knows, or by an address, which it does not."""
     call = cases.build(Attention((70, 33), dtype=bf16, head_dim=72), device)
     q, k, v, *rest = call.args
-    shifted = []
-    for cache in (k, v):
-        wide = torch.empty((*cache.shape[:-1], 73), dtype=bf16, device=device)
-        wide[..., 1:] = cache
-        shifted.append(wide[..., 1:])
-    expected = call.run("cuda")
-    got = dataclasses.replace(call, args=(q, *shifted, *rest)).run("cuda")
-    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    wide = torch.zeros((*k.shape[:-1], 73), dtype=bf16, device=device)
+    late = torch.zeros(k.numel() + 1, dtype=bf16, device=device)[1:].view(k.shape)
+    for caches in ((wide[..., 1:], v), (k, wide[..., 1:])):
+        with pytest.raises(
+            pw.BackendError, match="refuses this decode: rows of the caches lie 2 bytes or a multiple apart"
+        ):
+            dataclasses.replace(call, args=(q, *caches, *rest)).run("cuda")
+    for name, caches in (("k_cache", (late, v)), ("v_cache", (k, late))):
+        with pytest.raises(pw.BackendError, match=f"{name} begins at 0x[0-9a-f]*[^0]: expected a multiple of 16 bytes"):
+            dataclasses.replace(call, args=(q, *caches, *rest)).run("cuda")
+    one_page = [torch.zeros(1, 1, 1, 73, dtype=bf16, device=device)[..., :72]] * 2  # strides that nothing is reached by
+    table, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0]], [1]))
+    out = pw.decode(q[:1, :1].contiguous(), *one_page, table, lens, backend="cuda")
+    assert (out == 0).all()
 
 
 def test_counters_are_left_at_zero(device):

@@ -73,6 +73,23 @@ inline uint32_t pack_float16(float low, float high) {
 }
 inline float float_from_float16(uint16_t bits) { return emulation::float_of_float16(bits); }
 
+namespace emulation {
+
+template <class F>
+uint32_t two_float16(uint32_t a, uint32_t b, F f) {
+    const auto half = [](uint32_t x, int i) { return float_of_float16(static_cast<uint16_t>(x >> 16 * i)); };
+    return float16_bits(f(half(a, 0), half(b, 0))) | uint32_t(float16_bits(f(half(a, 1), half(b, 1)))) << 16;
+}
+
+}  // namespace emulation
+
+inline uint32_t add_float16(uint32_t a, uint32_t b) {
+    return emulation::two_float16(a, b, [](float x, float y) { return x + y; });
+}
+inline uint32_t multiply_float16(uint32_t a, uint32_t b) {
+    return emulation::two_float16(a, b, [](float x, float y) { return x * y; });
+}
+
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t both = a | uint64_t(b) << 32;
     uint32_t result = 0;
@@ -118,6 +135,18 @@ PW_DEVICE float float_from_float16(uint16_t bits) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
     return y;
+}
+
+// Two sums, two products of fp16.
+PW_DEVICE uint32_t add_float16(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+PW_DEVICE uint32_t multiply_float16(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890

@@ -13,6 +13,9 @@ inline void copy_async_16(void* shared, const void* global, int bytes, uint64_t 
     Block::running().copy_async(shared, global, 16, bytes, where);
     Block::running().note_policy(bytes, policy == evict_first_policy());
 }
+inline void copy_async_16(void* shared, const void* global, uint64_t policy, Where where = Where::here()) {
+    copy_async_16(shared, global, 16, policy, where);
+}
 inline void copy_async_4(void* shared, const void* global, int bytes, Where where = Where::here()) {
     Block::running().copy_async(shared, global, 4, bytes, where);
 }
@@ -45,6 +48,11 @@ PW_DEVICE uint64_t evict_normal_policy() {
 PW_DEVICE void copy_async_16(void* shared, const void* global, int bytes, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(bytes), "l"(policy)
+                 : "memory");
+}
+PW_DEVICE void copy_async_16(void* shared, const void* global, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "l"(policy)
                  : "memory");
 }
 PW_DEVICE void copy_async_4(void* shared, const void* global, int bytes) {

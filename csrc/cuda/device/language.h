@@ -42,6 +42,19 @@ using emulation::Where;
 
 namespace pagewire {
 
+// A value the compiler has to keep: what it would work out again in every turn of a loop.
+template <class T>
+PW_DEVICE T keep(T x) {
+#if !defined(PAGEWIRE_EMULATE)
+    if constexpr (sizeof(T) == 8) {
+        asm volatile("" : "+l"(x));
+    } else {
+        asm volatile("" : "+r"(x));
+    }
+#endif
+    return x;
+}
+
 struct alignas(16) Vec16 {
     uint32_t x[4];
 };

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cuda/device/arithmetic.h"
+#include "cuda/device/memory.h"
 
 #if defined(PAGEWIRE_EMULATE)
 

@@ -71,6 +71,8 @@ inline uint32_t ballot(bool value, Where where = Where::here()) {
     return mine.result;
 }
 
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+
 inline int count_up_to(int* p, int last) {
     const uint32_t old = static_cast<uint32_t>(*p);
     *p = old >= static_cast<uint32_t>(last) ? 0 : static_cast<int>(old + 1);
@@ -108,6 +110,9 @@ PW_DEVICE T shuffle_up(T value, int delta) {
     return __shfl_up_sync(0xffffffffu, value, static_cast<unsigned>(delta));
 }
 PW_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+
+// The index of the lowest bit that is set; there is one.
+PW_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 // Adds one, but goes from `last` to 0; returns the old value. Orders memory between blocks: with a
 // block barrier before it, what the block has written is seen by whoever counts later; with one

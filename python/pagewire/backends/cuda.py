@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pagewire import emulation
-from pagewire.errors import device_word
+from pagewire.errors import BackendError, device_word
 from pagewire.moves import Movement
 from pagewire.types import Kept, Modifiers
 
@@ -50,10 +50,21 @@ def _call(device: torch.device) -> Call:
     return Call(index, torch.cuda.current_stream(index).cuda_stream, word)
 
 
+def _check_addresses(**caches: Tensor) -> None:
+    """What registry.py cannot see: calls of one kind differ in addresses."""
+    for name, cache in caches.items():
+        if cache.data_ptr() % 16:
+            raise BackendError(
+                f"backend='cuda': {name} begins at {cache.data_ptr():#x}: expected a multiple of 16 bytes, "
+                "which it copies at a time (triton takes any)"
+            )
+
+
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
+    _check_addresses(k_cache=k_cache, v_cache=v_cache)
     call = _call(q.device)
     try:
         _extension(q.device).decode(
@@ -68,6 +79,7 @@ def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
     modifiers: Modifiers, out: Tensor, lse: Tensor | None, kept: Kept,
 ) -> None:  # fmt: skip
+    _check_addresses(k_cache=k_cache, v_cache=v_cache)
     call = _call(q.device)
     try:
         _extension(q.device).prefill(

@@ -1,0 +1,157 @@
+// Chooses the attention kernel, its grid and its work space. Nothing here depends on a length: only on shapes and the
+// device, so a captured graph serves any lengths.
+#include "cuda/attention/attention.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda/attention/decode_kernels.h"
+#include "cuda/launch.h"
+#include "pagewire/dispatch.h"
+
+namespace pagewire {
+
+namespace {
+
+constexpr int64_t kMostUnits = int64_t(1) << 30;
+
+int64_t rows_of_a_head(const AttentionPlan& p) { return int64_t(p.schedule.max_q_len) * p.schedule.group_size; }
+
+DecodeKernel choose(const AttentionPlan& p) {
+    const int64_t width = std::max(p.of.k.width, p.of.v.width);
+    if (width > 256) throw std::invalid_argument("pagewire: expected head_dim <= 256, got " + std::to_string(width));
+    const int padded = width <= 64 ? 64 : width <= 128 ? 128 : 256;
+    const bool wide = rows_of_a_head(p) > 16, plain = p.of.softcap == 0.0f && p.of.alibi_slopes.data == nullptr &&
+                                                      p.of.k.width == padded && p.of.v.width == padded;
+    DecodeKernel found{};
+    with_dtype(p.of.k.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        if constexpr (std::is_same_v<T, float>) {
+            throw std::invalid_argument("pagewire: expected a cache in 8 or 16 bits, got fp32");
+        } else {
+            with_constant<64, 128, 256>(padded, [&](auto n) { found = decode_kernel_for<T, n>(wide, plain); });
+        }
+    });
+    return found;
+}
+
+// What the caller says; arrange() fills in the rest.
+AttentionPlan plan_of(const AttentionParams& p, const Call& call) {
+    const auto small = [](int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT32_MAX)); };
+    const int64_t q_bits = reinterpret_cast<intptr_t>(p.q.data) | (p.q.stride_row | p.q.stride_head) * 2;
+    const int64_t item = item_size(p.out.dtype), out_strides = p.out.stride_row | p.out.stride_head;
+    return {.of = p,
+            .schedule = {.num_kv_heads = small(p.k.num_kv_heads),
+                         .group_size = small(p.q.num_heads / std::max<int64_t>(p.k.num_kv_heads, 1)),
+                         .max_q_len = p.cu_seqlens_q.data == nullptr ? 1 : small(p.max_q_len),
+                         .window_left = small(p.window_left),
+                         .capacity = small(p.page_table.max_pages_per_seq * p.k.page_size)},
+            .error_word = call.error_word,
+            .batch_size = small(p.page_table.batch_size),
+            .num_tokens = small(p.q.num_rows),
+            .num_pages = small(p.k.num_pages),
+            .page_size = small(p.k.page_size),
+            .decodes = p.cu_seqlens_q.data == nullptr,
+            .q_bfloat16 = p.q.dtype == DType::kBFloat16,
+            .q_aligned = q_bits % 16 == 0,
+            .out_aligned = (reinterpret_cast<intptr_t>(p.out.data) | out_strides * item) % (4 * item) == 0,
+            .part_stride = small((p.v.width + 3) / 4 * 4 + 4)};
+}
+
+// As many stages as let the most blocks share a multiprocessor; two at least.
+int stages_of(const DecodeKernel& kernel) {
+    constexpr size_t kOfTheSystem = 1024;
+    for (int blocks = kernel.min_blocks; blocks > 0; --blocks) {
+        for (int stages = 4; stages >= 2; --stages) {
+            const size_t bytes = kernel.shared_bytes(stages);
+            if (bytes > runtime::shared_memory_of_a_block()) continue;
+            if (blocks * (bytes + kOfTheSystem) <= runtime::shared_memory_of_a_multiprocessor()) return stages;
+        }
+    }
+    return 2;
+}
+
+// `num_items` of at most `capacity` keys each, in units that can be counted.
+int unit_len_of(int tile, int64_t num_items, int64_t capacity) {
+    const int64_t tiles = (capacity + tile - 1) / tile;
+    return static_cast<int>(std::min<int64_t>(INT32_MAX / tile, 1 + num_items * tiles / kMostUnits)) * tile;
+}
+
+struct Grid {
+    int64_t num_blocks, partial_rows;
+};
+
+// Fills in what follows from the kernel and the device.
+Grid arrange(AttentionPlan& p, const DecodeKernel& kernel) {
+    Schedule& s = p.schedule;
+    const int64_t rows = rows_of_a_head(p);
+    p.num_stages = stages_of(kernel);
+    p.row_warps = std::max(kernel.least_row_warps, rows <= 16 ? 1 : rows <= 32 ? 2 : 4);
+    s.row_tile_len = 16 * p.row_warps;
+    s.max_row_tiles = static_cast<int>((rows + s.row_tile_len - 1) / s.row_tile_len);
+    s.tile = kernel.tile;
+    const int64_t items = int64_t(p.batch_size) * s.num_kv_heads * s.max_row_tiles;
+    s.splits = p.of.split_size > 0;
+    s.unit_len = s.splits ? static_cast<int>(std::min<int64_t>(p.of.split_size, INT32_MAX))
+                          : unit_len_of(s.tile, items, s.capacity);
+    p.pages_hold_groups = p.page_size % kernel.group_keys == 0 && s.unit_len % kernel.group_keys == 0 &&
+                          p.of.k.width == kernel.width && p.of.v.width == kernel.width;
+    p.scales_by_token = p.of.k_scale.per_token() || p.of.v_scale.per_token();
+    const int64_t on_device =
+        int64_t(runtime::num_multiprocessors()) *
+        blocks_per_multiprocessor(kernel.kernel, kernel.name, kernel.num_threads, kernel.shared_bytes(p.num_stages));
+    const int64_t units =
+        items * ceil_div(std::max(s.capacity, 1), s.unit_len) + p.num_tokens;  // and rows without keys
+    Grid g{.num_blocks = std::min(on_device, units), .partial_rows = 0};
+    if (!s.splits) {
+        p.num_counters = static_cast<int>(g.num_blocks);
+        g.partial_rows = 2 * g.num_blocks * s.row_tile_len;
+        return g;
+    }
+    s.max_splits = std::min(kMaxSplits, ceil_div(s.capacity, s.unit_len));
+    // as many rows as can exist: all tokens', or the most that every request can have
+    const int64_t of_tokens = int64_t(p.num_tokens) * s.group_size, of_requests = p.batch_size * rows;
+    if (of_tokens <= of_requests) {
+        s.part_rows_of_token = s.group_size;
+    } else {
+        s.part_rows_of_request = rows;
+    }
+    s.part_rows = std::min(of_tokens, of_requests);
+    if (s.max_splits > 1) {
+        p.num_counters = static_cast<int>(items);
+        g.partial_rows = s.num_kv_heads * s.max_splits * s.part_rows;
+    }
+    return g;
+}
+
+}  // namespace
+
+AttentionSpace attention_space(const AttentionParams& params, const Call& call) {
+    UseDevice guard(call.device);
+    AttentionPlan p = plan_of(params, call);
+    const Grid g = arrange(p, choose(p));
+    return {.partial_floats = g.partial_rows * p.part_stride, .num_counters = p.num_counters};
+}
+
+void attention(const AttentionParams& params, const AttentionWorkspace& space, const Call& call) {
+    if (params.q.num_rows == 0) return;
+    UseDevice guard(call.device);
+    AttentionPlan p = plan_of(params, call);
+    p.partial = space.partial;
+    p.counters = space.counters;
+    p.blocks_done = space.blocks_done;
+    const DecodeKernel kernel = choose(p);
+    const Grid g = arrange(p, kernel);
+    launch(kernel.kernel,
+           LaunchConfig{.name = kernel.name,
+                        .grid_x = g.num_blocks,
+                        .grid_y = 1,
+                        .num_threads = kernel.num_threads,
+                        .shared_bytes = kernel.shared_bytes(p.num_stages),
+                        .stream = call.stream},
+           p);
+}
+
+}  // namespace pagewire

@@ -1,0 +1,7 @@
+#include "cuda/attention/decode_instances.h"
+
+namespace pagewire {
+template DecodeKernel decode_kernel_for<Float16, 64>(bool, bool);
+template DecodeKernel decode_kernel_for<Float16, 128>(bool, bool);
+template DecodeKernel decode_kernel_for<Float16, 256>(bool, bool);
+}  // namespace pagewire
