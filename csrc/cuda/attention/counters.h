@@ -7,22 +7,22 @@
 // leave looks at all of them.
 #pragma once
 
-#include "cuda/attention/shape.h"
+#include "cuda/attention/plan.h"
 #include "cuda/device/memory.h"
+#include "cuda/device/thread.h"
 #include "cuda/error_word.h"
 
 namespace pagewire {
 
 // The block's part is written; whether all parts of its item are. Between this and the block's own barriers nothing else
-// uses shared.is_last.
-template <class S>
-PW_DEVICE bool is_last_part(const AttentionPlan& p, Shared<S>& shared, const Piece& piece) {
+// uses `shared`.
+PW_DEVICE bool is_last_part(const AttentionPlan& p, const Piece& piece, int* shared) {
     if (thread_index() == 0) {
         const int last = piece.num_parts - 1;
-        store_shared(&shared.is_last, count_up_to(p.counters + piece.counter, last) == last ? 1 : 0);
+        store_shared(shared, count_up_to(p.counters + piece.counter, last) == last ? 1 : 0);
     }
     sync_block();
-    return load_shared(&shared.is_last) != 0;
+    return load_shared(shared) != 0;
 }
 
 // The last block of the launch to come here has all counts behind it: every counter is back at zero, or is recorded and

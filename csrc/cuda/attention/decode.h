@@ -15,6 +15,7 @@
 // No spills, no local memory. Instructions a warp executes per step: docs/tuning/instructions.md.
 #pragma once
 
+#include "cuda/attention/exchange.h"
 #include "cuda/attention/load.h"
 #include "cuda/attention/merge.h"
 #include "cuda/attention/queries.h"
@@ -36,7 +37,7 @@ PW_DEVICE void attend_piece(const AttentionPlan& p, Shared<S>& shared, const Pie
         commit_copies();
         at = next;
     }
-    load_queries(p, piece, shared);
+    load_queries<S>(p, piece, shared.tiles.q, shared.q_unit);
     sync_block();
 
     const int warp = thread_index() / 32, first_row = S::kWide ? warp % p.row_warps * 16 : 0;
@@ -68,7 +69,9 @@ PW_DEVICE void attend_piece(const AttentionPlan& p, Shared<S>& shared, const Pie
     }
     wait_copies<0>();
     sync_block();
-    finish(p, shared, load_shared(&shared.piece), state);  // registers would hold it through all keys
+    const Piece again = load_shared(&shared.piece);  // registers would hold it through all keys
+    finish<S>(p, again, shared.exchange, &shared.is_last,
+              [&](int first) { exchange_columns<S>(p, shared.exchange, state, first); });
 }
 
 template <class T, int kWidth, bool kWide, bool kPlain>

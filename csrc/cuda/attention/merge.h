@@ -3,7 +3,6 @@
 
 #include "cuda/attention/counters.h"
 #include "cuda/attention/store.h"
-#include "cuda/attention/token_weights.h"
 
 namespace pagewire {
 
@@ -54,38 +53,11 @@ PW_DEVICE void merge_columns(int count, int first, int width, SumsOf sums_of, Ou
     if (has) store(column, x);
 }
 
-// A thread's share of columns first .. first + kExchangeColumns - 1 of its warp's state.
-template <class S>
-PW_DEVICE void exchange_columns(const AttentionPlan& p, Shared<S>& shared, const State<S>& state, int first) {
-    typename Shared<S>::Exchange& exchange = shared.exchange;
-    const int lane = thread_index() % 32, warp = thread_index() / 32;
-    PW_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const int row = warp * 16 + lane / 4 + 8 * half;
-        float sum = state.sum[half];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        if (lane % 4 == 0) {
-            store_shared(&exchange.base[row], state.base[half]);
-            store_shared(&exchange.sum[row], sum);
-        }
-        const float unit = out_unit(p, state, half);
-        PW_UNROLL
-        for (int n = 0; n < S::kColumns; ++n) {
-            if (n * 8 / S::kExchangeColumns * S::kExchangeColumns != first) continue;
-            PW_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                store_shared(&exchange.out[row][column_of<S>(n, i) - first], state.out[n][2 * half + i] * unit);
-            }
-        }
-    }
-}
-
-// `state`: of this warp. What is all of its item goes to out, else to plan.partial, and once all parts are there, to out.
-template <class S>
-PW_DEVICE void finish(const AttentionPlan& p, Shared<S>& shared, const Piece& piece, const State<S>& state) {
-    using Exchange = typename Shared<S>::Exchange;
-    const Exchange& exchange = shared.exchange;
+// exchange_columns(first): columns first .. first + kExchangeColumns - 1 of the warps' states into `exchange`. What is all of its item goes to out, else to plan.partial,
+// and once all parts are there, to out. All threads of the block come here.
+template <class S, class ExchangeColumns>
+PW_DEVICE void finish(const AttentionPlan& p, const Piece& piece, Exchange<S>& exchange, int* is_last,
+                      ExchangeColumns exchange_columns) {
     const int warp = thread_index() / 32, width = static_cast<int>(p.of.out.width), groups = S::kWarps / p.row_warps;
     const int valid = rows_of(p.schedule, piece), row_tile_len = p.schedule.row_tile_len;
     const int base_at = p.part_stride - 4, sum_at = base_at + 1;
@@ -93,10 +65,10 @@ PW_DEVICE void finish(const AttentionPlan& p, Shared<S>& shared, const Piece& pi
     PW_UNROLL
     for (int first = 0; first < S::kWidth; first += S::kExchangeColumns) {
         if (first >= width) break;
-        exchange_columns(p, shared, state, first);
+        exchange_columns(first);
         sync_block();
         PW_NO_UNROLL
-        for (int row = warp; row < valid; row += S::kWarps) {
+        for (int row = warp; row < valid; row += S::kThreads / 32) {
             const auto sums_of = [&](int i) {
                 const int at = i * row_tile_len + row;
                 return Sums{load_shared(&exchange.base[at]), load_shared(&exchange.sum[at]), {}};
@@ -121,9 +93,9 @@ PW_DEVICE void finish(const AttentionPlan& p, Shared<S>& shared, const Piece& pi
         }
         sync_block();
     }
-    if (piece.num_parts == 1 || !is_last_part(p, shared, piece)) return;
+    if (piece.num_parts == 1 || !is_last_part(p, piece, is_last)) return;
     PW_NO_UNROLL
-    for (int row = warp; row < valid; row += S::kWarps) {
+    for (int row = warp; row < valid; row += S::kThreads / 32) {
         const auto part = [&](int i) { return p.partial + (piece.row_of(i) + row) * p.part_stride; };
         const auto sums_of = [&](int i) {
             return Sums{load_global_fresh(part(i) + base_at), load_global_fresh(part(i) + sum_at), {}};

@@ -55,34 +55,36 @@ PW_DEVICE float lift_q(Vec16& x, bool bfloat16) {
 }
 
 template <class S, class V>
-PW_DEVICE void store_q(Shared<S>& shared, int row, int chunk, int byte, V value) {
-    store_shared(reinterpret_cast<V*>(shared.tiles.q + swizzle<S::kQRowBytes>(row, chunk) + byte), value);
+PW_DEVICE void store_q(char* rows, int row, int chunk, int byte, V value) {
+    store_shared(reinterpret_cast<V*>(rows + swizzle<S::kQRowBytes>(row, chunk) + byte), value);
 }
 
+// By the first kWarps warps. `rows`: swizzled; `units`: what 1 in a row of an 8-bit cache's stands for.
+//
 // For an 8-bit cache the elements of each 16 are reordered, so that one 4-byte piece of a K row is what the tensor core
 // step wants of it: of the 8 pairs, even ones go to the first chunk, odd ones to the second.
 template <class S>
-PW_DEVICE void load_queries(const AttentionPlan& p, const Piece& piece, Shared<S>& shared) {
+PW_DEVICE void load_queries(const AttentionPlan& p, const Piece& piece, char* rows, float* units) {
     constexpr int kChunks = S::kWidth / 8;  // of a row, a lane each
-    for (int i = thread_index(); i < p.schedule.row_tile_len * kChunks; i += S::kThreads) {
+    for (int i = thread_index(); i < p.schedule.row_tile_len * kChunks; i += 32 * S::kWarps) {
         const int row = i / kChunks, chunk = i % kChunks;
         Vec16 x = load_q_chunk<S>(p, piece, row, chunk);
         if constexpr (S::kQuantised) {
             const float unit = lift_q<S>(x, p.q_bfloat16);
-            if (chunk == 0) store_shared(&shared.q_unit[row], unit);
-            store_q(shared, row, chunk & ~1, chunk % 2 * 8, Vec8{{x.x[0], x.x[2]}});
-            store_q(shared, row, chunk | 1, chunk % 2 * 8, Vec8{{x.x[1], x.x[3]}});
+            if (chunk == 0) store_shared(units + row, unit);
+            store_q<S>(rows, row, chunk & ~1, chunk % 2 * 8, Vec8{{x.x[0], x.x[2]}});
+            store_q<S>(rows, row, chunk | 1, chunk % 2 * 8, Vec8{{x.x[1], x.x[3]}});
         } else {
-            store_q(shared, row, chunk, 0, x);
+            store_q<S>(rows, row, chunk, 0, x);
         }
     }
 }
 
 // Columns 16 step .. 16 step + 15 of 16 rows.
 template <class S>
-PW_DEVICE void load_q_step(uint32_t (&a)[4], const Shared<S>& shared, int first_row, int step) {
+PW_DEVICE void load_q_step(uint32_t (&a)[4], const char* rows, int first_row, int step) {
     const int lane = thread_index() % 32;
-    load_matrices(a, shared.tiles.q + swizzle<S::kQRowBytes>(first_row + lane % 16, 2 * step + lane / 16));
+    load_matrices(a, rows + swizzle<S::kQRowBytes>(first_row + lane % 16, 2 * step + lane / 16));
 }
 
 }  // namespace pagewire

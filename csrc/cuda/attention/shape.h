@@ -41,17 +41,21 @@ struct Shape {
     static constexpr int kColumns = kWidth / 8;   // column tiles of out
     static constexpr int kTiles = kStepKeys / 8;  // key tiles of a step's logits
     static constexpr bool kQInRegisters = kWidth <= 128;
+    static constexpr int kExchangeRows = 16 * kWarps;
     static constexpr int kExchangeColumns = std::min(kWidth, 128);
+};
+
+// The warps' states, some columns at a time.
+template <class S>
+struct Exchange {
+    float base[S::kExchangeRows], sum[S::kExchangeRows];
+    float out[S::kExchangeRows][S::kExchangeColumns + 8];
 };
 
 template <class S>
 struct Shared {
     struct Stage {
         char k[S::kTileBytes], v[S::kTileBytes];  // [kTile][kRowBytes], swizzled
-    };
-    struct Exchange {  // the warps' states, some columns at a time
-        float base[16 * S::kWarps], sum[16 * S::kWarps];
-        float out[16 * S::kWarps][S::kExchangeColumns + 8];
     };
     Piece piece;
     int is_last;
@@ -63,13 +67,13 @@ struct Shared {
             alignas(128) char q[S::kMaxRows * S::kQRowBytes];
             Stage stage[kMaxStages];
         } tiles;
-        Exchange exchange;  // when all tiles have been read
+        Exchange<S> exchange;  // when all tiles have been read
     };
 
     static constexpr size_t bytes(int num_stages) {
         return sizeof(Shared) - static_cast<size_t>(kMaxStages - num_stages) * sizeof(Stage);
     }
-    static_assert(sizeof(Exchange) <= S::kMaxRows * S::kQRowBytes + 2 * sizeof(Stage), "two stages hold it");
+    static_assert(sizeof(Exchange<S>) <= S::kMaxRows * S::kQRowBytes + 2 * sizeof(Stage), "two stages hold it");
 };
 
 template <class S>

@@ -22,7 +22,7 @@ PW_DEVICE Operands<S> hold_operands(const Shared<S>& shared, int first_row) {
     q.v_place = keep(S::kQuantised ? swizzle<S::kRowBytes>(lane, 0) : swizzle<S::kRowBytes>(lane % 16, lane / 16));
     if constexpr (S::kQInRegisters) {
         PW_UNROLL
-        for (int i = 0; i < S::kWidth / 16; ++i) load_q_step(q.a[i], shared, first_row, i);
+        for (int i = 0; i < S::kWidth / 16; ++i) load_q_step<S>(q.a[i], shared.tiles.q, first_row, i);
     }
     return q;
 }
@@ -50,7 +50,7 @@ PW_DEVICE void multiply_k(const Operands<S>& q, const Shared<S>& shared, int sta
                 PW_UNROLL
                 for (int j = 0; j < 4; ++j) a[i][j] = q.a[load * kPerLoad + i][j];
             } else {
-                load_q_step(a[i], shared, q.first_row, load * kPerLoad + i);
+                load_q_step<S>(a[i], shared.tiles.q, q.first_row, load * kPerLoad + i);
             }
         }
         PW_UNROLL
