@@ -97,6 +97,7 @@ PYBIND11_MODULE(_cuda, m) {
         d["grid"] = pybind11::make_tuple(l.grid.x, l.grid.y);
         d["num_threads"] = l.num_threads;
         d["shared_bytes"] = l.shared_bytes;
+        d["blocks_that_fit"] = runtime::blocks_that_fit(l.num_threads, l.shared_bytes);
         d["copied_bytes"] = l.copied_bytes;
         d["evict_first_bytes"] = l.evict_first_bytes;
         return d;

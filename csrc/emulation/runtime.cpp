@@ -1,5 +1,6 @@
 #include "emulation/runtime.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -34,17 +35,17 @@ Limits limits_of(int arch) {
     switch (arch) {
         case 80:
         case 87:
-            return {163 << 10, 164 << 10, arch == 80 ? 2048 : 1536};
+            return {163 << 10, 164 << 10, arch == 80 ? 2048 : 1536, arch == 80 ? 32 : 16};
         case 86:
         case 89:
         case 120:
         case 121:
-            return {99 << 10, 100 << 10, 1536};
+            return {99 << 10, 100 << 10, 1536, arch == 86 ? 16 : 24};
         case 90:
         case 100:
         case 103:
         case 110:
-            return {227 << 10, 228 << 10, arch == 110 ? 1536 : 2048};
+            return {227 << 10, 228 << 10, arch == 110 ? 1536 : 2048, arch == 110 ? 24 : 32};
         default:
             throw emulation::Fault(
                 "PAGEWIRE_EMULATION_ARCH: expected 80, 86, 87, 89, 90, 100, 103, "
@@ -59,13 +60,12 @@ void raise_shared_memory_limit(const void* kernel) {
     shared_limits[{arch, kernel}] = limits_of(arch).shared_of_a_block;
 }
 
-// One where a block fits at all: more would only make the emulation slower.
-int blocks_of_a_multiprocessor(int num_threads, size_t shared_bytes) {
+int blocks_that_fit(int num_threads, size_t shared_bytes) {
     const Limits limits = limits_of(architecture());
-    return shared_bytes + kSharedOfTheSystem <= limits.shared_of_a_multiprocessor &&
-                   num_threads <= limits.threads_of_a_multiprocessor
-               ? 1
-               : 0;
+    if (shared_bytes > limits.shared_of_a_block || num_threads > emulation::Block::kMaxThreads) return 0;
+    const size_t of_a_block = (shared_bytes + kSharedUnit - 1) / kSharedUnit * kSharedUnit + kSharedOfTheSystem;
+    const auto by_shared = static_cast<int>(limits.shared_of_a_multiprocessor / of_a_block);
+    return std::min({by_shared, limits.threads_of_a_multiprocessor / num_threads, limits.blocks_of_a_multiprocessor});
 }
 
 void check_launch(const void* kernel, const char* name, int64_t grid_x, int64_t grid_y, int num_threads,

@@ -15,11 +15,11 @@ namespace pagewire::runtime {
 
 struct Limits {
     size_t shared_of_a_block, shared_of_a_multiprocessor;
-    int threads_of_a_multiprocessor;
+    int threads_of_a_multiprocessor, blocks_of_a_multiprocessor;
 };
 
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-constexpr size_t kSharedWithoutAsking = 48 << 10, kSharedOfTheSystem = 1 << 10;
+constexpr size_t kSharedWithoutAsking = 48 << 10, kSharedOfTheSystem = 1 << 10, kSharedUnit = 128;
 constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 0xffff;
 constexpr size_t kMaxParameterBytes = 32764;  // from sm_70 and CUDA 12.1 on
 
@@ -36,7 +36,12 @@ inline size_t shared_memory_of_a_block() { return limits_of(architecture()).shar
 inline size_t shared_memory_of_a_multiprocessor() { return limits_of(architecture()).shared_of_a_multiprocessor; }
 
 void raise_shared_memory_limit(const void* kernel);  // kernels here declare none of their own
-int blocks_of_a_multiprocessor(int num_threads, size_t shared_bytes);
+// By threads and shared memory; what registers allow, the compiler's report says.
+int blocks_that_fit(int num_threads, size_t shared_bytes);
+// One where a block fits at all: more would only make the emulation slower.
+inline int blocks_of_a_multiprocessor(int num_threads, size_t shared_bytes) {
+    return blocks_that_fit(num_threads, shared_bytes) > 0 ? 1 : 0;
+}
 // Throws emulation::Fault where a device would answer with an error.
 void check_launch(const void* kernel, const char* name, int64_t grid_x, int64_t grid_y, int num_threads,
                   size_t shared_bytes, size_t parameter_bytes);

@@ -64,7 +64,10 @@ def test_every_width_fits_every_device(arch, head_dim, dtypes, rows, emulated, m
         scale="head" if kv_dtype else None, max_q_len=q_len,
     )  # fmt: skip
     run(case)
-    assert emulated.last_launch()["shared_bytes"] <= DEVICES[arch]
+    launched = emulated.last_launch()
+    assert launched["shared_bytes"] <= DEVICES[arch]
+    # decode's copies in flight take two blocks a multiprocessor where its shared memory is large
+    assert launched["blocks_that_fit"] >= (2 if arch == "90" and rows == 4 else 1)
 
 
 def test_an_unknown_device_is_refused(monkeypatch):
