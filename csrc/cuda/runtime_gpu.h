@@ -90,6 +90,23 @@ void start(void (*kernel)(Parameters...), const char* name, int64_t grid_x, int6
               std::to_string(shared_bytes) + " bytes of shared memory");
 }
 
+// A function of the driver as CUDA 12.0 has it, without linking libcuda.
+template <class Function>
+Function driver_function(const char* name) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#endif
+    check(error, std::string("looking for ") + name);
+    if (found != cudaDriverEntryPointSuccess || !function) {
+        throw std::runtime_error(std::string("pagewire: this driver has no ") + name);
+    }
+    return reinterpret_cast<Function>(function);
+}
+
 // 0 outside a capture, else a number no other capture has. Asks the stream, whatever device is current.
 inline uint64_t capture_of(uintptr_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -1,8 +1,10 @@
 #include "emulation/block.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <set>
 
 namespace pagewire::emulation {
 
@@ -10,19 +12,19 @@ namespace {
 
 std::mutex one_launch_at_a_time;
 
-std::string name_of(Where where) {
-    const char* slash = std::strrchr(where.file, '/');
-    return std::string(slash ? slash + 1 : where.file) + ":" + std::to_string(where.line);
-}
-
 }  // namespace
+
+std::string Where::name() const {
+    const char* slash = std::strrchr(file, '/');
+    return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+}
 
 Block& Block::running() {
     static Block block;
     return block;
 }
 
-void Block::run_grid(const char* kernel, Index3 grid, int num_threads, size_t shared_bytes,
+void Block::run_grid(const char* kernel, int architecture, Index3 grid, int num_threads, size_t shared_bytes,
                      const std::function<void()>& body) {
     std::lock_guard<std::mutex> lock(one_launch_at_a_time);
     if (num_threads % kWarp) {
@@ -31,6 +33,7 @@ void Block::run_grid(const char* kernel, Index3 grid, int num_threads, size_t sh
     }
     launched_ = {kernel, grid, num_threads, shared_bytes, 0, 0};
     kernel_ = kernel;
+    architecture_ = architecture;
     grid_ = grid;
     num_threads_ = num_threads;
     shared_bytes_ = shared_bytes;
@@ -54,15 +57,26 @@ void Block::run_block() {
     const auto n = static_cast<size_t>(num_threads_);
     threads_.assign(n, Thread{});
     warps_.assign(n / kWarp, Warp{});
-    epochs_.assign(n / kWarp, 0);
-    block_epoch_ = 0;
+    order_.reset(num_threads_);
+    mbarriers_.reset();
+    loads_.clear();
     num_at_block_ = 0;
     fault_.clear();
-    shared_.reset(shared_bytes_);
+    shared_.reset(shared_bytes_, num_threads_);
     for (size_t t = 0; t < n; ++t) {
         threads_[t].state = kReady;
         fibers_[t]->start(&Block::enter, this);
     }
+    do {
+        run_ready_threads();
+    } while (land_a_load());
+    for (const Thread& t : threads_) {
+        if (t.state != kDone) throw Fault(kernel_ + ": " + stuck());
+    }
+    if (const std::string left = unfinished(); !left.empty()) throw Fault(kernel_ + ": " + place() + " " + left);
+}
+
+void Block::run_ready_threads() {
     for (bool progress = true; progress;) {
         progress = false;
         for (int i = 0; i < num_threads_; ++i) {
@@ -74,9 +88,6 @@ void Block::run_block() {
             if (!fault_.empty()) throw Fault(fault_);
         }
     }
-    for (const Thread& t : threads_) {
-        if (t.state != kDone) throw Fault(kernel_ + ": " + stuck());
-    }
 }
 
 void Block::enter(void* self) {
@@ -85,32 +96,40 @@ void Block::enter(void* self) {
     block.threads_[static_cast<size_t>(block.thread_)].state = kDone;
 }
 
+std::string Block::place() const {
+    return "block (" + std::to_string(block_.x) + ", " + std::to_string(block_.y) + ", " + std::to_string(block_.z) +
+           ")";
+}
+
+// Of the threads that wait for the same, one tells the story.
 std::string Block::stuck() const {
-    std::string text = "divergent barrier: ";
-    for (State state : {kAtBlock, kAtWarp, kDone}) {
+    const bool deadlock = std::any_of(threads_.begin(), threads_.end(), [](auto& t) { return t.state == kAtMbarrier; });
+    std::string text = deadlock ? "deadlock: " : "divergent barrier: ";
+    for (State state : {kAtMbarrier, kAtBlock, kAtWarp, kDone}) {
+        std::set<int> told;
         for (size_t t = 0; t < threads_.size(); ++t) {
             const Thread& thread = threads_[t];
-            if (thread.state != state) continue;
-            text += "thread " + std::to_string(t) +
-                    (state == kDone ? " has returned"
-                                    : std::string(" waits in ") + thread.waits_at + " at " + name_of(thread.where));
-            text += "; ";
-            break;  // one of each kind tells the story
+            if (thread.state != state || !told.insert(state == kAtMbarrier ? thread.mbarrier : 0).second) continue;
+            text += "thread " + std::to_string(t);
+            if (state == kDone) {
+                text += " has returned; ";
+                continue;
+            }
+            text += state == kAtMbarrier ? " waits for " + mbarriers_[thread.mbarrier].waits_for()
+                                         : std::string(" waits in ") + thread.waits_at;
+            text += " at " + thread.where.name() + "; ";
         }
     }
-    return text + "block (" + std::to_string(block_.x) + ", " + std::to_string(block_.y) + ", " +
-           std::to_string(block_.z) + ")";
+    return text + place();
 }
 
 void Block::report(const std::string& fault, Where where) {
     if (fault.empty()) return;
-    fault_ = kernel_ + ": block (" + std::to_string(block_.x) + ", " + std::to_string(block_.y) + ", " +
-             std::to_string(block_.z) + ") thread " + std::to_string(thread_) + " " + fault + " (" + name_of(where) +
-             ")";
+    fault_ = kernel_ + ": " + place() + " thread " + std::to_string(thread_) + " " + fault + " (" + where.name() + ")";
     fibers_[static_cast<size_t>(thread_)]->yield();  // and is never resumed
 }
 
-void Block::wait(const char* name, Where where, State state) {
+void Block::suspend(const char* name, Where where, State state) {
     Thread& thread = threads_[static_cast<size_t>(thread_)];
     thread.state = state;
     thread.waits_at = name;
@@ -131,7 +150,7 @@ void Block::arrive(Warp& warp, const char* name, Where where, void* arguments) {
         warp.where = where;
     } else if (std::strcmp(warp.name, name) || warp.where.line != where.line) {
         report("divergent barrier: reaches " + std::string(name) + " while its warp is in " + warp.name + " at " +
-                   name_of(warp.where),
+                   warp.where.name(),
                where);
     }
     warp.arguments[thread_ % kWarp] = arguments;
@@ -142,22 +161,21 @@ void Block::sync_block(Where where) {
     if (num_at_block_ == 0) {
         block_where_ = where;
     } else if (block_where_.line != where.line) {
-        report("divergent barrier: reaches sync_block while others wait at " + name_of(block_where_), where);
+        report("divergent barrier: reaches sync_block while others wait at " + block_where_.name(), where);
     }
     if (++num_at_block_ < num_threads_) {
-        wait("sync_block", where, kAtBlock);
+        suspend("sync_block", where, kAtBlock);
         return;
     }
     num_at_block_ = 0;
-    ++block_epoch_;
-    for (uint32_t& epoch : epochs_) ++epoch;
+    order_.sync_block();
     release(0, num_threads_, kAtBlock);
 }
 
 void Block::copy_async(void* shared, const void* global, int size, int bytes, Where where) {
     check_alignment(shared, static_cast<size_t>(size), where);
     if (bytes > 0) check_alignment(global, static_cast<size_t>(size), where);
-    report(shared_.begin_copy(shared, static_cast<size_t>(size), thread_, epoch()), where);
+    report(shared_.begin_copy(shared, static_cast<size_t>(size), thread_), where);
     threads_[static_cast<size_t>(thread_)].uncommitted.push_back({shared, global, size, bytes});
 }
 
@@ -181,7 +199,7 @@ void Block::land(Thread&, std::vector<Copy>& group) {
         if (copy.bytes > 0) {
             std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
         }
-        shared_.land(copy.shared, static_cast<size_t>(copy.size), thread_, epoch());
+        shared_.land(copy.shared, static_cast<size_t>(copy.size), thread_);
     }
 }
 

@@ -1,10 +1,12 @@
 // Runs the blocks of a grid one after another, a block's threads as fibers that switch only at
-// collective operations.
+// collective operations and where they wait for an mbarrier. A TMA load lands as late as it may: when no thread can
+// run and one waits for its mbarrier; one at a time, in the order of their issue, or against it in reverse.
 //
-// Reported as an exception that names kernel, block, thread and source line: barriers and warp
-// operations that some threads never reach, misaligned vector accesses, and everything SharedMemory
-// knows. A fault abandons the launch. What a device would refuse before a thread runs, runtime.h
-// refuses: shared memory above the kernel's or the device's limit, empty or too large grids.
+// Reported as an exception that names kernel, block, thread and source line: barriers, mbarriers and warp
+// operations that some threads never reach, misaligned vector accesses, arrivals and bytes that nobody expects, loads
+// that outlive their block, and everything SharedMemory knows. A fault abandons the launch. What a device would refuse
+// before a thread runs, runtime.h refuses: shared memory above the kernel's or the device's limit, empty or too large
+// grids.
 //
 // What this cannot show, because one block runs at a time and memory is sequentially consistent:
 //   - ordering between blocks: a missing __threadfence, a stale L1 line, a block that waits for a later one;
@@ -13,6 +15,7 @@
 //   - register pressure, bank conflicts, occupancy, time.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -21,7 +24,10 @@
 #include <vector>
 
 #include "emulation/fiber.h"
+#include "emulation/mbarriers.h"
+#include "emulation/order.h"
 #include "emulation/shared_memory.h"
+#include "emulation/tensor_map.h"
 
 namespace pagewire::emulation {
 
@@ -32,6 +38,7 @@ struct Fault : std::runtime_error {
 struct Where {
     const char* file;
     int line;
+    std::string name() const;
     static constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
         return {file, line};
     }
@@ -49,7 +56,7 @@ class Block {
     // The block that is running; kernels run nowhere else.
     static Block& running();
 
-    void run_grid(const char* kernel, Index3 grid, int num_threads, size_t shared_bytes,
+    void run_grid(const char* kernel, int architecture, Index3 grid, int num_threads, size_t shared_bytes,
                   const std::function<void()>& body);
 
     int thread() const { return thread_; }
@@ -66,7 +73,7 @@ class Block {
         Warp& warp = warps_[thread_ / kWarp];
         arrive(warp, name, where, &mine);
         if (warp.num_arrived < kWarp) {
-            wait(name, where, kAtWarp);
+            suspend(name, where, kAtWarp);
             return;
         }
         warp.num_arrived = 0;
@@ -75,14 +82,14 @@ class Block {
     }
     void sync_warp(Where where) {
         int nothing = 0;
-        collective("sync_warp", where, nothing, [&](int**) { ++epochs_[thread_ / kWarp]; });
+        collective("sync_warp", where, nothing, [&](int**) { order_.sync_warp(thread_ / kWarp); });
     }
 
     void check_shared_read(const void* p, size_t bytes, Where where, bool by_whole_warp = false) {
-        report(shared_.read(p, bytes, thread_, epoch(), by_whole_warp), where);
+        report(shared_.read(p, bytes, thread_, by_whole_warp), where);
     }
     void check_shared_write(const void* p, size_t bytes, Where where) {
-        report(shared_.write(p, bytes, thread_, epoch()), where);
+        report(shared_.write(p, bytes, thread_), where);
     }
     void check_alignment(const void* p, size_t bytes, Where where) {
         if (reinterpret_cast<uintptr_t>(p) % bytes) {
@@ -98,6 +105,18 @@ class Block {
         launched_.copied_bytes += bytes;
         if (evict_first) launched_.evict_first_bytes += bytes;
     }
+
+    // mbarriers, by their place in shared memory, and what completes them: block_async.cpp
+    void init_mbarrier(void* mbarrier, int64_t count, Where where);
+    void arrive(void* mbarrier, Where where);
+    void expect_bytes(void* mbarrier, int64_t bytes, Where where);
+    void wait(void* mbarrier, int parity, Where where);
+    void fence_mbarrier_init() { mbarriers_.publish(thread_, order_.tick()); }
+    void fence_proxy_async() {
+        order_.fence(thread_);
+        fence_mbarrier_init();
+    }
+    void load_box(void* shared, const TensorMap* map, const std::array<int, 4>& corner, void* mbarrier, Where where);
 
     // What the last launch was, for tests.
     struct Launched {
@@ -117,7 +136,7 @@ class Block {
     void report(const std::string& fault, Where where);
 
   private:
-    enum State : uint8_t { kReady, kAtBlock, kAtWarp, kDone };
+    enum State : uint8_t { kReady, kAtBlock, kAtWarp, kAtMbarrier, kDone };
 
     struct Copy {
         void* shared;
@@ -128,8 +147,16 @@ class Block {
         State state = kDone;
         const char* waits_at = "";
         Where where{"", 0};
+        int mbarrier = 0;                       // it waits for
         std::vector<std::vector<Copy>> copies;  // committed groups, oldest first
         std::vector<Copy> uncommitted;
+    };
+    struct Load {  // issued, not landed
+        TensorMap map;
+        std::array<int, 4> corner;
+        char* shared;
+        int mbarrier;
+        Where where;
     };
     struct Warp {
         int num_arrived = 0;
@@ -140,14 +167,21 @@ class Block {
 
     void run_block();
     static void enter(void* self);
+    std::string place() const;
+    void run_ready_threads();
     void arrive(Warp& warp, const char* name, Where where, void* arguments);
-    void wait(const char* name, Where where, State state);
+    void suspend(const char* name, Where where, State state);
     void release(int first, int count, State waiting);
     void land(Thread& thread, std::vector<Copy>& group);
+    int mbarrier_of(void* p, const char* doing, Where where);
+    bool land_a_load();
+    void complete(int mbarrier);
     std::string stuck() const;
-    Epoch epoch() const { return {block_epoch_, epochs_[static_cast<size_t>(thread_ / kWarp)]}; }
+    std::string unfinished() const;
+    void require_architecture(int least, const char* instruction, Where where);
 
     std::string kernel_;
+    int architecture_ = 0;
     Index3 grid_{}, block_{};
     int num_threads_ = 0, thread_ = 0;
     size_t shared_bytes_ = 0;
@@ -156,11 +190,12 @@ class Block {
     std::vector<std::unique_ptr<Fiber>> fibers_;
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
-    std::vector<uint32_t> epochs_;  // per warp
-    uint32_t block_epoch_ = 0;
+    Order order_;
     int num_at_block_ = 0;
     Where block_where_{"", 0};
-    SharedMemory shared_;
+    SharedMemory shared_{order_};
+    Mbarriers mbarriers_;
+    std::vector<Load> loads_;  // oldest first
     std::string fault_;
     Launched launched_{};
     std::function<void(uint64_t)> after_block_;

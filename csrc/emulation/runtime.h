@@ -61,8 +61,9 @@ void start(void (*kernel)(Parameters...), const char* name, int64_t grid_x, int6
            size_t shared_bytes, uintptr_t, const Arguments&... arguments) {
     check_launch(reinterpret_cast<const void*>(kernel), name, grid_x, grid_y, num_threads, shared_bytes,
                  (sizeof(Parameters) + ... + 0));
-    emulation::Block::running().run_grid(name, {static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y), 1},
-                                         num_threads, shared_bytes, [&] { kernel(arguments...); });
+    emulation::Block::running().run_grid(name, architecture(),
+                                         {static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y), 1}, num_threads,
+                                         shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace pagewire::runtime

@@ -14,6 +14,7 @@
 #define PW_DEVICE inline
 #define PW_HOST_DEVICE inline
 #define PW_KERNEL(threads, min_blocks_per_sm)
+#define PW_GRID_CONSTANT
 #define PW_UNROLL
 #define PW_NO_UNROLL
 #define PW_UNROLL_BY(n)
@@ -28,6 +29,7 @@ using emulation::Where;
 #define PW_DEVICE __device__ __forceinline__
 #define PW_HOST_DEVICE __host__ __device__ __forceinline__
 #define PW_KERNEL(threads, min_blocks_per_sm) __global__ __launch_bounds__(threads, min_blocks_per_sm)
+#define PW_GRID_CONSTANT __grid_constant__
 #define PW_UNROLL _Pragma("unroll")
 #define PW_NO_UNROLL _Pragma("unroll 1")
 #define PW_PRAGMA(x) _Pragma(#x)

@@ -47,6 +47,22 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Where wh
     emulation::load_matrices(r, row, true, where);
 }
 
+inline uint32_t transpose_matrix(uint32_t two, Where where = Where::here()) {
+    struct Lane {
+        uint32_t two, result;
+    } mine{two, 0};
+    Block::running().collective("movmatrix", where, mine, [](Lane** lanes) {
+        const auto element = [&](int row, int column) {
+            return lanes[row * 4 + column / 2]->two >> (16 * (column % 2)) & 0xffff;
+        };
+        for (int lane = 0; lane < Block::kWarp; ++lane) {
+            const int g = lane / 4, t = lane % 4 * 2;
+            lanes[lane]->result = element(t, g) | element(t + 1, g) << 16;
+        }
+    });
+    return mine.result;
+}
+
 template <bool kBFloat16>
 inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                 Where where = Where::here()) {
@@ -101,6 +117,13 @@ PW_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
                  : "memory");
+}
+
+// An 8x8 matrix of 16-bit values, a lane's two side by side in row lane / 4, transposed into the same layout.
+PW_DEVICE uint32_t transpose_matrix(uint32_t two) {
+    uint32_t result;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(two));
+    return result;
 }
 
 // c[16x8] += a[16x16] b[16x8], fp32 accumulators, fp16 or bf16 operands.

@@ -86,7 +86,8 @@ inline void atomic_max(int64_t* p, int64_t value) { *p = std::max(*p, value); }
 
 namespace pagewire {
 
-extern __shared__ Vec16 pagewire_shared_memory[];
+// aligned for TMA, whose swizzle repeats every 1024 bytes of address
+extern __shared__ __align__(1024) Vec16 pagewire_shared_memory[];
 
 PW_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 PW_DEVICE uint32_t block_x() { return blockIdx.x; }
