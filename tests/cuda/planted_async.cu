@@ -36,6 +36,7 @@ enum Bug : int {
     kInitialisedTwice,
     kNoArrivals,
     kTooManyArrivals,
+    kPhaseMissed,
     kConsumerNeverArrives,
     kBytesNeverCome,
     kBytesNobodyWaitsFor,
@@ -79,6 +80,7 @@ constexpr const char* kNames[kNumBugs] = {
     "initialised_twice",
     "no_arrivals",
     "too_many_arrivals",
+    "phase_missed",
     "consumer_never_arrives",
     "bytes_never_come",
     "bytes_nobody_waits_for",
@@ -122,6 +124,10 @@ PW_DEVICE void load_tile(const TensorMap* map, Shared& shared, int stage, int pa
 
 PW_DEVICE void produce(const TensorMap* map, const int* pages, Shared& shared, Bug bug) {
     const int lane = thread_index() % 32;
+    if (bug == kPhaseMissed) {  // two are over before a waiting consumer looks again
+        for (int i = 0; i < 2 && lane == 0; ++i) shared.full[0].arrive();
+        return;
+    }
     for (int i = 0; i < kTiles; ++i) {
         const int stage = i % kStages, parity = i / kStages % 2;
         const bool waits = bug != kStageNotWaitedFor && (bug != kOneLaneWaitsForAll || lane == 0);

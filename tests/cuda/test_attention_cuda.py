@@ -22,6 +22,14 @@ def runs_here(device):
         pytest.skip(reason)
 
 
+@pytest.fixture(params=["80", "90"])
+def arch(request, device, monkeypatch):
+    """sm_80 has the portable kernel alone, sm_90 another one for decode; a real device is what it is."""
+    if device.type != "cpu" and request.param == "80":
+        pytest.skip("a real device has one architecture")
+    monkeypatch.setenv("PAGEWIRE_EMULATION_ARCH", request.param)
+
+
 def check(case, device):
     call = cases.build(case, device)
     tolerance.check(call, *call.run("cuda"))
@@ -37,6 +45,7 @@ MODIFIERS = {
 }
 
 
+@pytest.mark.usefixtures("arch")
 @pytest.mark.parametrize("q_lens", [None, (3, 1, 16)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=cases.SHORT.get)
 @pytest.mark.parametrize("name", MODIFIERS)
@@ -44,6 +53,7 @@ def test_modifiers(name, dtype, q_lens, device):
     check(Attention((90, 5, 33), q_lens, dtype=dtype, **MODIFIERS[name]), device)
 
 
+@pytest.mark.usefixtures("arch")
 @pytest.mark.parametrize("scale", ["float", "head", "batch_head", "token_head"])
 @pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=cases.SHORT.get)
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=cases.SHORT.get)
@@ -55,6 +65,7 @@ def test_quantised_caches(dtype, kv_dtype, scale, device):
 WIDTHS = ((48, 32), (64, 64), (80, 80), (96, 128), (128, 48), (192, 128), (256, 256))
 
 
+@pytest.mark.usefixtures("arch")
 @pytest.mark.parametrize("kv_dtype", [None, int8], ids=["same", "int8"])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_widths(widths, kv_dtype, device):
@@ -79,6 +90,7 @@ def test_rows_beyond_one_tile(rows, head_dim, split_size, device):
     check(case, device)
 
 
+@pytest.mark.usefixtures("arch")
 @pytest.mark.parametrize("num_sms", ["1", "3", "7", "64"])
 @pytest.mark.parametrize("lens", [(1, 700, 0, 64, 65), (513,), (3,) * 20], ids=["mixed", "one", "short"])
 def test_however_the_work_is_cut(lens, num_sms, device, monkeypatch):
@@ -89,6 +101,7 @@ def test_however_the_work_is_cut(lens, num_sms, device, monkeypatch):
     check(Attention(lens, dtype=bf16, heads=(4, 2), sinks=True), device)
 
 
+@pytest.mark.usefixtures("arch")
 def test_more_requests_than_threads(device):
     """The scan over seq_lens takes several rounds; empty requests lie between the others."""
     lens = tuple((7 * i) % 23 if i % 5 else 0 for i in range(140))
@@ -97,6 +110,7 @@ def test_more_requests_than_threads(device):
     check(Attention(lens, q_lens, dtype=bf16, heads=(2, 1), max_q_len=16, padding_rows=3), device)
 
 
+@pytest.mark.usefixtures("arch")
 @pytest.mark.parametrize("split_size", [None, 64])
 def test_blocks_and_threads_in_reverse(split_size, device, monkeypatch):
     if device.type != "cpu":

@@ -56,6 +56,7 @@ ASYNC_REPORTS = {
     "initialised_twice": "initialises the mbarrier at byte 16392 again",
     "no_arrivals": "initialises an mbarrier with 0 arrivals",
     "too_many_arrivals": "arrives at the mbarrier at byte 16384 after all 1 that it expects",
+    "phase_missed": "deadlock: thread 0 waits for the mbarrier at byte 16384, phase 2: 1 of 1 arrivals",
     "consumer_never_arrives": "deadlock: thread 0 waits for the mbarrier at byte 16384, phase 1: 1 of 1 arrivals and 0 "
     "bytes to come at planted_async.cu",
     "bytes_never_come": "deadlock: thread 0 waits for the mbarrier at byte 16384, phase 0: 0 of 1 arrivals and 8192 "

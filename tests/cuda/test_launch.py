@@ -51,6 +51,11 @@ def test_a_larger_launch_after_a_smaller_one(emulated):
 DEVICES = {"80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90": 227 << 10, "120": 99 << 10}
 
 
+def fits_sm90(arch: str, head_dim: int, kv_dtype: torch.dtype | None) -> bool:
+    """Rows of whole 128 bytes, and two stages, of 64 KiB at 256, in a block's shared memory."""
+    return int(arch) >= 90 and head_dim * (1 if kv_dtype else 2) % 128 == 0 and (head_dim < 256 or arch == "90")
+
+
 @pytest.mark.parametrize("rows", [4, 64])
 @pytest.mark.parametrize("dtypes", [(bf16, None), (fp16, e4m3)], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -66,8 +71,11 @@ def test_every_width_fits_every_device(arch, head_dim, dtypes, rows, emulated, m
     run(case)
     launched = emulated.last_launch()
     assert launched["shared_bytes"] <= DEVICES[arch]
-    # decode's copies in flight take two blocks a multiprocessor where its shared memory is large
-    assert launched["blocks_that_fit"] >= (2 if arch == "90" and rows == 4 else 1)
+    # decode's copies in flight take two blocks of a large multiprocessor, and at 256 one of three stages
+    assert launched["kernel"] == (
+        "decode_sm90_kernel" if rows == 4 and fits_sm90(arch, head_dim, kv_dtype) else "decode_kernel"
+    )
+    assert launched["blocks_that_fit"] >= (2 if arch == "90" and rows == 4 and head_dim < 256 else 1)
 
 
 def test_an_unknown_device_is_refused(monkeypatch):

@@ -19,8 +19,12 @@ NAN, INF = math.nan, math.inf
 PAGE = 16
 
 
-@pytest.fixture(autouse=True)
-def runs_here(device):
+@pytest.fixture(autouse=True, params=["80", "90"])
+def runs_here(request, device, monkeypatch):
+    """On sm_80 the portable kernel alone, on sm_90 another one for decode; a real device is what it is."""
+    if device.type != "cpu" and request.param == "80":
+        pytest.skip("a real device has one architecture")
+    monkeypatch.setenv("PAGEWIRE_EMULATION_ARCH", request.param)
     reason = pw.backends(device.type)["cuda"]
     if reason is not None:
         pytest.skip(reason)

@@ -3,11 +3,13 @@
 #include "cuda/attention/attention.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
 #include "cuda/attention/decode_kernels.h"
+#include "cuda/attention/tiling.h"
 #include "cuda/launch.h"
 #include "pagewire/dispatch.h"
 
@@ -19,20 +21,48 @@ constexpr int64_t kMostUnits = int64_t(1) << 30;
 
 int64_t rows_of_a_head(const AttentionPlan& p) { return int64_t(p.schedule.max_q_len) * p.schedule.group_size; }
 
-DecodeKernel choose(const AttentionPlan& p) {
+// Calls f(Tag<T>{}, Constant<width>{}) for the cache's type and the width that its rows are padded to.
+template <class F>
+void with_cache(const AttentionPlan& p, F f) {
     const int64_t width = std::max(p.of.k.width, p.of.v.width);
     if (width > 256) throw std::invalid_argument("pagewire: expected head_dim <= 256, got " + std::to_string(width));
-    const int padded = width <= 64 ? 64 : width <= 128 ? 128 : 256;
-    const bool wide = rows_of_a_head(p) > 16, plain = p.of.softcap == 0.0f && p.of.alibi_slopes.data == nullptr &&
-                                                      p.of.k.width == padded && p.of.v.width == padded;
-    DecodeKernel found{};
     with_dtype(p.of.k.dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        if constexpr (std::is_same_v<T, float>) {
+        if constexpr (std::is_same_v<typename decltype(tag)::type, float>) {
             throw std::invalid_argument("pagewire: expected a cache in 8 or 16 bits, got fp32");
         } else {
-            with_constant<64, 128, 256>(padded, [&](auto n) { found = decode_kernel_for<T, n>(wide, plain); });
+            const int padded = width <= 64 ? 64 : width <= 128 ? 128 : 256;
+            with_constant<64, 128, 256>(padded, [&](auto n) { f(tag, n); });
         }
+    });
+}
+
+// Neither soft cap nor ALiBi, and rows of `width` elements.
+bool is_plain(const AttentionPlan& p, int width) {
+    return p.of.softcap == 0.0f && p.of.alibi_slopes.data == nullptr && p.of.k.width == width && p.of.v.width == width;
+}
+
+DecodeKernel portable_kernel(const AttentionPlan& p) {
+    DecodeKernel found{};
+    with_cache(p, [&](auto tag, auto width) {
+        found = decode_kernel_for<typename decltype(tag)::type, width>(rows_of_a_head(p) > 16, is_plain(p, width));
+    });
+    return found;
+}
+
+// The kernel for the TMA, if the problem is one for it; else its `kernel` is null.
+DecodeSm90Kernel sm90_kernel(const AttentionPlan& p) {
+    DecodeSm90Kernel found{};
+    if (runtime::architecture() < 90 || p.schedule.max_q_len > 1 || rows_of_a_head(p) > 16 || p.scales_by_token) {
+        return found;
+    }
+    with_cache(p, [&](auto tag, auto width) {
+        if (!is_plain(p, width)) return;
+        const auto kernel =
+            decode_sm90_kernel_for<typename decltype(tag)::type, width>(rows_of_a_head(p) <= 8 ? 8 : 16);
+        if (kernel.kernel == nullptr || std::gcd(p.page_size, kernel.tile) < kernel.group_keys) return;
+        if (kernel.shared_bytes(2) > runtime::shared_memory_of_a_block()) return;
+        if (p.of.split_size % kernel.tile != 0) return;  // a box lies in one piece
+        if (can_be_tiled(p.of.k) && can_be_tiled(p.of.v)) found = kernel;
     });
     return found;
 }
@@ -57,11 +87,13 @@ AttentionPlan plan_of(const AttentionParams& p, const Call& call) {
             .q_bfloat16 = p.q.dtype == DType::kBFloat16,
             .q_aligned = q_bits % 16 == 0,
             .out_aligned = (reinterpret_cast<intptr_t>(p.out.data) | out_strides * item) % (4 * item) == 0,
+            .scales_by_token = p.k_scale.per_token() || p.v_scale.per_token(),
             .part_stride = small((p.v.width + 3) / 4 * 4 + 4)};
 }
 
 // As many stages as let the most blocks share a multiprocessor; two at least.
-int stages_of(const DecodeKernel& kernel) {
+template <class Kernel>
+int stages_of(const Kernel& kernel) {
     constexpr size_t kOfTheSystem = 1024;
     for (int blocks = kernel.min_blocks; blocks > 0; --blocks) {
         for (int stages = 4; stages >= 2; --stages) {
@@ -84,12 +116,13 @@ struct Grid {
 };
 
 // Fills in what follows from the kernel and the device.
-Grid arrange(AttentionPlan& p, const DecodeKernel& kernel) {
+template <class Kernel>
+Grid arrange(AttentionPlan& p, const Kernel& kernel) {
     Schedule& s = p.schedule;
     const int64_t rows = rows_of_a_head(p);
     p.num_stages = stages_of(kernel);
     p.row_warps = std::max(kernel.least_row_warps, rows <= 16 ? 1 : rows <= 32 ? 2 : 4);
-    s.row_tile_len = 16 * p.row_warps;
+    s.row_tile_len = kernel.rows * p.row_warps;
     s.max_row_tiles = static_cast<int>((rows + s.row_tile_len - 1) / s.row_tile_len);
     s.tile = kernel.tile;
     const int64_t items = int64_t(p.batch_size) * s.num_kv_heads * s.max_row_tiles;
@@ -98,7 +131,8 @@ Grid arrange(AttentionPlan& p, const DecodeKernel& kernel) {
                           : unit_len_of(s.tile, items, s.capacity);
     p.pages_hold_groups = p.page_size % kernel.group_keys == 0 && s.unit_len % kernel.group_keys == 0 &&
                           p.of.k.width == kernel.width && p.of.v.width == kernel.width;
-    p.scales_by_token = p.of.k_scale.per_token() || p.of.v_scale.per_token();
+    p.box_len = std::gcd(p.page_size, s.tile);
+    p.all_boxes = static_cast<uint32_t>((uint64_t(1) << std::min(s.tile / p.box_len, 32)) - 1);
     const int64_t on_device =
         int64_t(runtime::num_multiprocessors()) *
         blocks_per_multiprocessor(kernel.kernel, kernel.name, kernel.num_threads, kernel.shared_bytes(p.num_stages));
@@ -126,13 +160,39 @@ Grid arrange(AttentionPlan& p, const DecodeKernel& kernel) {
     return g;
 }
 
+template <class Kernel>
+void start(const AttentionPlan& p, const Kernel& kernel, const Grid& g, uintptr_t stream) {
+    const LaunchConfig config{.name = kernel.name,
+                              .grid_x = g.num_blocks,
+                              .grid_y = 1,
+                              .num_threads = kernel.num_threads,
+                              .shared_bytes = kernel.shared_bytes(p.num_stages),
+                              .stream = stream};
+    if constexpr (std::is_same_v<Kernel, DecodeSm90Kernel>) {
+        launch(kernel.kernel, config, tensor_map_of(p.of.k, p.box_len), tensor_map_of(p.of.v, p.box_len), p);
+    } else {
+        launch(kernel.kernel, config, p);
+    }
+}
+
+// Calls f(kernel) with the one that takes the problem.
+template <class F>
+void with_kernel(const AttentionPlan& p, F f) {
+    const DecodeSm90Kernel kernel = sm90_kernel(p);
+    kernel.kernel != nullptr ? f(kernel) : f(portable_kernel(p));
+}
+
 }  // namespace
 
 AttentionSpace attention_space(const AttentionParams& params, const Call& call) {
     UseDevice guard(call.device);
     AttentionPlan p = plan_of(params, call);
-    const Grid g = arrange(p, choose(p));
-    return {.partial_floats = g.partial_rows * p.part_stride, .num_counters = p.num_counters};
+    AttentionSpace space{};
+    with_kernel(p, [&](const auto& kernel) {
+        const Grid g = arrange(p, kernel);
+        space = {.partial_floats = g.partial_rows * p.part_stride, .num_counters = p.num_counters};
+    });
+    return space;
 }
 
 void attention(const AttentionParams& params, const AttentionWorkspace& space, const Call& call) {
@@ -142,16 +202,10 @@ void attention(const AttentionParams& params, const AttentionWorkspace& space, c
     p.partial = space.partial;
     p.counters = space.counters;
     p.blocks_done = space.blocks_done;
-    const DecodeKernel kernel = choose(p);
-    const Grid g = arrange(p, kernel);
-    launch(kernel.kernel,
-           LaunchConfig{.name = kernel.name,
-                        .grid_x = g.num_blocks,
-                        .grid_y = 1,
-                        .num_threads = kernel.num_threads,
-                        .shared_bytes = kernel.shared_bytes(p.num_stages),
-                        .stream = call.stream},
-           p);
+    with_kernel(p, [&](const auto& kernel) {
+        const Grid g = arrange(p, kernel);
+        start(p, kernel, g, call.stream);
+    });
 }
 
 }  // namespace pagewire

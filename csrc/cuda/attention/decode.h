@@ -79,13 +79,12 @@ PW_KERNEL((Shape<T, kWidth, kWide>::kThreads), (Shape<T, kWidth, kWide>::kMinBlo
 void decode_kernel(const AttentionPlan p) {
     using S = Shape<T, kWidth, kWide>;
     Shared<S>& shared = shared_of_block<S>();
-    Walk walk{};
-    if (thread_index() < 32) walk = begin_walk(p);
+    if (thread_index() < 32) {
+        const Walk walk = begin_walk(p);
+        if (thread_index() == 0) store_shared(&shared.walk, walk);
+    }
     for (;;) {
-        if (thread_index() < 32) {
-            const Piece next = next_piece(p, walk);
-            if (thread_index() == 0) store_shared(&shared.piece, next);
-        }
+        if (thread_index() == 0) next_piece(p, &shared.walk, &shared.piece);
         sync_block();
         const Piece piece = load_shared(&shared.piece);
         if (piece.request < 0) break;

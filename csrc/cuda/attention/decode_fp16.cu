@@ -1,7 +1,10 @@
-#include "cuda/attention/decode_instances.h"
+#include "cuda/attention/instances.h"
 
 namespace pagewire {
 template DecodeKernel decode_kernel_for<Float16, 64>(bool, bool);
 template DecodeKernel decode_kernel_for<Float16, 128>(bool, bool);
 template DecodeKernel decode_kernel_for<Float16, 256>(bool, bool);
+template DecodeSm90Kernel decode_sm90_kernel_for<Float16, 64>(int);
+template DecodeSm90Kernel decode_sm90_kernel_for<Float16, 128>(int);
+template DecodeSm90Kernel decode_sm90_kernel_for<Float16, 256>(int);
 }  // namespace pagewire

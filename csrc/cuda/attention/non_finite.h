@@ -54,8 +54,6 @@ PW_DEVICE uint32_t magnitudes() {
     return NonFinite<T>::kMask == 0 ? 0xffffffff : sizeof(T) == 1 ? 0x7f7f7f7f : 0x7fff7fff;
 }
 
-PW_DEVICE bool is_finite(float x) { return (float_bits(x) & 0x7f800000) != 0x7f800000; }
-
 // The column of out[n][i], and of out[n][i + 2].
 template <class S>
 PW_DEVICE int column_of(int n, int i) {

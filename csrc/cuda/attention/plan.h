@@ -21,6 +21,9 @@ struct AttentionPlan {
     bool pages_hold_groups;
     bool scales_by_token;  // of K or V
 
+    int box_len;         // of decode_sm90: tokens of a page that a tile takes at once
+    uint32_t all_boxes;  // a bit for each box of a tile
+
     int num_stages;    // of a block's copy pipeline
     int row_warps;     // warps that take different rows; the others take different keys
     int part_stride;   // floats of a row of `partial`: v.width rounded up to 4, and 4

@@ -15,8 +15,8 @@ struct Range {
     int row_begin, prefix;
 };
 
-// A block's way through its units.
-struct Walk {
+// A block's way through its units; between pieces it lies in shared memory.
+struct alignas(64) Walk {
     int unit, end, share;  // end == unit: done
     int request, prefix;
     RequestWork work;
@@ -121,7 +121,7 @@ PW_DEVICE Walk begin_walk(const AttentionPlan& p) {
     return walk;
 }
 
-PW_DEVICE Piece next_piece(const AttentionPlan& p, Walk& walk) {
+PW_DEVICE Piece cut_next_piece(const AttentionPlan& p, Walk& walk) {
     Piece none{};
     none.request = -1;
     if (walk.unit == walk.end) return none;
@@ -134,6 +134,13 @@ PW_DEVICE Piece next_piece(const AttentionPlan& p, Walk& walk) {
     const Piece piece = cut_piece(p.schedule, walk.work, walk.request, walk.prefix, walk.unit, walk.end, walk.share);
     walk.unit += piece.num_units;
     return piece;
+}
+
+// By one thread, between two barriers of the block.
+PW_DEVICE void next_piece(const AttentionPlan& p, Walk* shared_walk, Piece* shared_piece) {
+    Walk walk = load_shared(shared_walk);
+    store_shared(shared_piece, cut_next_piece(p, walk));
+    store_shared(shared_walk, walk);
 }
 
 }  // namespace pagewire

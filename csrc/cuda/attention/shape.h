@@ -7,6 +7,7 @@
 
 #include "cuda/attention/operand.h"
 #include "cuda/attention/plan.h"
+#include "cuda/attention/requests.h"
 #include "cuda/device/thread.h"
 
 namespace pagewire {
@@ -57,6 +58,7 @@ struct Shared {
     struct Stage {
         char k[S::kTileBytes], v[S::kTileBytes];  // [kTile][kRowBytes], swizzled
     };
+    Walk walk;
     Piece piece;
     int is_last;
     uint32_t keys_there[kMaxStages][S::kWarps];  // a bit for each key of a warp's copies

@@ -176,3 +176,9 @@ PW_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { re
 }  // namespace pagewire
 
 #endif
+
+namespace pagewire {
+
+PW_DEVICE bool is_finite(float x) { return (float_bits(x) & 0x7f800000) != 0x7f800000; }
+
+}  // namespace pagewire

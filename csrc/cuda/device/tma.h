@@ -9,6 +9,10 @@
 
 #include "cuda/device/mbarrier.h"
 
+#if defined(PAGEWIRE_EMULATE) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#define PW_HAS_TMA 1
+#endif
+
 #if defined(PAGEWIRE_EMULATE)
 
 namespace pagewire {
