@@ -15,7 +15,10 @@ namespace pagewire {
 
 constexpr int kMaxSplits = 64;
 
-constexpr int ceil_div(int a, int b) { return static_cast<int>((int64_t(a) + b - 1) / b); }
+// a >= 0, b > 0; the sum of any two fits an unsigned.
+constexpr int ceil_div(int a, int b) {
+    return static_cast<int>((static_cast<unsigned>(a) + static_cast<unsigned>(b) - 1) / static_cast<unsigned>(b));
+}
 constexpr int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
 struct Schedule {
