@@ -79,6 +79,7 @@ PW_KERNEL((Shape<T, kWidth, kWide>::kThreads), (Shape<T, kWidth, kWide>::kMinBlo
 void decode_kernel(const AttentionPlan p) {
     using S = Shape<T, kWidth, kWide>;
     Shared<S>& shared = shared_of_block<S>();
+    if (thread_index() / 32 == 1) prefetch_likely(p);
     if (thread_index() < 32) {
         const Walk walk = begin_walk(p);
         if (thread_index() == 0) store_shared(&shared.walk, walk);

@@ -62,6 +62,7 @@ void decode_sm90_kernel(const PW_GRID_CONSTANT TensorMap k, const PW_GRID_CONSTA
         for (int i = 0; i < p.num_stages; ++i) shared.full[i].init(1), shared.empty[i].init(S::kWarps);
         fence_mbarrier_init();
     }
+    if (thread_index() < 32) prefetch_likely(p);
     if (loads) {
         const Walk walk = begin_walk(p);
         if (leads) store_shared(&shared.walk, walk);

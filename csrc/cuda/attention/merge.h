@@ -10,7 +10,7 @@ namespace pagewire {
 // i, by any lane; out_of(i): its four columns of this lane's.
 template <class SumsOf, class OutOf>
 PW_DEVICE Sums merge_row(int count, SumsOf sums_of, OutOf out_of) {
-    constexpr int kInFlight = 8;
+    constexpr int kInFlight = 16;
     const int lane = thread_index() % 32;
     Sums all{-infinity(), 0.0f, {}};
     PW_NO_UNROLL

@@ -90,6 +90,17 @@ PW_DEVICE Range lane_range(const AttentionPlan& p, const Range& of, bool reports
     return own;
 }
 
+// What a block needs first once it knows its request: asked for before, of the request that it would have if all had the
+// same length. By one warp.
+PW_DEVICE void prefetch_likely(const AttentionPlan& p) {
+    const int lane = thread_index() % 32, request = static_cast<int>(uint64_t(block_x()) * p.batch_size / grid_x());
+    const PageTableView& table = p.of.page_table;
+    if (lane * 32 < table.max_pages_per_seq) prefetch_global(table.data + request * table.stride_row + lane * 32);
+    const int64_t row_bytes = p.of.q.num_heads * p.of.q.stride_head * 2;
+    if (p.decodes && lane * 128 < row_bytes)
+        prefetch_global(p.of.q.data + request * p.of.q.stride_row * 2 + lane * 128);
+}
+
 // To the first unit of this block; all 32 lanes of a warp come here.
 PW_DEVICE Walk begin_walk(const AttentionPlan& p) {
     Range range{0, num_requests(p), 0, 0};

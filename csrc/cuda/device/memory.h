@@ -30,6 +30,7 @@ void store_global(T* p, T value, Where where = Where::here()) {
     Block::running().check_alignment(p, sizeof(T), where);
     *p = value;
 }
+inline void prefetch_global(const void*) {}
 template <class T>
 T load_global_fresh(const T* p, Where where = Where::here()) {
     return load_global(p, where);
@@ -62,6 +63,8 @@ template <class T>
 PW_DEVICE void store_global(T* p, T value) {
     *p = value;
 }
+// Brings the line of `p`, which must be readable, to L2; nobody waits for it.
+PW_DEVICE void prefetch_global(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Data that other blocks of this launch wrote: not through this SM's L1.
 template <class T>
 PW_DEVICE T load_global_fresh(const T* p) {
