@@ -3,7 +3,6 @@
 import pathlib
 
 import pytest
-import triton
 
 TABLE = pathlib.Path(__file__).parents[2] / "docs" / "tuning" / "instructions.md"
 
@@ -12,7 +11,10 @@ def budgets(first_word: str, version: str | None = None) -> dict[str, int]:
     """case -> instructions, of the table whose header begins with this word, in the column of this version of a
     compiler; None: of the installed Triton.
     """
-    version = version or "Triton " + ".".join(triton.__version__.split(".")[:2])
+    if version is None:
+        import triton
+
+        version = "Triton " + ".".join(triton.__version__.split(".")[:2])
     tables = [block.splitlines() for block in TABLE.read_text().split("\n\n") if block.startswith(f"| {first_word}")]
     ((header, _, *rows),) = ([line.strip("| ").split(" | ") for line in lines] for lines in tables)
     if version not in header:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
 
 from machine_code import extension
+from pagewire import emulation
 
 TYPES = {
     "pagewire::BFloat16": "bfloat16", "pagewire::Float16": "float16", "pagewire::Float8E4M3": "float8_e4m3fn",
     "pagewire::Float8E5M2": "float8_e5m2", "signed char": "int8", "float": "float32",
 }  # fmt: skip
-ATTENTION = ("attention_kernel",)
-# bytes of shared memory of one multiprocessor, and what a block takes besides its own
-SHARED = {"sm_80": 163 * 1024 + 1024, "sm_90a": 227 * 1024 + 1024}
-SMALL = 99 * 1024 + 1024  # of sm_86 and sm_89, which run the code of sm_80
-RESERVED = 1024
+ATTENTION = ("decode_kernel", "decode_sm90_kernel")
+# bytes of shared memory that a block may have; a multiprocessor has one KiB more
+SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}
+SMALL = 99 * 1024  # of sm_86 and sm_89, which run the code of sm_80
+RESERVED = 1024  # of a multiprocessor, for each block
 REGISTERS = 65536
 
 
@@ -25,29 +30,38 @@ class Kernel:
 
     arch: str
     mangled: str
-    function: str  # `attention_kernel`
-    types: tuple[str, ...]  # of its template: those of q and the cache
-    numbers: tuple[int, ...]  # the padded width
-    flags: tuple[bool, ...]  # whether it is the attention kernel for 99 KiB of shared memory
+    function: str  # `decode_kernel`
+    types: tuple[str, ...]  # of its template: the cache's
+    numbers: tuple[int, ...]  # the padded width; of decode_sm90_kernel also the rows
+    flags: tuple[bool, ...]  # of decode_kernel: for 17 to 64 rows; without modifiers or narrower rows
 
     @property
     def case(self) -> str:
-        """`attention_kernel bfloat16-float8_e4m3fn-128`; a flag that is set is a `+`."""
-        words = [*self.types, *map(str, self.numbers), *("+" for flag in self.flags if flag)]
-        return " ".join([self.function, "-".join(words)]).strip()
+        """`decode_kernel bfloat16-128-wide`"""
+        words = [*self.types, *map(str, self.numbers), *["wide"] * self.wide, *["modified"] * (not self.plain)]
+        return f"{self.function} {'-'.join(words)}".strip()
+
+    @property
+    def shape(self) -> str:
+        """The case of its block, which modifiers do not change."""
+        return self.case.removesuffix("-modified")
 
     @property
     def width(self) -> int:
         return self.numbers[0]
 
     @property
-    def small(self) -> bool:
-        return self.function in ATTENTION and self.flags[0]
+    def wide(self) -> bool:
+        return self.function == "decode_kernel" and self.flags[0]
+
+    @property
+    def plain(self) -> bool:
+        return self.function != "decode_kernel" or self.flags[1]
 
     @property
     def launched(self) -> bool:
-        """sm_90a has room for the large attention kernels: the others are empty there."""
-        return self.arch == "sm_80" or not self.small
+        """sm_80 has no TMA: kernels for it are empty there."""
+        return not (self.arch == "sm_80" and self.function == "decode_sm90_kernel")
 
     @property
     def registers(self) -> int:
@@ -93,39 +107,43 @@ def kernels(arch: str, *functions: str) -> list[Kernel]:
     return sorted(chosen, key=lambda kernel: (kernel.function, kernel.numbers, kernel.flags, kernel.types))
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A decode block's, with one warp for the rows: threads, and bytes of shared memory."""
+class Block(NamedTuple):
+    """A block of an attention kernel on some device."""
 
     threads: int
+    planned: int  # blocks of a multiprocessor
     stages: int
-    stage: int  # K and V of a tile
-    shared: int  # with what each block takes besides
-    row_bytes: int  # of the query rows of one more warp, of which there may be threads / 32
+    stage: int  # bytes of K and V of a tile
+    shared: int  # bytes, with these stages
 
     @property
     def warp_tile(self) -> int:
-        """Bytes of K and V that a warp copies and multiplies in one pass of its loop."""
-        return self.stage // (self.threads // 32)
+        """Bytes of K and V that a warp multiplies in one pass of its loop."""
+        return self.stage // (self.threads // 64 * 2)  # of an odd number of warps one only loads
 
 
-def attention_block(kernel: Kernel) -> Block:
-    """As the attention kernel's Shape has it."""
-    width = kernel.width
-    threads = 64 if width == 256 else 128
-    stages = 4 if width == 64 else 2 if kernel.small else 3
-    stage = 32 * 1024 * width // 128 * threads // 128
-    # stages, query rows, the scan's and the scales' space
-    used = stages * stage + 16 * width * 2
-    used += 256 + threads * 16 + stages * 2 * threads * 4 + 128 + RESERVED
-    return Block(threads, stages, stage, used, 16 * width * 2)
+@functools.cache
+def blocks(shared: int) -> dict[str, Block]:
+    """Shape -> its block, where one may have so many bytes of shared memory: as the sources themselves say."""
+    folder = emulation.cache_dir() / "plain"
+    sources = [Path(__file__).with_name("blocks.cpp"), *sorted((emulation.CSRC / "emulation").glob("*.cpp"))]
+    objects = emulation.compile_objects(sources, "plain", [], folder)
+    program = folder / f"blocks-{objects[0].stem[-16:]}"
+    if not program.exists():
+        emulation.link(objects, "plain", program, shared=False)
+    command = [program, str(shared), str(shared + RESERVED)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = (line.split(": ") for line in printed.splitlines())
+    return {shape: Block(*map(int, numbers.split())) for shape, numbers in found}
 
 
-def shared_of_a_multiprocessor(kernel: Kernel) -> int:
-    return SMALL if kernel.small else SHARED[kernel.arch]
+def block_of(kernel: Kernel, shared: int | None = None) -> Block:
+    return blocks(shared or SHARED[kernel.arch])[kernel.shape]
 
 
-def blocks_of_a_multiprocessor(kernel: Kernel, block: Block) -> int:
-    return min(
-        shared_of_a_multiprocessor(kernel) // block.shared, REGISTERS // (kernel.registers_taken * block.threads)
-    )
+def blocks_of_a_multiprocessor(kernel: Kernel, shared: int | None = None) -> int:
+    """By shared memory and by registers, which are given to whole warps of each of four schedulers."""
+    block, of_a_block = block_of(kernel, shared), shared or SHARED[kernel.arch]
+    by_shared = (of_a_block + RESERVED) // (block.shared + RESERVED)
+    warps = REGISTERS // 4 // (kernel.registers_taken * 32) * 4
+    return min(by_shared, warps // (block.threads // 32))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from machine_code import issue, sass
 from machine_code.extension import ARCHITECTURES
-from machine_code.kernels import ATTENTION, Kernel, attention_block, blocks_of_a_multiprocessor, kernels
+from machine_code.kernels import ATTENTION, Kernel, block_of, blocks_of_a_multiprocessor, kernels
 from machine_code.loops import Flow, innermost, plain_way
 from machine_code.sass import Instruction
 
@@ -59,16 +59,17 @@ def attention_row(kernel: Kernel) -> Row:
     """The plain way through the loop over tiles, of one that reads the page table where the loop does."""
     loop = innermost(Flow(sass.parse(kernel.code)).loops(), STEP, ARRIVAL)
     way = plain_way(loop, [STEP, COPY], with_a=r"\bLDG\b", not_over=addresses_of_rows)
-    block = attention_block(kernel)
-    blocks = blocks_of_a_multiprocessor(kernel, block)
-    warps = blocks * block.threads / 128  # of a scheduler
+    block, blocks = block_of(kernel), blocks_of_a_multiprocessor(kernel)
+    warps = blocks * (block.threads // 64 * 2) / 4  # that multiply, of a scheduler
     cycles, ceiling = issue.ceiling(way, block.warp_tile, warps, issue.PROCESSORS[kernel.arch])
     return Row(kernel, way, block.warp_tile, blocks, cycles, ceiling)
 
 
 def whole_row(kernel: Kernel) -> Row:
-    """From the kernel's entry to its end, the plain way of whole, aligned rows; its loops are passed once."""
-    most = [r"\bSTG\S*128", r"\bSTG\S*64", r"\bLDG\S*(128|64)"]
+    """From the kernel's entry to its end, the plain way of whole, aligned rows; its loops are passed once. It has most
+    divisions of 32 bits: the place of a row that exists is computed with them.
+    """
+    most = [r"\bSTG\S*128", r"\bSTG\S*64", r"\bLDG\S*(128|64)", r"\bI2F\.U32\.RP"]
     way = plain_way(Flow(sass.parse(kernel.code)).whole(), most)
     stores = [instruction.op for instruction in way if instruction.unit == "STG"]
     wide = [op for op in stores if re.search("128|64", op)] or stores
@@ -117,8 +118,8 @@ def table(found: Iterable[Row]) -> str:
 
 
 def budgeted(found: Sequence[Row]) -> dict[str, int]:
-    """case -> instructions, of the first of each kernel's variants."""
-    return {row.kernel.case: len(row.way) for row in found if not any(row.kernel.flags)}
+    """case -> instructions, of the kernels without modifiers."""
+    return {row.kernel.case: len(row.way) for row in found if row.kernel.plain}
 
 
 def budgets(of_arch: Mapping[str, Sequence[Row]]) -> str:

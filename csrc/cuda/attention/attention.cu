@@ -91,18 +91,10 @@ AttentionPlan plan_of(const AttentionParams& p, const Call& call) {
             .part_stride = small((p.v.width + 3) / 4 * 4 + 4)};
 }
 
-// As many stages as let the most blocks share a multiprocessor; two at least.
 template <class Kernel>
 int stages_of(const Kernel& kernel) {
-    constexpr size_t kOfTheSystem = 1024;
-    for (int blocks = kernel.min_blocks; blocks > 0; --blocks) {
-        for (int stages = 4; stages >= 2; --stages) {
-            const size_t bytes = kernel.shared_bytes(stages);
-            if (bytes > runtime::shared_memory_of_a_block()) continue;
-            if (blocks * (bytes + kOfTheSystem) <= runtime::shared_memory_of_a_multiprocessor()) return stages;
-        }
-    }
-    return 2;
+    return stages_that_fit(kernel.min_blocks, kernel.shared_bytes, runtime::shared_memory_of_a_block(),
+                           runtime::shared_memory_of_a_multiprocessor());
 }
 
 // `num_items` of at most `capacity` keys each, in units that can be counted.

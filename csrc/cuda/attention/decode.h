@@ -8,11 +8,12 @@
 // barrier in its loop. With more, warps take 16 rows each over the same tile (shape.h).
 //
 // Plan, bytes of K and V in flight a block = (stages - 1) * stage; the launcher takes as many stages, at most 4, as let
-// kMinBlocks blocks share a multiprocessor, or else as many as one block has room for:
-//   <= 16 rows, width 64: stages of 16 KiB, 128 threads, 3 blocks, at most 168 registers
-//               width 128: 32 KiB, 128 threads, 2 blocks (one with 99 KiB of shared memory); width 256: 64 threads
-//   17 .. 64 rows: 16 KiB (width 64) or 32 KiB, 256 threads, 1 block
-// No spills, no local memory. Instructions a warp executes per step: docs/tuning/instructions.md.
+// kMinBlocks blocks share a multiprocessor, or else fewer (99 KiB of shared memory):
+//   up to 16 rows, width 64: stages of 16 KiB, 128 threads, 3 blocks, at most 168 registers
+//                  width 128: stages of 32 KiB, 128 threads, 2 blocks; width 256: 32 KiB, 64 threads, 2 blocks
+//   17 to 64 rows: stages of 16 KiB (width 64) or 32 KiB, 256 threads, 1 block
+// No spills, no local memory.
+// Budget of decode_kernel: 320 instructions for 8 KiB of bfloat16, width 128, 20 a copy.
 #pragma once
 
 #include "cuda/attention/exchange.h"

@@ -9,6 +9,22 @@
 
 namespace pagewire {
 
+constexpr int kMaxStages = 4;
+
+// Of a block's copies: as many as let the most blocks, at most min_blocks, share a multiprocessor; two at least. bytes(n):
+// of a block with n stages.
+template <class Bytes>
+constexpr int stages_that_fit(int min_blocks, Bytes bytes, size_t of_a_block, size_t of_a_multiprocessor) {
+    constexpr size_t kOfTheSystem = 1024;
+    for (int blocks = min_blocks; blocks > 0; --blocks) {
+        for (int stages = kMaxStages; stages >= 2; --stages) {
+            const size_t all = static_cast<size_t>(blocks) * (bytes(stages) + kOfTheSystem);
+            if (bytes(stages) <= of_a_block && all <= of_a_multiprocessor) return stages;
+        }
+    }
+    return 2;
+}
+
 template <class... Maps>
 struct AttentionKernel {
     const char* name;

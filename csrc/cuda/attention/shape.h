@@ -5,14 +5,13 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "cuda/attention/decode_kernels.h"
 #include "cuda/attention/operand.h"
 #include "cuda/attention/plan.h"
 #include "cuda/attention/requests.h"
 #include "cuda/device/thread.h"
 
 namespace pagewire {
-
-constexpr int kMaxStages = 4;
 
 // kWide: for 17 to 64 packed rows. Two or four warps take 16 rows each and the same keys, in copies that all warps share;
 // 8 warps, so that a scheduler has two. Else every warp has keys and copies of its own, and all of the 16 rows.
