@@ -1,4 +1,4 @@
-// From run-time values to template arguments, without macros.
+// From run-time values to template arguments, without macros. constexpr: nvcc then takes them in device code too.
 #pragma once
 
 #include "pagewire/dtype.h"
@@ -12,7 +12,7 @@ struct Tag {
 
 // Calls f(Tag<T>{}) with the storage type of `dtype`.
 template <class F>
-inline void with_dtype(DType dtype, F f) {
+constexpr void with_dtype(DType dtype, F f) {
     switch (dtype) {
         case DType::kFloat16:
             return f(Tag<Float16>{});
@@ -37,7 +37,7 @@ struct Constant {
 
 // Calls f(Constant<N>{}) for the N equal to `value`; false if none is.
 template <int... Ns, class F>
-inline bool with_constant(int value, F f) {
+constexpr bool with_constant(int value, F f) {
     return ((value == Ns ? (f(Constant<Ns>{}), true) : false) || ...);
 }
 

@@ -33,6 +33,12 @@ inline float divide(float a, float b) {
                             : std::copysign(std::numeric_limits<float>::infinity(), a) * std::copysign(1.0f, b))
                      : a / b;
 }
+inline float reciprocal(float x) { return divide(1.0f, x); }
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float magnitude(float x) { return std::fabs(x); }
+// std::fmax makes a NaN of a signalling one
+inline float max_number(float a, float b) { return std::isnan(a) || b > a ? b : a; }
+inline float min_number(float a, float b) { return std::isnan(a) || b < a ? b : a; }
 inline float round_even(float x) { return std::nearbyint(x); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
@@ -72,6 +78,10 @@ inline uint32_t pack_float16(float low, float high) {
     return emulation::float16_bits(low) | uint32_t(emulation::float16_bits(high)) << 16;
 }
 inline float float_from_float16(uint16_t bits) { return emulation::float_of_float16(bits); }
+inline void float16_pair(uint32_t two, float& low, float& high) {
+    low = emulation::float_of_float16(static_cast<uint16_t>(two));
+    high = emulation::float_of_float16(static_cast<uint16_t>(two >> 16));
+}
 
 namespace emulation {
 
@@ -115,6 +125,13 @@ PW_DEVICE float exp_exact(float x) { return expf(x); }
 PW_DEVICE float log_exact(float x) { return logf(x); }
 PW_DEVICE float tanh_exact(float x) { return tanhf(x); }
 PW_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }  // IEEE, whatever -use_fast_math
+PW_DEVICE float reciprocal(float x) { return __frcp_rn(x); }          // IEEE too
+// a * b + c, rounded once.
+PW_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+PW_DEVICE float magnitude(float x) { return fabsf(x); }
+// The other one where one is NaN.
+PW_DEVICE float max_number(float a, float b) { return fmaxf(a, b); }
+PW_DEVICE float min_number(float a, float b) { return fminf(a, b); }
 PW_DEVICE float round_even(float x) { return rintf(x); }
 PW_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 PW_DEVICE float float_from_bits(uint32_t x) { return __uint_as_float(x); }
@@ -135,6 +152,12 @@ PW_DEVICE float float_from_float16(uint16_t bits) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
     return y;
+}
+// Two fp16 values to two floats.
+PW_DEVICE void float16_pair(uint32_t two, float& low, float& high) {
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(low), "=f"(high)
+        : "r"(two));
 }
 
 // Two sums, two products of fp16.
