@@ -124,20 +124,21 @@ auto item_of(const Piece& p) { return std::tuple(p.request, p.head, p.row_tile);
 void check_item(const Batch& b, const Asked& a, const Piece* pieces, int count) {
     const bool has_keys = a.first_key < a.seq_len;
     require(has_keys || count == 1, "without keys there is one piece");
-    int64_t next_key = a.first_key / a.unit_len * a.unit_len;
+    const int64_t unseen = a.first_key % a.unit_len / b.tile * b.tile;  // of the first unit, whole tiles
+    int64_t unit = a.first_key / a.unit_len;
     for (int i = 0; i < count; ++i) {
         const Piece &p = pieces[i], &first = pieces[0];
         require(std::tuple(p.row_begin, p.q_len, p.seq_len) == std::tuple(a.row_begin, a.q_len, a.seq_len),
                 "a piece knows its request's rows and keys");
         require(p.has_keys() == has_keys, "with visible keys every piece has some, without there are none");
-        require(p.num_units == (has_keys ? divide_up(p.key_end - p.key_begin, a.unit_len) : 1), "no idle unit");
+        require(has_keys || p.num_units == 1, "without keys there is one unit");
         require(b.split_size == 0 || p.num_units == 1, "a split is a piece of its own");
         require(p.num_parts == count, "as many parts as pieces");
         if (has_keys) {
             require(p.first_key == a.first_key, "the first visible key");
-            require(p.key_begin == next_key, "keys follow on the piece before, from the first visible key's unit on");
-            next_key = std::min<int64_t>(p.key_begin + p.num_units * a.unit_len, a.seq_len);
-            require(p.key_end == next_key, "units are unit_len keys");
+            require(p.key_begin == unit * a.unit_len + (i == 0 ? unseen : 0), "keys follow on the piece before");
+            unit += p.num_units;
+            require(p.key_end == std::min<int64_t>(unit * a.unit_len, a.seq_len), "units are unit_len keys");
         }
         if (count == 1) continue;
         require(std::tuple(p.counter, p.first_row, p.next_row, p.row_step) ==
@@ -145,7 +146,7 @@ void check_item(const Batch& b, const Asked& a, const Piece* pieces, int count) 
                 "the parts agree on where they meet");
         require(p.own_row == p.row_of(i), "part i lies where the others look for it");
     }
-    require(!has_keys || next_key == a.seq_len, "all keys are done");
+    require(!has_keys || unit == divide_up(a.seq_len, a.unit_len), "all keys are done, and no unit is without");
     require(b.split_size == 0 || count <= 64, "at most 64 splits");
 }
 
@@ -183,7 +184,6 @@ void check(const Batch& b) {
             if (s.splits) check_alone(b, s, a, b.requests[p.request].seq_len, &p, count);
         }
         check_item(b, a, &p, static_cast<int>(end - i));
-
         const int64_t first_row = int64_t(p.row_tile) * b.row_tile_len;
         const int64_t num_rows = std::min<int64_t>(int64_t(a.q_len) * b.group_size - first_row, b.row_tile_len);
         require(p.head >= 0 && p.head < b.heads && num_rows > 0, "an item has rows");

@@ -121,8 +121,10 @@ constexpr Piece cut_piece(const Schedule& s, const RequestWork& w, int request, 
         p.own_row = block == first_block ? p.first_row : 2 * int64_t(block) * s.row_tile_len;
         p.counter = first_block;
     }
-    const int64_t key_begin = (int64_t(w.first_unit) + first) * w.unit_len;
+    int64_t key_begin = (int64_t(w.first_unit) + first) * w.unit_len;
     const int64_t key_end = key_begin + int64_t(p.num_units) * w.unit_len;
+    // of a split that begins before the window, no tile without a visible key
+    if (key_begin < w.first_key) key_begin += (w.first_key - static_cast<int>(key_begin)) / s.tile * s.tile;
     p.key_begin = static_cast<int>(key_begin < w.seq_len ? key_begin : w.seq_len);
     p.key_end = static_cast<int>(key_end < w.seq_len ? key_end : w.seq_len);
     return p;
