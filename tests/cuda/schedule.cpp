@@ -92,8 +92,8 @@ std::vector<Piece> walk(const Batch& b, const Schedule& s) {
     std::vector<int64_t> prefixes = {0};
     int row = 0;
     for (const Request& r : b.requests) {
-        works.push_back(request_work(s, row, r.row_end, r.seq_len));
-        const RequestWork& work = works.back();
+        const RequestWork& work = works.emplace_back(request_work(s, row, r.row_end, r.seq_len));
+        require(work.row_begin == row && work.row_end >= row, "rows do not go back");
         require(work.bad_seq_len == (r.seq_len < 0 || r.seq_len > b.capacity), "a length out of range is known");
         require(work.too_long == (int64_t(r.row_end) - row > b.max_q_len), "a request of too many rows is known");
         row = work.row_end;
