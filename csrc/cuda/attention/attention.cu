@@ -67,6 +67,13 @@ DecodeSm90Kernel sm90_kernel(const AttentionPlan& p) {
     return found;
 }
 
+// Rows and units are counted in 32 bits.
+void check_count(const AttentionPlan& p, const char* what, int64_t count) {
+    if (count <= INT32_MAX) return;
+    throw std::invalid_argument(std::string("pagewire: ") + p.of.op + ": expected fewer than 2^31 " + what + ", got " +
+                                std::to_string(count));
+}
+
 // What the caller says; arrange() fills in the rest.
 AttentionPlan plan_of(const AttentionParams& p, const Call& call) {
     const auto small = [](int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT32_MAX)); };
@@ -128,8 +135,11 @@ Grid arrange(AttentionPlan& p, const Kernel& kernel) {
     const int64_t on_device =
         int64_t(runtime::num_multiprocessors()) *
         blocks_per_multiprocessor(kernel.kernel, kernel.name, kernel.num_threads, kernel.shared_bytes(p.num_stages));
-    const int64_t units =
-        items * ceil_div(std::max(s.capacity, 1), s.unit_len) + p.num_tokens;  // and rows without keys
+    const int64_t rows_in_all = int64_t(p.num_tokens) * s.group_size;
+    const int units_of_an_item = ceil_div(std::max(s.capacity, 1), s.unit_len);
+    const int64_t units = items * units_of_an_item + p.num_tokens;  // and rows without keys
+    check_count(p, "rows (tokens * group_size)", rows_in_all);
+    if (s.splits) check_count(p, "splits", items * std::min(kMaxSplits, units_of_an_item));
     Grid g{.num_blocks = std::min(on_device, units), .partial_rows = 0};
     if (!s.splits) {
         p.num_counters = static_cast<int>(g.num_blocks);
