@@ -89,11 +89,16 @@ def test_pack_and_unpack(name, wire, multiprocessors):
             assert a is None or torch.equal(a.view(bits[a.itemsize]), b.view(bits[b.itemsize])), f"{part}[{layer}]"
 
 
-KINDS = {"copied": (bf16, "none", None), "converted": (e4m3, "head", bf16), "quantised": (bf16, "none", int8)}
+KINDS = {
+    "copied": (bf16, "none", None),
+    "copied with scales": (int8, "token_head", None),
+    "converted": (e4m3, "head", bf16),
+    "quantised": (bf16, "none", int8),
+}
 
 
 @pytest.mark.parametrize("layers, tokens", [(1, 3), (4, 200)])
-@pytest.mark.parametrize("kind", ["copied", "converted", "quantised"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_bad_slots_in_every_plane(kind, layers, tokens, multiprocessors):
     """Every third one: zeros, and scales of 1, in a pack; left alone by an unpack; each recorded once a call."""
     dtype, scale, wire = KINDS[kind]
@@ -118,9 +123,9 @@ def test_bad_slots_in_every_plane(kind, layers, tokens, multiprocessors):
         pw.check_errors()
     kept = good[torch.arange(tokens) % 3 != 1]
     pw.unpack_kv(pw.pack_kv(cache, kept, dtype=wire, backend="reference"), caches[1], kept, backend="reference")
-    for part in ("k", "v"):
+    for part in ("k", "v", "k_scale", "v_scale"):
         for a, b in zip(*(getattr(c, part) for c in caches), strict=True):
-            assert torch.equal(a.view(bits[a.itemsize]), b.view(bits[b.itemsize])), part
+            assert a is None or torch.equal(a.view(bits[a.itemsize]), b.view(bits[b.itemsize])), part
 
 
 @pytest.mark.parametrize("kv_dtype", [bf16, e4m3], ids=cases.SHORT.get)
