@@ -32,19 +32,21 @@ class Kernel:
     mangled: str
     function: str  # `decode_kernel`
     types: tuple[str, ...]  # of its template: the cache's
-    numbers: tuple[int, ...]  # the padded width; of decode_sm90_kernel also the rows
-    flags: tuple[bool, ...]  # of decode_kernel: for 17 to 64 rows; without modifiers or narrower rows
+    numbers: tuple[
+        int, ...
+    ]  # the padded width, of decode_sm90_kernel also the rows; of moves layers, elements at a time
+    flags: tuple[bool, ...]  # of decode_kernel: for 17 to 64 rows; plain. Of merges: 16 bytes at a time
 
     @property
     def case(self) -> str:
         """`decode_kernel bfloat16-128-wide`"""
-        words = [*self.types, *map(str, self.numbers), *["wide"] * self.wide, *["modified"] * (not self.plain)]
+        words = [*self.types, *map(str, self.numbers), *["wide"] * self.wide, *["general"] * (not self.plain)]
         return f"{self.function} {'-'.join(words)}".strip()
 
     @property
     def shape(self) -> str:
-        """The case of its block, which modifiers do not change."""
-        return self.case.removesuffix("-modified")
+        """The case of its block, the same for plain and general."""
+        return self.case.removesuffix("-general")
 
     @property
     def width(self) -> int:
@@ -56,7 +58,10 @@ class Kernel:
 
     @property
     def plain(self) -> bool:
-        return self.function != "decode_kernel" or self.flags[1]
+        """No modifier, no row that is narrower than the padded width, or off 16 bytes."""
+        if self.function == "convert_kernel":
+            return self.numbers[1] > 1
+        return not self.flags or self.flags[-1]
 
     @property
     def launched(self) -> bool:

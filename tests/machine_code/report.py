@@ -20,6 +20,7 @@ from machine_code.kernels import ATTENTION, Kernel, block_of, blocks_of_a_multip
 from machine_code.loops import Flow, innermost, plain_way
 from machine_code.sass import Instruction
 
+MOVES = ("copy_kernel", "convert_kernel")
 STEP = r"\b[HIQ]G?MMA"  # of a tensor core
 COPY = r"\bLDGSTS\S*128"
 ARRIVAL = r"\bLDGSTS|\bSYNCS\S*TRYWAIT"  # of tiles: the warp's own copies, or a barrier that another warp's set off
@@ -30,7 +31,7 @@ STORED = {"128": 16, "64": 8, "U16": 2, "U8": 1}  # bytes of a lane; else 4
 @dataclasses.dataclass(frozen=True)
 class Row:
     kernel: Kernel
-    way: Sequence[Instruction]  # once through the loop over tiles; else once through the kernel
+    way: Sequence[Instruction]  # once through the loop over tiles, or over layers; of merges through the kernel
     bytes_: int  # that a warp copies to shared memory, or stores, on this way
     blocks: int | None = None  # of a multiprocessor
     cycles: float | None = None  # of the way, predicted
@@ -65,20 +66,38 @@ def attention_row(kernel: Kernel) -> Row:
     return Row(kernel, way, block.warp_tile, blocks, cycles, ceiling)
 
 
+def stored(way: Sequence[Instruction]) -> int:
+    """Bytes of a warp."""
+    ops = [instruction.op for instruction in way if instruction.unit == "STG"]
+    wide = [op for op in ops if re.search("128|64", op)] or ops
+    return 32 * sum(STORED.get(op.split(".")[-1], 4) for op in wide)
+
+
+def moving_row(kernel: Kernel) -> Row:
+    """Once through the loop over layers, K and V, with a row's chunk in flight."""
+    loops = Flow(sass.parse(kernel.code)).loops()
+    wide = "128" if kernel.plain else ""
+    way = plain_way(innermost(loops, rf"\bLDG\S*{wide}", rf"\bSTG\S*{wide}"), [r"\bSTG\S*128", r"\bLDG\S*128"])
+    return Row(kernel, way, stored(way))
+
+
 def whole_row(kernel: Kernel) -> Row:
     """From the kernel's entry to its end, the plain way of whole, aligned rows; its loops are passed once. It has most
     divisions of 32 bits: the place of a row that exists is computed with them.
     """
     most = [r"\bSTG\S*128", r"\bSTG\S*64", r"\bLDG\S*(128|64)", r"\bI2F\.U32\.RP"]
     way = plain_way(Flow(sass.parse(kernel.code)).whole(), most)
-    stores = [instruction.op for instruction in way if instruction.unit == "STG"]
-    wide = [op for op in stores if re.search("128|64", op)] or stores
-    return Row(kernel, way, 32 * sum(STORED.get(op.split(".")[-1], 4) for op in wide))
+    return Row(kernel, way, stored(way))
 
 
 @functools.cache
 def rows(arch: str) -> tuple[Row, ...]:
-    return tuple((attention_row if kernel.function in ATTENTION else whole_row)(kernel) for kernel in kernels(arch))
+    def row(kernel: Kernel) -> Row:
+        if kernel.function in ATTENTION:
+            return attention_row(kernel)
+        return moving_row(kernel) if kernel.function in MOVES else whole_row(kernel)
+
+    return tuple(row(kernel) for kernel in kernels(arch))
 
 
 COLUMNS = (
@@ -109,7 +128,7 @@ def table(found: Iterable[Row]) -> str:
         for line in lines
     ]
     notes = [
-        "KiB: copied, or else stored, by a warp on the plain way once through its loop, or else through the kernel.",
+        "KiB: copied, or else stored, by a warp on the plain way once through its loop; of merges through the kernel.",
         "per 16 B: instructions of a lane; per copy: from one to the next. blocks: of a multiprocessor.",
         f"cycles, TB/s: predicted where issue is the bound, {issue.ERROR:.0%} either way; "
         + ", ".join(f"{arch} as {processor.name}" for arch, processor in issue.PROCESSORS.items()),
