@@ -76,8 +76,8 @@ def stored(way: Sequence[Instruction]) -> int:
 def moving_row(kernel: Kernel) -> Row:
     """Once through the loop over layers, K and V, with a row's chunk in flight."""
     loops = Flow(sass.parse(kernel.code)).loops()
-    wide = "128" if kernel.plain else ""
-    way = plain_way(innermost(loops, rf"\bLDG\S*{wide}", rf"\bSTG\S*{wide}"), [r"\bSTG\S*128", r"\bLDG\S*128"])
+    load, store = r"\bLDG\S*128", r"\bSTG\S*128"
+    way = plain_way(innermost(loops, load, store), [store, load])
     return Row(kernel, way, stored(way))
 
 
@@ -97,7 +97,9 @@ def rows(arch: str) -> tuple[Row, ...]:
             return attention_row(kernel)
         return moving_row(kernel) if kernel.function in MOVES else whole_row(kernel)
 
-    return tuple(row(kernel) for kernel in kernels(arch))
+    # what moves and merges element by element has no plain way
+    found = (kernel for kernel in kernels(arch) if kernel.plain or kernel.function in ATTENTION)
+    return tuple(row(kernel) for kernel in found)
 
 
 COLUMNS = (

@@ -40,6 +40,8 @@ struct Shape {
     static constexpr int kQRowBytes = kWidth * 2;
     static constexpr int kColumns = kWidth / 8;   // column tiles of out
     static constexpr int kTiles = kStepKeys / 8;  // key tiles of a step's logits
+    // the state leaves so few that one load's matrices are multiplied at a time; a branch between keeps them apart
+    static constexpr bool kFewRegisters = kQuantised && kWidth == 256;
     static constexpr bool kQInRegisters = kWidth <= 128;
     static constexpr int kExchangeRows = 16 * kWarps;
     static constexpr int kExchangeColumns = std::min(kWidth, 128);

@@ -40,7 +40,7 @@ PW_DEVICE void multiply_k(const Operands<S>& q, const Shared<S>& shared, int sta
         PW_UNROLL
         for (int i = 0; i < 4; ++i) x[n][i] = 0.0f;
     }
-    PW_UNROLL
+    PW_UNROLL_BY((S::kFewRegisters ? 1 : S::kWidth / 16 / kPerLoad))
     for (int load = 0; load < S::kWidth / 16 / kPerLoad; ++load) {
         if (!kPlain && load * kPerLoad * 16 >= width) break;
         uint32_t a[kPerLoad][4];
@@ -82,7 +82,7 @@ PW_DEVICE void multiply_v(const Operands<S>& q, const uint32_t (&a)[S::kTiles / 
         // a chunk holds 16 columns; transposing pairs of bytes gives columns 2g and 2g + 1 of keys 2t and 2t + 1
         PW_UNROLL
         for (int chunk = 0; chunk < S::kRowChunks; ++chunk) {
-            if (!kPlain && chunk * 16 >= width) break;
+            if ((!kPlain || S::kFewRegisters) && chunk * 16 >= width) break;
             uint32_t r[4];
             load_matrices_transposed(r, tiles + step_chunks<S::kRowBytes>(keys + q.v_place, chunk));
             if constexpr (kClean) clean<T>(r);
