@@ -78,6 +78,41 @@ def test_every_width_fits_every_device(arch, head_dim, dtypes, rows, emulated, m
     assert launched["blocks_that_fit"] >= (2 if arch == "90" and rows == 4 and head_dim < 256 else 1)
 
 
+KERNELS = {  # what differs from a decode that the TMA takes
+    "page8": ({"page_size": 8}, True),
+    "page24": ({"page_size": 24}, True),
+    "page12": ({"page_size": 12}, False),
+    "split64": ({"split_size": 64}, True),
+    "split96": ({"split_size": 96}, False),
+    "rows16": ({"heads": (16, 1)}, True),
+    "rows17": ({"heads": (17, 1)}, False),
+    "head_dim_v": ({"head_dim_v": 48}, False),
+    "softcap": ({"softcap": 2.0}, False),
+    "alibi": ({"alibi": 1}, False),
+    "sinks": ({"sinks": True, "window": (30, -1)}, True),
+    "HND": ({"layout": "HND", "strided": True}, True),
+    "e4m3": ({"kv_dtype": e4m3, "scale": "head", "head_dim": 128}, True),
+    "token_head": ({"kv_dtype": e4m3, "scale": "token_head", "head_dim": 128}, False),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_which_decode_the_tma_takes(name, emulated):
+    more, taken = KERNELS[name]
+    run(Attention((150, 40), **{"dtype": bf16, **more}))
+    assert emulated.last_launch()["kernel"] == ("decode_sm90_kernel" if taken else "decode_kernel")
+
+
+def test_strides_of_one_head_and_of_many(emulated):
+    """Nothing is reached by a stride of a dimension of one; heads that lie in one place are nothing for the TMA."""
+    q, lens = torch.ones(1, 4, 64, dtype=bf16), torch.tensor([9], dtype=torch.int32)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    caches = [torch.ones(1, 16, 64, dtype=bf16).as_strided((1, 16, 1, 64), (1023, 64, 0, 1)) for _ in range(2)]
+    for heads, kernel in ((1, "decode_sm90_kernel"), (2, "decode_kernel")):
+        out = pw.decode(q, *(x.expand(-1, -1, heads, -1) for x in caches), table, lens, backend="cuda")
+        assert (out == 1).all() and emulated.last_launch()["kernel"] == kernel
+
+
 def test_an_unknown_device_is_refused(monkeypatch):
     monkeypatch.setenv("PAGEWIRE_EMULATION_ARCH", "75")
     with pytest.raises(RuntimeError, match="PAGEWIRE_EMULATION_ARCH: expected 80, 86.* got 75"):
@@ -161,6 +196,20 @@ def test_counters_of_an_aborted_call_do_not_outlive_the_next_one():
         pw.check_errors()
     got = call.run("cuda")
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_counters_left_by_many_items_are_found(monkeypatch):
+    """A lane looks at 16 of them at a time, a warp at 512."""
+    monkeypatch.setenv("PAGEWIRE_EMULATION_SMS", "3")
+    call = cases.build(Attention((200, *[0] * 69), heads=(8, 8), dtype=bf16, split_size=64))
+    expected = call.run("cuda")
+    for buffers in cuda._counter_buffers.values():
+        buffers.of_items[550] = 1
+    call.run("cuda")
+    assert counters_at_zero()
+    with pytest.raises(pw.BadIndexError, match="changed while a call ran"):
+        pw.check_errors()
+    assert all(map(torch.equal, call.run("cuda"), expected))
 
 
 def workspace(monkeypatch, extension, case) -> int:
