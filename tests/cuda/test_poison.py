@@ -258,6 +258,14 @@ def test_however_the_rows_share_a_tile(shape, types, width, device):
     check_poison(p, clean, device, split_size=64)
 
 
+@pytest.mark.parametrize("types", ["bf16", "fp16-e5m2"])
+def test_rows_whose_windows_begin_in_two_steps(types, device):
+    """All lanes of a warp take the same way, though only some of their rows see all of the second step."""
+    dtype, kv_dtype = TYPES[types]
+    p = problem(140, 15, (1, 1), dtype, kv_dtype, window=(73, -1), v_scale=0.25 if kv_dtype else None)
+    check_poison(p, poisoned(p, (1, 13, 74), (INF, NAN)), device)
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("kv_dtype", [e4m3, e5m2, int8], ids=SHORT.get)
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=SHORT.get)
@@ -301,6 +309,31 @@ def test_a_scale_per_head_does_not_reach_rows_that_see_nothing(device):
 
 # ---------------------------------------------------------------- fp16 weights and per-token scales
 
+
+# 4 parts of 3 tiles, one of 10, 36 parts (a warp merges 32 at a time); without split_size a block would get one tile
+@pytest.mark.parametrize("seq_len, split_size", [(600, 192), (600, 640), (2300, 64)])
+@pytest.mark.parametrize("dtype", [fp16, bf16], ids=SHORT.get)
+@pytest.mark.parametrize("width", [64, 256])
+def test_logits_that_rise_and_fall(width, dtype, seq_len, split_size, device):
+    """From tile to tile by more than a weight may grow, in neighbouring rows in opposite directions."""
+    p = problem(seq_len, 1, (4, 1), dtype, width=width)
+    direction = torch.randn(width, generator=torch.Generator().manual_seed(7))
+    direction /= direction.norm()
+    p.q[0] = (width**0.5 * torch.tensor([1.0, -1.0, 1.5, -0.25])[:, None] * direction).to(dtype)
+    p.k[:, 0] = (torch.linspace(-60, 60, seq_len)[:, None] * direction).to(dtype)
+    agree(p, p.run(device, split_size=split_size))
+
+
+@pytest.mark.parametrize("dtype", [fp16, bf16], ids=SHORT.get)
+def test_many_small_weights(dtype, device):
+    """2^-22.5 of the largest, 2.8 of fp16's smallest steps; the largest, which every warp has, have V = 0."""
+    p = problem(500, 1, (2, 1), dtype)
+    p.q[0] = 1.0
+    p.k[:] = -15.6 / 8
+    p.k[:64:8] = p.v[:64:8] = 0.0
+    agree(p, p.run(device, split_size=512, out=float_out(p, device)))
+
+
 QUANTISED = [e4m3, e5m2, int8]
 
 
@@ -318,11 +351,12 @@ def test_one_scale(kv_dtype, scale, device):
     agree(p, p.run(device, out=float_out(p, device)))
 
 
+@pytest.mark.parametrize("size", [1.0, 2.0**-24])
 @pytest.mark.parametrize("kv_dtype", QUANTISED, ids=SHORT.get)
-def test_a_row_of_zeros_beside_natural_scales(kv_dtype, device):
+def test_a_row_of_zeros_beside_natural_scales(kv_dtype, size, device):
     """The quantising rule gives such a row scale 1; it has the largest logit."""
     p = problem(40, 1, (2, 1), fp16, kv_dtype)
-    x = torch.randn(40, 1, 64, generator=torch.Generator().manual_seed(3))
+    x = size * torch.randn(40, 1, 64, generator=torch.Generator().manual_seed(3))
     x[3] = 0.0
     p.v_scale = token_head_scale(x, kv_dtype)
     p.v = quantise(x, p.v_scale[..., None], kv_dtype)
@@ -358,7 +392,7 @@ def test_a_small_scale_after_a_large_one_that_no_longer_counts(device):
     p.k[:200] = (-p.q[0, :1].float() * 15).to(e4m3)
     p.k[200:] = (p.q[0, :1].float() * 15).to(e4m3)
     p.q[0, 1] = p.q[0, 0]
-    agree(p, p.run(device, out=float_out(p, device)))
+    agree(p, p.run(device, out=float_out(p, device), split_size=512))  # one block's
 
 
 @pytest.mark.parametrize("types", ["fp16-e4m3", "fp16-e5m2", "fp16-int8", "fp16-fp16"])
