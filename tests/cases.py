@@ -106,10 +106,12 @@ def promise_short_queries(case: Attention, keywords: dict) -> None:
 
 
 def gaps(*shape: int, dtype: torch.dtype, device: torch.device, on: bool) -> Tensor:
-    """An uninitialised tensor; with `on`, a view into a larger one: every outer stride is free, the last dim dense."""
+    """An uninitialised tensor; with `on`, a view into a larger one: every outer stride is free, the last dim dense, the
+    rest NaN (int8: -1)."""
     if not on:
         return torch.empty(shape, dtype=dtype, device=device)
     wide = torch.empty((*(n + 1 for n in shape[:-1]), shape[-1] + 16), dtype=dtype, device=device)
+    wide.view(torch.uint8).fill_(0xFF)
     return wide[tuple(slice(0, n) for n in shape)]
 
 
