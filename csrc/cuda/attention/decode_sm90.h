@@ -60,6 +60,7 @@ void decode_sm90_kernel(const PW_GRID_CONSTANT TensorMap k, const PW_GRID_CONSTA
         prefetch_map(&k);
         prefetch_map(&v);
         for (int i = 0; i < p.num_stages; ++i) shared.full[i].init(1), shared.empty[i].init(S::kWarps);
+        shared.queries.init(32 * S::kWarps);
         fence_mbarrier_init();
     }
     if (thread_index() < 32) prefetch_likely(p);
@@ -68,18 +69,21 @@ void decode_sm90_kernel(const PW_GRID_CONSTANT TensorMap k, const PW_GRID_CONSTA
         if (leads) store_shared(&shared.walk, walk);
     }
     Turn turn;
+    int queries_parity = 0;
     for (;;) {
         if (leads) next_piece(p, &shared.walk, &shared.piece);
         sync_block();
         const Piece piece = load_shared(&shared.piece);
         if (piece.request < 0) break;
         if (piece.has_keys()) {
-            if (!loads) load_queries<S>(p, piece, shared.q, shared.q_unit);
-            sync_block();
             Columns<S> state = empty_columns<S>();
             if (loads) {
                 load_boxes(p, piece, k, v, shared, turn);
             } else {
+                load_queries<S>(p, piece, shared.q, shared.q_unit);
+                shared.queries.arrive();
+                shared.queries.wait(queries_parity);
+                queries_parity ^= 1;
                 attend_columns(p, piece, shared, turn, state);
             }
             sync_block();

@@ -48,6 +48,7 @@ struct SharedSm90 {
     int is_last;
     uint32_t boxes_there[kMaxStages];  // a bit for each box of a tile whose page can be read
     Mbarrier full[kMaxStages], empty[kMaxStages];
+    Mbarrier queries;  // of a piece are there, for the warps that multiply
     float q_unit[S::kRows];
     alignas(128) char q[S::kRows * S::kQRowBytes];
     union alignas(1024) {
