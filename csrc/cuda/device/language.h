@@ -35,11 +35,6 @@ using emulation::Where;
 #define PW_PRAGMA(x) _Pragma(#x)
 #define PW_UNROLL_BY(n) PW_PRAGMA(unroll n)
 
-// Code for sm_90a alone: its devices have 227 KiB of shared memory a block.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define PW_SHARED_MEMORY_IS_LARGE 1
-#endif
-
 #endif
 
 namespace pagewire {

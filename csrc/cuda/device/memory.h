@@ -36,7 +36,6 @@ T load_global_fresh(const T* p, Where where = Where::here()) {
     return load_global(p, where);
 }
 inline Vec16 load_streaming(const Vec16* p, Where where = Where::here()) { return load_global(p, where); }
-inline void store_streaming(Vec16* p, Vec16 v, Where where = Where::here()) { store_global(p, v, where); }
 
 }  // namespace pagewire
 
@@ -83,9 +82,6 @@ PW_DEVICE Vec16 load_streaming(const Vec16* p) {
                  : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3])
                  : "l"(p));
     return v;
-}
-PW_DEVICE void store_streaming(Vec16* p, Vec16 v) {
-    __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.x[0], v.x[1], v.x[2], v.x[3]));
 }
 
 }  // namespace pagewire
